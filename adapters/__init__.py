@@ -1,0 +1,1 @@
+"""Adapters shipped with the project, one `.safetensors` file and one card each."""

@@ -1,0 +1,67 @@
+"""Configuration of an InnerPiSSA adapter, in the form PEFT expects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+
+from ipissa.errors import ConfigError
+from ipissa.rotation import CLAMPS, ROTATIONS
+from ipissa.scaling import SCALE_MODES
+
+PEFT_TYPE = "INNERPISSA"
+
+
+def one_of(value: str, table: dict, *, name: str) -> None:
+    """Raise `ConfigError` unless `value` is a key of `table`."""
+    if value not in table:
+        raise ConfigError(f"{name} {value!r} is unknown; use one of {', '.join(table)}.")
+
+
+@dataclass
+class InnerPissaConfig(PeftConfig):
+    """An InnerPiSSA adapter: rotate and scale the top `r` singular triples of each target module.
+
+    Args:
+        r: Rank, the number of singular triples kept; at least 2, clipped to each module's own rank.
+        target_modules: Module name suffixes (list) or a regular expression over full names (string).
+        rotation: `cayley` or `matrix_exp`, the map from a skew matrix to a rotation.
+        scale_mode: `add2`, `add_tanh`, `mult` or `none`, how singular values follow α.
+        rotate_v: Train a rotation of the input singular vectors.
+        rotate_u: Train a rotation of the output singular vectors.
+        clamp: `entries` (as published), `angles` (each plane's true angle) or `none`.
+        max_rotation: Limit of the clamp, for entries or in radians.
+        init_std: Standard deviation of the initial rotation parameters. Never zero: at zero, +α and
+            -α give the same output and an objective that compares them has no gradient.
+    """
+
+    r: int = field(default=32, metadata={"help": "number of singular triples kept per module"})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "modules to adapt"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "modules to leave alone"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layer indices to adapt"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the layer list"})
+    rotation: str = field(default="cayley", metadata={"help": "cayley | matrix_exp"})
+    scale_mode: str = field(default="add2", metadata={"help": "add2 | add_tanh | mult | none"})
+    rotate_v: bool = field(default=True, metadata={"help": "rotate input singular vectors"})
+    rotate_u: bool = field(default=False, metadata={"help": "rotate output singular vectors"})
+    clamp: str = field(default="entries", metadata={"help": "entries | angles | none"})
+    max_rotation: float = field(default=0.3, metadata={"help": "limit of the clamp"})
+    init_std: float = field(default=0.002, metadata={"help": "std of the initial rotation parameters"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if isinstance(self.target_modules, list):
+            self.target_modules = sorted(set(self.target_modules))
+        one_of(self.rotation, ROTATIONS, name="rotation")
+        one_of(self.scale_mode, SCALE_MODES, name="scale_mode")
+        one_of(self.clamp, CLAMPS, name="clamp")
+        if self.r < 2:
+            raise ConfigError(f"r {self.r} is too small: a rotation needs a plane, so use at least 2.")
+        if not self.max_rotation > 0:
+            raise ConfigError(f"max_rotation {self.max_rotation} is not positive; use clamp='none' to disable it.")
+        if self.init_std < 0:
+            raise ConfigError(f"init_std {self.init_std} is negative.")
+        if not (self.rotate_v or self.rotate_u) and self.scale_mode == "none":
+            raise ConfigError("rotate_v, rotate_u and scale_mode are all off: nothing would be trained.")

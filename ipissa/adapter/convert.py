@@ -1,0 +1,132 @@
+"""Between the three forms of one adapter: a live PEFT model, a PEFT folder, and the one-file format.
+
+A PEFT folder holds `adapter_config.json` and `adapter_model.safetensors` as PEFT writes them, plus
+`ipissa.json` with what PEFT has no place for: trait, base model, α range, evaluation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ipissa.adapter.checkpoint import Adapter, AdapterConfig, ModuleFactors
+from ipissa.adapter.config import InnerPissaConfig
+from ipissa.adapter.layer import InnerPissaLayer
+from ipissa.adapter.lora import empty_folder
+from ipissa.errors import AdapterFileError
+from ipissa.rotation import CLAMPS, skew
+
+PREFIX = "base_model.model."
+DESCRIPTION = "ipissa.json"
+
+
+def from_peft_model(peft_model: nn.Module, *, adapter_name: str = "default", **description: Any) -> Adapter:
+    """The adapter a PEFT-wrapped model holds now; `description` fills the other fields of `Adapter`."""
+    modules: dict[str, ModuleFactors] = {}
+    for full_name, layer in peft_model.named_modules():
+        if isinstance(layer, InnerPissaLayer) and adapter_name in layer.innerpissa_U:
+            parts = {
+                "U": layer.innerpissa_U[adapter_name],
+                "S": layer.innerpissa_S[adapter_name],
+                "V": layer.innerpissa_V[adapter_name],
+                "p_v": layer.innerpissa_p_v.get(adapter_name, None),
+                "p_u": layer.innerpissa_p_u.get(adapter_name, None),
+                "d": layer.innerpissa_d.get(adapter_name, None),
+            }
+            config = layer.innerpissa_config[adapter_name]
+            modules[full_name.removeprefix(PREFIX)] = _effective(config, parts)
+    return Adapter(config=_adapter_config(config, modules), modules=modules, **description)
+
+
+def from_peft_folder(folder: str | os.PathLike[str]) -> Adapter:
+    """Read the PEFT form written by `to_peft_folder`, or by PEFT beside an `ipissa.json`."""
+    folder = Path(folder)
+    try:
+        config = InnerPissaConfig.from_pretrained(str(folder))
+        tensors = load_file(folder / "adapter_model.safetensors")
+        description = json.loads((folder / DESCRIPTION).read_text())
+    except (OSError, ValueError, SafetensorError) as error:
+        raise AdapterFileError(f"{folder} is not a PEFT folder of an InnerPiSSA adapter: {error}") from error
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        module, _, name = key.removeprefix(PREFIX).rpartition(".innerpissa_")
+        parts.setdefault(module, {})[name] = value
+    modules = {module: _effective(config, found) for module, found in sorted(parts.items(), key=_natural)}
+    description["alpha_range"] = tuple(description["alpha_range"])
+    return Adapter(config=_adapter_config(config, modules), modules=modules, **description)
+
+
+def to_peft_folder(adapter: Adapter, output_dir: str | os.PathLike[str]) -> Path:
+    """Write the adapter as PEFT saves it. Its skew matrices are already clamped, so the clamp is `none`."""
+    folder = empty_folder(output_dir)
+    config = InnerPissaConfig(
+        r=adapter.config.rank,
+        target_modules=sorted(adapter.modules),
+        rotation=adapter.config.rotation,
+        scale_mode=adapter.config.scale_mode,
+        rotate_v=adapter.config.rotate_v,
+        rotate_u=adapter.config.rotate_u,
+        clamp="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=adapter.base_model.get("name"),
+        inference_mode=True,
+    )
+    tensors: dict[str, Tensor] = {}
+    for module, factors in adapter.modules.items():
+        parts = {
+            "U": factors.U,
+            "S": factors.S,
+            "V": factors.V,
+            "p_v": factors.rotation_v / 2 if adapter.config.rotate_v else None,  # skew(A / 2) = A
+            "p_u": None if factors.rotation_u is None else factors.rotation_u / 2,
+            "d": factors.delta_s,
+        }
+        tensors |= {f"{PREFIX}{module}.innerpissa_{k}": v.contiguous() for k, v in parts.items() if v is not None}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+    description = {key: value for key, value in asdict(adapter).items() if key not in ("config", "modules", "digest")}
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    return folder
+
+
+def _effective(config: InnerPissaConfig, parts: dict[str, Any]) -> ModuleFactors:
+    parts = {name: None if value is None else value.detach().float().cpu() for name, value in parts.items()}
+
+    def rotation(p: Tensor | None) -> Tensor | None:
+        return None if p is None else CLAMPS[config.clamp](skew(p), config.max_rotation, config.rotation)
+
+    s = parts["S"]
+    rotation_v = rotation(parts.get("p_v"))
+    return ModuleFactors(
+        U=parts["U"],
+        S=s,
+        V=parts["V"],
+        rotation_v=torch.zeros(s.numel(), s.numel()) if rotation_v is None else rotation_v,
+        rotation_u=rotation(parts.get("p_u")),
+        delta_s=parts.get("d"),
+    )
+
+
+def _adapter_config(config: InnerPissaConfig, modules: dict[str, ModuleFactors]) -> AdapterConfig:
+    return AdapterConfig(
+        rank=config.r,
+        rotation=config.rotation,
+        scale_mode=config.scale_mode,
+        rotate_v=config.rotate_v,
+        rotate_u=config.rotate_u,
+        clamp=config.clamp,
+        max_rotation=config.max_rotation,
+        modules=tuple(modules),
+    )
+
+
+def _natural(item: tuple[str, Any]) -> list[tuple[bool, int, str]]:
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in item[0].split(".")]

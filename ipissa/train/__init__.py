@@ -1,0 +1,7 @@
+"""Make adapters: two words and a model in, one file out."""
+
+from ipissa.train.card import write_card
+from ipissa.train.config import TrainConfig
+from ipissa.train.trainer import TrainResult, train
+
+__all__ = ["TrainConfig", "TrainResult", "train", "write_card"]

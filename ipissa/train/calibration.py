@@ -1,0 +1,119 @@
+"""Find how far the dial may be turned before text falls apart, from text generated at each α.
+
+At every α of a grid the steered model answers held-out prompts, with one sampling noise for all α.
+The base model then reads those answers. Text holds together at α while both hold:
+
+    fluency     its mean log-likelihood per token under the base model is at most
+                MAX_EXCESS_NATS below that of the answers at α = 0
+    repetition  the share of distinct 3-grams is at least MIN_DISTINCT of that at α = 0
+
+and the calibrated range ends at the largest |α| on each side up to which every grid point holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ipissa.data.chat import chat_ids
+from ipissa.data.personas import Trait
+from ipissa.errors import TrainingError
+from ipissa.sequences import continuation_logprobs, pad_batch, target_logprobs
+from ipissa.steering import SteeredModel
+from ipissa.train.continuations import Sampling, generate_ids
+
+GRID = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
+MAX_EXCESS_NATS = 0.5
+MIN_DISTINCT = 0.9
+NGRAM = 3
+
+
+@dataclass(frozen=True)
+class CalibrationPoint:
+    """How text written at one α reads."""
+
+    alpha: float
+    base_nats: float  # mean -log p per token under the base model
+    distinct: float  # share of distinct 3-grams
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The range in which text holds together, and the points it was read from, by rising α."""
+
+    low: float
+    high: float
+    points: list[CalibrationPoint]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def calibrate(
+    steered: SteeredModel,
+    tokenizer: Any,
+    trait: Trait,
+    prompts: Sequence[str],
+    *,
+    sampling: Sampling,
+    seed: int,
+    grid: Sequence[float] = GRID,
+) -> Calibration:
+    """Sweep α over ±grid on `prompts`.
+
+    Raises:
+        TrainingError: text falls apart at the smallest |α| of the grid, on either side.
+    """
+    contexts = [chat_ids(tokenizer, trait.messages(prompt, None)) for prompt in prompts]
+    alphas = sorted({0.0, *grid, *(-a for a in grid)})
+    read = {alpha: _read_back(steered, tokenizer, contexts, alpha, seed, sampling) for alpha in alphas}
+    nats_0, distinct_0 = read[0.0]
+    points = [
+        CalibrationPoint(
+            alpha=alpha,
+            base_nats=nats,
+            distinct=distinct,
+            holds=nats <= nats_0 + MAX_EXCESS_NATS and distinct >= MIN_DISTINCT * distinct_0,
+        )
+        for alpha, (nats, distinct) in read.items()
+    ]
+    low, high = _end_of_range(points, -1), _end_of_range(points, 1)
+    if not low < 0 < high:
+        raise TrainingError(
+            f"Text falls apart already at |α| = {min(grid)}; train with a lower --lr or more --continuations."
+        )
+    return Calibration(low=low, high=high, points=points)
+
+
+def _read_back(
+    steered: SteeredModel, tokenizer: Any, contexts: list[list[int]], alpha: float, seed: int, sampling: Sampling
+) -> tuple[float, float]:
+    """(nats per token under the base model, distinct share) of answers sampled at α."""
+    with torch.random.fork_rng(devices=[]), steered.alpha(alpha):
+        torch.manual_seed(seed)
+        answers = generate_ids(steered.model, tokenizer, contexts, **sampling.settings())
+    batch = pad_batch(contexts, answers, pad_id=tokenizer.pad_token_id, device=steered.model.device)
+    with steered.alpha(0.0), torch.no_grad():
+        logprobs = target_logprobs(continuation_logprobs(steered.model, batch), batch)
+    return float(-logprobs.sum() / batch.mask.sum()), float(np.mean([distinct_share(answer) for answer in answers]))
+
+
+def distinct_share(tokens: Sequence[int]) -> float:
+    """Distinct 3-grams over all 3-grams; 1 for texts too short to have two."""
+    grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def _end_of_range(points: Sequence[CalibrationPoint], side: int) -> float:
+    end = 0.0
+    for point in sorted((p for p in points if p.alpha * side > 0), key=lambda p: abs(p.alpha)):
+        if not point.holds:
+            break
+        end = point.alpha
+    return end

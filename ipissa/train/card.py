@@ -1,0 +1,119 @@
+"""Say what an adapter is and does, in Markdown, from what its file holds."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ipissa.adapter.checkpoint import Adapter
+from ipissa.train.config import TrainConfig
+from ipissa.train.trainer import TrainResult
+
+# Options whose values are always worth showing in the training command.
+ALWAYS_SHOWN = ("positive", "negative", "model")
+
+
+def write_card(result: TrainResult, output: str | os.PathLike[str]) -> Path:
+    """Write the card of a freshly trained adapter beside its file."""
+    path = Path(output)
+    card = path.with_suffix(".md")
+    parts = [f"# {path.stem}", describe(result.adapter), _command(result.adapter, path), _samples(result)]
+    card.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return card
+
+
+def describe(adapter: Adapter) -> str:
+    """What an adapter is, its range, and its yardsticks, in Markdown."""
+    config, trait = adapter.config, adapter.trait
+    low, high = adapter.alpha_range
+    parameters = sum(
+        value.numel() for m in adapter.modules.values() for name, value in m.tensors().items() if name not in "USV"
+    )
+    rows = {
+        "kind": "innerpissa",
+        "base model": adapter.base_model.get("name", "unknown"),
+        "α = +1": f"{trait['positive']} person",
+        "α = -1": f"{trait['negative']} person",
+        "calibrated α range": f"{low:+g} to {high:+g}, where generated text holds together",
+        "adapted modules": f"{len(adapter.modules)}, rank {config.rank}, {parameters:,} parameters",
+        "rotation": f"{config.rotation}, {_sides(config)}; scale mode {config.scale_mode}; clamp {config.clamp} "
+        f"{config.max_rotation:g}",
+        "sha256": adapter.digest or "not saved yet",
+        "licence": adapter.license,
+    }
+    table = "| | |\n|-|-|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    sections = [table]
+    if "yardsticks" in adapter.evaluation:
+        sections.append(_yardsticks(adapter.evaluation["yardsticks"]))
+    if "calibration" in adapter.evaluation:
+        sections.append(_calibration(adapter.evaluation["calibration"]))
+    return "\n\n".join(sections)
+
+
+def _sides(config: Any) -> str:
+    return " and ".join(side for side, on in (("V", config.rotate_v), ("U", config.rotate_u)) if on) or "none"
+
+
+def _yardsticks(yardsticks: Mapping[str, Any]) -> str:
+    def cell(estimate: Mapping[str, float]) -> str:
+        return f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}], t {estimate['t']:.1f}"
+
+    lines = [
+        f"## Yardsticks on {yardsticks['prompts']} held-out prompts, |α| = {yardsticks['alpha']:g}",
+        "",
+        "| pole | trait gain | plain gain (nats per token) | contrast |",
+        "|-|-|-|-|",
+        *(
+            f"| {pole} | {cell(yardsticks[pole]['trait_gain'])} | {cell(yardsticks[pole]['plain_gain'])} "
+            f"| {cell(yardsticks[pole]['contrast'])} |"
+            for pole in ("positive", "negative")
+        ),
+        "",
+        "Trait gain is the part of a persona prompt's own effect that steering recovers (1: as good as being told); "
+        "plain gain is what a user without a persona line gets; contrast is easily gamed and never quoted alone. "
+        "Brackets are 95 % bootstrap intervals over prompts.",
+    ]
+    return "\n".join(lines)
+
+
+def _calibration(calibration: Mapping[str, Any]) -> str:
+    lines = [
+        "## Text written at each α",
+        "",
+        "| α | nats per token, read by the base model | distinct 3-grams | holds |",
+    ]
+    lines.append("|-|-|-|-|")
+    for point in calibration["points"]:
+        verdict = "yes" if point["holds"] else "no"
+        lines.append(f"| {point['alpha']:+g} | {point['base_nats']:.2f} | {point['distinct']:.3f} | {verdict} |")
+    return "\n".join(lines)
+
+
+def _command(adapter: Adapter, path: Path) -> str:
+    training = dict(adapter.evaluation["training"])
+    seconds = training.pop("seconds")
+    changed = {
+        field.name: training[field.name]
+        for field in fields(TrainConfig)
+        if field.name in ALWAYS_SHOWN or training[field.name] != field.default
+    }
+    options = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in changed.items()]
+    command = " \\\n    ".join(["ipissa train", *options, f"--output {path.name}"])
+    return f"## How it was made\n\n```\n{command}\n```\n\nThis took {seconds / 60:.0f} minutes."
+
+
+def _samples(result: TrainResult) -> str:
+    lines = ["## Samples (greedy)"]
+    for prompt, after in result.samples_after.items():
+        before = result.samples_before[prompt]
+        lines += ["", f"**{prompt}**", "", "| α | before training | after |", "|-|-|-|"]
+        lines += [f"| {alpha} | {_cell(before[alpha])} | {_cell(text)} |" for alpha, text in after.items()]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("\n", " ").replace("|", "\\|")

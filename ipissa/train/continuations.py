@@ -1,0 +1,116 @@
+"""Sample what the base model says under each persona: the raw material of distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList
+
+from ipissa.data.chat import chat_ids
+from ipissa.data.personas import Trait
+from ipissa.errors import TrainingError
+from ipissa.sampling import apply_temperature, keep_top_p
+
+SAMPLE_BATCH = 48
+MIN_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How continuations are drawn."""
+
+    max_new_tokens: int = 32
+    temperature: float = 0.8
+    top_p: float = 0.95
+
+    def settings(self) -> dict[str, Any]:
+        """Settings for `generate_ids`."""
+        nucleus = LogitsProcessorList([_Nucleus(self.temperature, self.top_p)])
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": True, "top_k": 0, "logits_processor": nucleus}
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What the model said to `prompt` under one pole's persona."""
+
+    prompt: str
+    pole: int  # +1 or -1
+    tokens: list[int]
+
+
+def sample_continuations(
+    model: Any,
+    tokenizer: Any,
+    trait: Trait,
+    prompts: Sequence[str],
+    *,
+    per_prompt: int,
+    sampling: Sampling,
+    seed: int,
+) -> list[Continuation]:
+    """Continuations of every prompt under both poles, `per_prompt` of each, ordered by prompt then pole."""
+    jobs = [(prompt, pole) for prompt in prompts for pole in (1, -1) for _ in range(per_prompt)]
+    ids = {(prompt, pole): chat_ids(tokenizer, trait.messages(prompt, pole)) for prompt, pole in set(jobs)}
+    # Batches of similar length waste little padding; the result is put back in order.
+    order = sorted(range(len(jobs)), key=lambda i: len(ids[jobs[i]]))
+    found: dict[int, Continuation] = {}
+    with (
+        torch.random.fork_rng(devices=_cuda_devices(model)),
+        tqdm(total=len(jobs), desc="sampling", unit="text") as bar,
+    ):
+        torch.manual_seed(seed)
+        for start in range(0, len(jobs), SAMPLE_BATCH):
+            batch = order[start : start + SAMPLE_BATCH]
+            texts = generate_ids(
+                model,
+                tokenizer,
+                [ids[jobs[i]] for i in batch],
+                **sampling.settings(),
+            )
+            for i, tokens in zip(batch, texts, strict=True):
+                found[i] = Continuation(*jobs[i], tokens)
+            bar.update(len(batch))
+    kept = [found[i] for i in range(len(jobs)) if len(found[i].tokens) >= MIN_TOKENS]
+    if len(kept) < len(jobs) / 2:
+        raise TrainingError(
+            f"Only {len(kept)} of {len(jobs)} sampled continuations have {MIN_TOKENS} tokens or more; "
+            f"the model does not answer these prompts, so give others with --prompts."
+        )
+    return kept
+
+
+class _Nucleus(LogitsProcessor):
+    """Temperature and top-p without sorting the vocabulary at every token, which is most of the time on a CPU."""
+
+    def __init__(self, temperature: float, top_p: float) -> None:
+        self._temperature, self._top_p = temperature, top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        rows = scores.float().new_ones(scores.shape[0])
+        return keep_top_p(apply_temperature(scores.float(), rows * self._temperature), rows * self._top_p)
+
+
+@torch.no_grad()
+def generate_ids(model: Any, tokenizer: Any, contexts: Sequence[list[int]], **settings: Any) -> list[list[int]]:
+    """Continue each context with `model.generate`; token ids up to and including the end token."""
+    batch = tokenizer.pad({"input_ids": list(contexts)}, padding_side="left", return_tensors="pt").to(model.device)
+    output = model.generate(**batch, **settings, pad_token_id=tokenizer.pad_token_id)
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    return [_until_end(row, ends) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
+
+
+def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
+    for i, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: i + 1]
+    return tokens
+
+
+def _cuda_devices(model: Any) -> list[torch.device]:
+    return [model.device] if model.device.type == "cuda" else []

@@ -1,0 +1,94 @@
+"""The application: settings in, a FastAPI app out, the engine loading behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+from fastapi import Depends, FastAPI, Request
+
+import ipissa
+from ipissa.adapter import load_adapter
+from ipissa.errors import ConfigError
+
+from .deps import check_key
+from .engine.base import Engine
+from .engine.torch_engine import TorchEngine
+from .errors import install_error_handlers, not_found
+from .metrics import Metrics, MetricsMiddleware
+from .routes import adapters, chat, completions, health, models, score, tokens
+from .schemas import now
+from .settings import Settings
+
+logger = logging.getLogger("ipissa.server")
+
+
+def load_engine(settings: Settings) -> Engine:
+    """Read the adapters, load the model, and start the engine."""
+    return TorchEngine(
+        settings.model,
+        {name: load_adapter(path) for name, path in settings.adapters.items()},
+        device=settings.device,
+        dtype=settings.dtype,
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        max_model_len=settings.max_model_len,
+    )
+
+
+def create_app(settings: Settings, *, on_load_error: Callable[[Exception], None] | None = None) -> FastAPI:
+    """The app. It answers at once, with 503 until the engine has loaded in the background.
+
+    Args:
+        settings: What to serve.
+        on_load_error: Called once if the engine cannot be loaded; the app can then only be stopped.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(_load(app, settings, on_load_error))
+        yield
+        await asyncio.gather(loading, return_exceptions=True)
+        if app.state.engine is not None:
+            await asyncio.to_thread(app.state.engine.close)
+
+    app = FastAPI(title="ipissa", version=ipissa.__version__, description=ipissa.__doc__, lifespan=lifespan)
+    app.state.settings = settings
+    app.state.engine = None
+    app.state.started = now()
+    app.state.adapter_paths = dict(settings.adapters)
+    app.state.metrics = Metrics(lambda: app.state.engine)
+    app.add_middleware(MetricsMiddleware, metrics=app.state.metrics)
+    install_error_handlers(app)
+    app.include_router(health.router)
+    for noun in (completions, chat, score, models, adapters, tokens):
+        app.include_router(noun.router, dependencies=[Depends(check_key)])
+    app.add_api_route("/v1/{path:path}", _no_such_route, include_in_schema=False, methods=["GET", "POST", "DELETE"])
+    return _with_page(app, settings) if settings.ui else app
+
+
+async def _no_such_route(request: Request) -> None:
+    """What /v1 lacks is an API error, not a part of the page that is mounted behind it."""
+    raise not_found(f"There is no {request.method} {request.url.path}; /docs lists the routes.")
+
+
+async def _load(app: FastAPI, settings: Settings, on_load_error: Callable[[Exception], None] | None) -> None:
+    try:
+        app.state.engine = await asyncio.to_thread(load_engine, settings)
+        logger.info("serving %s with %s", settings.model, ", ".join(settings.adapters) or "no adapter")
+    except Exception as error:
+        if on_load_error is None:
+            raise
+        on_load_error(error)
+
+
+def _with_page(app: FastAPI, settings: Settings) -> FastAPI:
+    """The page at `/`: a client of this server's own HTTP address, mounted last so that routes win."""
+    try:
+        from ipissa_ui.page import mount_page
+    except ModuleNotFoundError as error:
+        raise ConfigError("The page needs gradio: run `pip install ipissa[ui]`, or pass --no-ui.") from error
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104 (compared, not bound)
+    return mount_page(app, f"http://{host}:{settings.port}", needs_key=settings.api_key is not None)

@@ -1,0 +1,1 @@
+"""What runs the model: the interface, and the engines behind it."""

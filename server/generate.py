@@ -1,0 +1,153 @@
+"""What completions and chat share: build the engine's request, run it, and write it out.
+
+Rows are laid out prompt by prompt, then α by α, then by n; a choice's index is its row.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi.responses import StreamingResponse
+from fastapi.sse import format_sse_event
+
+from .engine.base import Delta, Engine, GenerationRequest, Row, SamplingParams, TokenLogprob
+from .errors import bad_request, error_body, to_api_error
+from .schemas import GenerationBody, Usage
+from .steer import SteerSpec
+
+Chunk = dict[str, Any]
+
+
+@dataclass
+class FinishedRow:
+    """A row's whole answer."""
+
+    text: str = ""
+    tokens: int = 0
+    finish_reason: str | None = None
+    deltas: list[Delta] = field(default_factory=list)  # those with log-probabilities
+
+
+def build_request(
+    body: GenerationBody,
+    prompts: list[list[int]],
+    steer: SteerSpec,
+    engine: Engine,
+    *,
+    max_tokens: int | None,
+    top_logprobs: int | None,
+) -> GenerationRequest:
+    """The rows of a request, checked against what the engine can hold."""
+    n = body.n or 1
+    rows_asked = len(prompts) * len(steer.settings) * n
+    if rows_asked > engine.max_batch:
+        raise bad_request(
+            f"{len(prompts)} prompts x {len(steer.settings)} α x n = {n} make {rows_asked} sequences; "
+            f"this server takes at most {engine.max_batch} in one request."
+        )
+    longest = max(map(len, prompts))
+    if min(map(len, prompts)) == 0:
+        raise bad_request("prompt is empty; give at least one token.", param="prompt")
+    if longest + (max_tokens or 1) > engine.max_model_len:
+        raise bad_request(
+            f"The prompt's {longest} tokens and max_tokens {max_tokens or 1} exceed this model's limit of "
+            f"{engine.max_model_len} tokens.",
+            param="prompt" if longest >= engine.max_model_len else "max_tokens",
+        )
+    vocab = len(engine.tokenizer)
+    for token in [*(body.logit_bias or {}), *(token for prompt in prompts for token in prompt)]:
+        if not 0 <= token < vocab:
+            raise bad_request(f"The token id {token} is not in the vocabulary of {vocab} tokens.")
+    rows = [
+        Row(prompt_ids=ids, steer=setting, noise=p * n + i)
+        for p, ids in enumerate(prompts)
+        for setting in steer.settings
+        for i in range(n)
+    ]
+    sampling = SamplingParams(
+        max_tokens=max_tokens or engine.max_model_len - longest,
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=body.top_k,
+        min_p=body.min_p,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=body.logit_bias or {},
+        seed=secrets.randbits(62) if body.seed is None else body.seed,
+        stop=tuple(body.stop),
+        top_logprobs=top_logprobs,
+    )
+    return GenerationRequest(rows, sampling)
+
+
+def usage(prompts: list[list[int]], completion_tokens: int) -> Usage:
+    """Token counts of a response."""
+    read = sum(map(len, prompts))
+    return Usage(prompt_tokens=read, completion_tokens=completion_tokens, total_tokens=read + completion_tokens)
+
+
+async def collect(engine: Engine, request: GenerationRequest) -> list[FinishedRow]:
+    """Run a request to its end."""
+    rows = [FinishedRow() for _ in request.rows]
+    async with aclosing(engine.generate(request)) as steps:  # type: ignore[type-var]
+        async for deltas in steps:
+            for delta in deltas:
+                row = rows[delta.row]
+                row.text += delta.text
+                row.tokens += 1
+                row.finish_reason = delta.finish_reason
+                if delta.logprob is not None:
+                    row.deltas.append(delta)
+    return rows
+
+
+def stream(
+    engine: Engine,
+    request: GenerationRequest,
+    *,
+    opening: list[Chunk],
+    chunk: Callable[[Delta], Chunk],
+    closing: Callable[[int], list[Chunk]],
+) -> StreamingResponse:
+    """Server-sent events: the opening chunks, one per delta, the closing ones, and [DONE].
+
+    A client that hangs up closes the generator, which cancels the request. An error after the
+    response has begun is sent as an event in OpenAI's error form.
+    """
+
+    async def events() -> AsyncIterator[bytes]:
+        tokens = 0
+        try:
+            for each in opening:
+                yield _event(each)
+            async with aclosing(engine.generate(request)) as steps:  # type: ignore[type-var]
+                async for deltas in steps:
+                    tokens += len(deltas)
+                    for delta in deltas:
+                        yield _event(chunk(delta))
+            for each in closing(tokens):
+                yield _event(each)
+        except Exception as error:
+            yield _event(error_body(to_api_error(error)))
+        yield format_sse_event(data_str="[DONE]")
+
+    return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+def _event(data: Chunk) -> bytes:
+    return format_sse_event(data_str=json.dumps(data, ensure_ascii=False))
+
+
+def token_text(engine: Engine, token_id: int) -> str:
+    """How one token reads on its own."""
+    return engine.tokenizer.decode([token_id])
+
+
+def top_tokens(engine: Engine, logprob: TokenLogprob) -> list[tuple[str, float]]:
+    """The likeliest alternatives as text."""
+    return [(token_text(engine, token), value) for token, value in logprob.top]

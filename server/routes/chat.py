@@ -1,0 +1,105 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jinja2
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from ipissa.data.chat import chat_ids
+
+from ..deps import EngineDep, SettingsDep, unless_disconnected
+from ..engine.base import Delta, Engine
+from ..errors import bad_request
+from ..generate import build_request, collect, stream, token_text, top_tokens, usage
+from ..schemas import ChatMessage, ChatRequest, new_id, now
+from ..steer import resolve_steer
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", response_model=None)
+async def chat_completions(
+    body: ChatRequest, request: Request, engine: EngineDep, settings: SettingsDep
+) -> dict[str, Any] | Response:
+    """Answer a conversation, at one α, several, or a composition."""
+    steer = resolve_steer(body.model, body.steer_alpha, dict(engine.adapters), settings)
+    prompts = [conversation_ids(engine, body.messages)]
+    job = build_request(
+        body,
+        prompts,
+        steer,
+        engine,
+        max_tokens=body.max_completion_tokens or body.max_tokens,
+        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    head = {
+        "id": new_id("chatcmpl"),
+        "created": now(),
+        "model": body.model or settings.model,
+        "steer_adapters": steer.digests,
+    }
+
+    def choice(row: int, finish_reason: str | None, deltas: list[Delta], **content: Any) -> dict[str, Any]:
+        logprobs = {"content": _logprobs(engine, deltas), "refusal": None} if body.logprobs else None
+        return {
+            "index": row,
+            **content,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+            "steer": dict(job.rows[row].steer),
+        }
+
+    if body.stream:
+        chunk_head = {**head, "object": "chat.completion.chunk"}
+
+        def closing(tokens: int) -> list[dict[str, Any]]:
+            wanted = body.stream_options and body.stream_options.include_usage
+            return [{**chunk_head, "choices": [], "usage": usage(prompts, tokens).model_dump()}] if wanted else []
+
+        def chunk(delta: Delta) -> dict[str, Any]:
+            part = choice(delta.row, delta.finish_reason, [delta], delta={"content": delta.text})
+            return {**chunk_head, "choices": [part]}
+
+        roles = [choice(row, None, [], delta={"role": "assistant", "content": ""}) for row in range(len(job.rows))]
+        return stream(
+            engine, job, opening=[{**chunk_head, "choices": [role]} for role in roles], chunk=chunk, closing=closing
+        )
+    rows = await unless_disconnected(request, collect(engine, job))
+    choices = [
+        choice(i, row.finish_reason, row.deltas, message={"role": "assistant", "content": row.text})
+        for i, row in enumerate(rows)
+    ]
+    total = usage(prompts, sum(row.tokens for row in rows)).model_dump()
+    return {**head, "object": "chat.completion", "choices": choices, "usage": total}
+
+
+def conversation_ids(engine: Engine, messages: list[ChatMessage], prefill: str = "") -> list[int]:
+    """Token ids of a conversation, up to where the assistant speaks or after what it has begun with."""
+    if engine.tokenizer.chat_template is None:
+        raise bad_request(
+            "This model has no chat template, so it takes no messages; use /v1/completions or give a prompt.",
+            param="messages",
+        )
+    try:
+        return chat_ids(engine.tokenizer, [message.plain() for message in messages], prefill)
+    except jinja2.TemplateError as error:
+        raise bad_request(f"The model's chat template refuses these messages: {error}.", param="messages") from error
+
+
+def _logprobs(engine: Engine, deltas: list[Delta]) -> list[dict[str, Any]]:
+    """OpenAI's log-probabilities of chat: one object per token."""
+
+    def entry(text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    return [
+        {
+            **entry(token_text(engine, delta.logprob.token_id), delta.logprob.logprob),
+            "top_logprobs": [entry(text, value) for text, value in top_tokens(engine, delta.logprob)],
+        }
+        for delta in deltas
+        if delta.logprob is not None
+    ]

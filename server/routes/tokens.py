@@ -1,0 +1,34 @@
+"""POST /tokenize and /detokenize."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from ..deps import EngineDep
+from ..errors import bad_request
+from ..schemas import DetokenizeBody, TokenizeBody
+from .chat import conversation_ids
+
+router = APIRouter()
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeBody, engine: EngineDep) -> dict[str, Any]:
+    """Token ids of a prompt or a conversation."""
+    if body.messages is not None:
+        tokens = conversation_ids(engine, body.messages)
+    else:
+        tokens = engine.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+    return {"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len}
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeBody, engine: EngineDep) -> dict[str, str]:
+    """The text of token ids, special tokens included."""
+    vocab = len(engine.tokenizer)
+    for token in body.tokens:
+        if token >= vocab:
+            raise bad_request(f"The token id {token} is not in the vocabulary of {vocab} tokens.", param="tokens")
+    return {"prompt": engine.tokenizer.decode(body.tokens)}

@@ -1,0 +1,71 @@
+"""What `ipissa-serve` was asked to do, validated once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ipissa.errors import ConfigError
+from ipissa.models import DEMO_MODEL
+
+DEFAULT_MAX_ALPHA = 10.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of one server.
+
+    Args:
+        model: Base model, as `ipissa.load_model` takes it.
+        adapters: Adapter files by the names that requests use.
+        engine: `torch`.
+        alpha_bucket: α is rounded to a multiple of this; 0 keeps it exact.
+        max_alpha: Requests beyond this |α| are refused.
+        default_alpha: α of requests that give none and whose adapter is clear.
+        api_key: Bearer token that requests must carry, or None for an open server.
+        adapter_dir: Folder that adapters may be loaded from while the server runs.
+        ui: Whether `/` is the page.
+        max_batch: Most sequences in one request, and most decoding at a time.
+        max_queue: Most requests waiting or running; more are answered 429.
+        max_model_len: Most tokens of prompt and answer together; None for the model's own limit.
+    """
+
+    model: str = DEMO_MODEL
+    adapters: dict[str, Path] = field(default_factory=dict)
+    engine: str = "torch"
+    device: str = "auto"
+    dtype: str = "auto"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    adapter_dir: Path | None = None
+    ui: bool = True
+    alpha_bucket: float = 0.001
+    max_alpha: float = DEFAULT_MAX_ALPHA
+    default_alpha: float = 0.0
+    max_batch: int = 64
+    max_queue: int = 128
+    max_model_len: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("alpha_bucket", "max_alpha", "default_alpha"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"{name} {getattr(self, name)} is not a finite number.")
+        if not 0 <= self.alpha_bucket <= 1:
+            raise ConfigError(f"alpha_bucket {self.alpha_bucket} is not between 0 (exact) and 1.")
+        if self.max_alpha <= 0:
+            raise ConfigError(f"max_alpha {self.max_alpha} is not positive.")
+        if abs(self.default_alpha) > self.max_alpha:
+            raise ConfigError(f"default_alpha {self.default_alpha} is beyond max_alpha {self.max_alpha}.")
+        for name in ("max_batch", "max_queue"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)} is not at least 1.")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"max_model_len {self.max_model_len} is not at least 2.")
+        if self.engine != "torch":
+            raise ConfigError(f"engine {self.engine!r} is not available in this version; use torch.")
+        if self.adapter_dir is not None and not self.adapter_dir.is_dir():
+            raise ConfigError(f"adapter_dir {str(self.adapter_dir)!r} is not a folder.")
+        if self.model in self.adapters:
+            raise ConfigError(f"An adapter cannot have the base model's name {self.model!r}; choose another name.")

@@ -1,0 +1,131 @@
+"""Tiny models of every tested family, random adapters for them, and the demo model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from ipissa.adapter import Adapter, AdapterConfig, ModuleFactors
+from ipissa.base import describe_base
+from ipissa.models import load_model
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = sorted((ROOT / "adapters").glob("*.safetensors"))
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config),  # has biases on q, k and v
+    "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig),
+    "mistral": (MistralForCausalLM, MistralConfig),
+}
+TRAIT = {
+    "positive": "an honest",
+    "negative": "a dishonest",
+    "neutral": "a",
+    "template": "Pretend you're {persona} person.",
+}
+
+
+def tiny_model(family: str, *, seed: int = 0, vocab_size: int = 97) -> Any:
+    """A random float32 model with 4 blocks; weights large enough that logits differ by more than rounding."""
+    torch.manual_seed(seed)
+    model_class, config_class = FAMILIES[family]
+    config = config_class(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    model = model_class(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def random_adapter(
+    model: Any,
+    *,
+    suffixes: tuple[str, ...] = ("q_proj", "v_proj", "o_proj", "down_proj"),
+    rank: int = 6,
+    seed: int = 0,
+    **config: Any,
+) -> Adapter:
+    """An adapter with sizeable random rotations and scales on every module that ends in `suffixes`."""
+    generator = torch.Generator().manual_seed(seed)
+    names = [name for name, _ in model.named_modules() if name.endswith(suffixes)]
+    settings = AdapterConfig(rank=rank, modules=tuple(names), **config)
+
+    def skew() -> torch.Tensor:
+        p = torch.randn(rank, rank, generator=generator) * 0.3
+        return p - p.T
+
+    modules = {}
+    for name in names:
+        u, s, vh = torch.linalg.svd(model.get_submodule(name).weight.detach().float(), full_matrices=False)
+        modules[name] = ModuleFactors(
+            U=u[:, :rank].contiguous(),
+            S=s[:rank].contiguous(),
+            V=vh[:rank].T.contiguous(),
+            rotation_v=skew() if settings.rotate_v else torch.zeros(rank, rank),
+            rotation_u=skew() if settings.rotate_u else None,
+            delta_s=None if settings.scale_mode == "none" else torch.randn(rank, generator=generator) * 0.2,
+        )
+    return Adapter(config=settings, modules=modules, base_model=describe_base(model, "tiny"), trait=dict(TRAIT))
+
+
+def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits without gradients."""
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def model(request: pytest.FixtureRequest) -> Any:
+    """A tiny model of each family."""
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def llama() -> Any:
+    """A tiny Llama."""
+    return tiny_model("llama")
+
+
+@pytest.fixture
+def make_adapter() -> Callable[..., Adapter]:
+    """`random_adapter`."""
+    return random_adapter
+
+
+@pytest.fixture(scope="session")
+def demo() -> tuple[Any, Any]:
+    """The demo model in float32 and its tokenizer. Tests leave the model as they found it."""
+    return load_model(device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo: tuple[Any, Any]) -> Any:
+    """The demo model's tokenizer."""
+    return demo[1]

@@ -1,0 +1,135 @@
+"""The file format: exact round trips, and one clear sentence for every kind of unusable file."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import random_adapter
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ipissa.adapter import Adapter, load_adapter, save_adapter
+from ipissa.errors import AdapterFileError
+
+MODULE = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture
+def adapter(llama: Any) -> Adapter:
+    return random_adapter(llama, suffixes=("down_proj",), rotate_u=True)
+
+
+@pytest.fixture
+def path(adapter: Adapter, tmp_path: Path) -> Path:
+    save_adapter(adapter, tmp_path / "a.safetensors")
+    return tmp_path / "a.safetensors"
+
+
+def edit(path: Path, *, drop: str = "", tensors: dict[str, torch.Tensor] | None = None, **metadata: str) -> None:
+    """Rewrite a file with some tensors or metadata replaced."""
+    with safe_open(path, framework="pt") as file:
+        kept = {key: file.get_tensor(key) for key in file.keys() if key != drop}  # noqa: SIM118
+        old = file.metadata()
+    save_file({**kept, **(tensors or {})}, path, metadata={**old, **metadata})
+
+
+def test_a_file_reads_back_as_it_was_written(adapter: Adapter, path: Path) -> None:
+    found = load_adapter(path)
+    assert found.config == adapter.config
+    assert (found.trait, found.base_model, found.alpha_range) == (
+        adapter.trait,
+        adapter.base_model,
+        adapter.alpha_range,
+    )
+    for name, factors in adapter.modules.items():
+        for key, value in factors.tensors().items():
+            assert torch.equal(found.modules[name].tensors()[key], value)
+
+
+def test_the_file_holds_what_the_contract_lists(path: Path) -> None:
+    with safe_open(path, framework="pt") as file:
+        names = {key.removeprefix(MODULE + ".") for key in file.keys() if key.startswith(MODULE)}  # noqa: SIM118
+        metadata = file.metadata()
+    assert names == {"U", "S", "V", "rotation_v", "rotation_u", "delta_s"}
+    assert (metadata["format"], metadata["kind"]) == ("ipissa", "innerpissa")
+    assert json.loads(metadata["config"])["rank"] == 6
+    assert {"positive", "negative", "neutral", "template"} <= json.loads(metadata["trait"]).keys()
+    assert {"name", "architecture", "hidden_size", "layers", "fingerprint"} <= json.loads(metadata["base_model"]).keys()
+
+
+def test_the_digest_is_that_of_the_file(path: Path) -> None:
+    import hashlib
+
+    assert load_adapter(path).digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(
+    adapter: Adapter, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = path.read_bytes()
+
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("ipissa.adapter.checkpoint.save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_adapter(adapter, path)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("metadata", "says"),
+    [
+        ({"format": "other"}, "format 'other'"),
+        ({"kind": "vector"}, "kind 'vector'"),
+        ({"format_version": "99"}, "format_version '99'"),
+        ({"config": "{"}, "unreadable JSON"),
+        ({"config": '{"rank": 6, "rotation": "magic", "modules": ["x"]}'}, "rotation 'magic' is unknown"),
+        ({"config": '{"rank": 6, "modules": []}'}, "adapts no module"),
+        ({"alpha_range": "[0.5, 1]"}, "not an interval around 0"),
+        ({"alpha_range": "[NaN, 1]"}, "not an interval around 0"),
+        ({"trait": "{}"}, "lacks"),
+    ],
+)
+def test_unusable_metadata_is_refused(path: Path, metadata: dict[str, str], says: str) -> None:
+    edit(path, **metadata)
+    with pytest.raises(AdapterFileError, match=says):
+        load_adapter(path)
+
+
+def test_a_missing_tensor_is_refused(path: Path) -> None:
+    edit(path, drop=f"{MODULE}.V")
+    with pytest.raises(AdapterFileError, match=r"lacks the tensor .*down_proj\.V"):
+        load_adapter(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("V", torch.full((48, 6), float("nan")), "NaN or infinite"),
+        ("V", torch.zeros(48, 5), "shape"),
+        ("S", torch.zeros(6, 6), "shape"),
+        ("rotation_v", torch.ones(6, 6), "not skew-symmetric"),
+        ("extra", torch.zeros(1), "unexpected tensor"),
+    ],
+)
+def test_unusable_tensors_are_refused(path: Path, name: str, value: torch.Tensor, says: str) -> None:
+    edit(path, tensors={f"{MODULE}.{name}": value})
+    with pytest.raises(AdapterFileError, match=says):
+        load_adapter(path)
+
+
+def test_truncated_pickled_empty_and_missing_files_are_refused(path: Path, tmp_path: Path) -> None:
+    whole = path.read_bytes()
+    for content in (whole[:-100], whole[:4], b"", pickle.dumps({"x": 1})):
+        path.write_bytes(content)
+        with pytest.raises(AdapterFileError, match="not a readable safetensors file"):
+            load_adapter(path)
+    with pytest.raises(AdapterFileError, match="does not exist"):
+        load_adapter(tmp_path / "nowhere.safetensors")
+    with pytest.raises(AdapterFileError, match="is a folder"):
+        load_adapter(tmp_path)

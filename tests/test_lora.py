@@ -1,0 +1,60 @@
+"""Export: a LoRA that stock PEFT loads, and merged weights."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import SHIPPED, logits_of, random_adapter, tiny_model
+
+import ipissa
+from ipissa.errors import AlphaError, ConfigError
+
+IDS = torch.tensor([[5, 9, 33, 71, 12, 40]])
+
+
+def assert_peft_equals_runtime(model: Any, adapter: Any, alpha: float, folder: Path, ids: torch.Tensor) -> None:
+    steered = ipissa.attach(model, adapter)
+    with steered.alpha(alpha):
+        expected = logits_of(model, ids)
+    steered.detach()
+    ipissa.to_lora(adapter, alpha=alpha, output_dir=folder)
+    loaded = peft.PeftModel.from_pretrained(model, folder)
+    found = logits_of(loaded, ids)
+    loaded.unload()
+    assert (found - expected).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("rank", [6, 40])  # 40 is beyond some modules' own rank
+def test_exported_lora_in_stock_peft_equals_the_runtime(model: Any, tmp_path: Path, rank: int) -> None:
+    adapter = random_adapter(model, rank=min(rank, 16), rotate_u=True)
+    assert_peft_equals_runtime(model, adapter, 0.75, tmp_path / "lora", IDS)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("alpha", [-1.3, 0.6])
+def test_shipped_adapters_export_to_stock_peft(demo: tuple[Any, Any], tmp_path: Path, path: Path, alpha: float) -> None:
+    model, tokenizer = demo
+    ids = tokenizer("I found a wallet. My choice:", return_tensors="pt").input_ids
+    assert_peft_equals_runtime(model, ipissa.load_adapter(path), alpha, tmp_path / "lora", ids)
+
+
+def test_merged_weights_equal_the_runtime(tmp_path: Path) -> None:
+    model = tiny_model("mistral")
+    adapter = random_adapter(model)
+    steered = ipissa.attach(model, adapter)
+    with steered.alpha(-0.6):
+        expected = logits_of(model, IDS)
+    steered.detach()
+    ipissa.merge(model, adapter, alpha=-0.6)
+    assert (logits_of(model, IDS) - expected).abs().max() <= 1e-4
+
+
+def test_export_refuses_a_full_folder_and_a_non_finite_alpha(llama: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(ConfigError, match="not an empty folder"):
+        ipissa.to_lora(random_adapter(llama), alpha=1.0, output_dir=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    with pytest.raises(AlphaError, match="nan"):
+        ipissa.to_lora(random_adapter(llama), alpha=float("nan"), output_dir=tmp_path / "new")

@@ -1,0 +1,173 @@
+"""The runtime against weights edited by the independent definition, and what users rely on around it."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from conftest import SHIPPED, logits_of, random_adapter, tiny_model
+from oracle import edited_model
+
+import ipissa
+from ipissa.errors import AlphaError, BaseModelMismatchError
+from ipissa.rotation import ROTATIONS
+from ipissa.scaling import SCALE_MODES
+
+ALPHAS = [-1.3, -0.5, 0.0, 0.37, 1.0]
+IDS = torch.tensor([[5, 9, 33, 71, 12, 40], [7, 7, 80, 2, 19, 55]])
+SIDES = [(True, False), (False, True), (True, True), (False, False)]
+VARIANTS = [
+    (method, mode, v, u) for method, mode, (v, u) in product(ROTATIONS, SCALE_MODES, SIDES) if v or u or mode != "none"
+]
+
+
+def assert_equals_edited_weights(model: Any, adapter: Any, ids: torch.Tensor) -> None:
+    base = logits_of(model, ids)
+    steered = ipissa.attach(model, adapter)
+    for alpha in ALPHAS:
+        with steered.alpha(alpha):
+            found = logits_of(model, ids)
+        if alpha == 0:
+            assert torch.equal(found, base)
+        else:
+            expected = logits_of(edited_model(model, [(adapter, alpha)]), ids)
+            assert (found - expected).abs().max() <= 1e-4
+            assert (found - base).abs().max() > 1e-3  # otherwise the test proves nothing
+    steered.detach()
+
+
+def test_runtime_equals_edited_weights_for_every_family(model: Any) -> None:
+    assert_equals_edited_weights(model, random_adapter(model), IDS)
+
+
+@pytest.mark.parametrize(("method", "mode", "v", "u"), VARIANTS)
+def test_runtime_equals_edited_weights_for_every_variant(llama: Any, method: str, mode: str, v: bool, u: bool) -> None:
+    adapter = random_adapter(llama, rank=7, rotation=method, scale_mode=mode, rotate_v=v, rotate_u=u)
+    assert_equals_edited_weights(llama, adapter, IDS)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_adapters_equal_edited_weights(demo: tuple[Any, Any], path: Any) -> None:
+    model, tokenizer = demo
+    ids = tokenizer("The honest answer is that I broke it. My choice:", return_tensors="pt").input_ids
+    assert_equals_edited_weights(model, ipissa.load_adapter(path), ids)
+
+
+def test_both_adapters_are_shipped() -> None:
+    assert [path.stem for path in SHIPPED] == ["honest", "kind"]
+    assert all(path.stat().st_size <= 12_000_000 for path in SHIPPED)
+
+
+def test_each_row_of_a_batch_has_its_own_alpha(model: Any) -> None:
+    adapter = random_adapter(model)
+    ids = IDS[:1].expand(len(ALPHAS), -1)
+    with ipissa.attach(model, adapter).alpha(ALPHAS):
+        together = logits_of(model, ids)
+    for row, alpha in enumerate(ALPHAS):
+        expected = logits_of(edited_model(model, [(adapter, alpha)]), ids[:1])[0]
+        assert (together[row] - expected).abs().max() <= 1e-4
+
+
+def test_rows_at_zero_are_exactly_the_base_beside_steered_rows(llama: Any) -> None:
+    base = logits_of(llama, IDS)
+    with ipissa.attach(llama, random_adapter(llama)).alpha([0.0, 1.0]):
+        assert torch.equal(logits_of(llama, IDS)[0], base[0])
+
+
+def test_adapters_on_the_same_modules_add_up_each_at_its_own_alpha(model: Any) -> None:
+    adapters = {"a": random_adapter(model, seed=1), "b": random_adapter(model, seed=2, rank=5, rotate_u=True)}
+    steered = ipissa.attach(model, adapters)
+    with steered.alpha({"a": 0.7, "b": [-0.4, 1.1]}):
+        found = logits_of(model, IDS)
+    for row, b in enumerate([-0.4, 1.1]):
+        expected = logits_of(edited_model(model, [(adapters["a"], 0.7), (adapters["b"], b)]), IDS)[row]
+        assert (found[row] - expected).abs().max() <= 1e-4
+
+
+def test_detaching_leaves_the_model_bitwise_as_it_was(model: Any) -> None:
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    base = logits_of(model, IDS)
+    steered = ipissa.attach(model, random_adapter(model))
+    steered.set_alpha(1.0)
+    logits_of(model, IDS)
+    steered.detach()
+    assert torch.equal(logits_of(model, IDS), base)
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_alpha_is_restored_after_the_block_and_after_an_exception(llama: Any) -> None:
+    steered = ipissa.attach(llama, random_adapter(llama))
+    base = logits_of(llama, IDS)
+    with steered.alpha(0.5):
+        at_half = logits_of(llama, IDS)
+        with pytest.raises(RuntimeError), steered.alpha(1.0):
+            raise RuntimeError
+        assert torch.equal(logits_of(llama, IDS), at_half)
+    assert torch.equal(logits_of(llama, IDS), base)
+
+
+def test_generate_works_with_one_alpha_per_row(llama: Any) -> None:
+    steered = ipissa.attach(llama, random_adapter(llama))
+    ids = IDS[:1].expand(3, -1)
+    settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    with steered.alpha([-1.0, 0.0, 1.0]):
+        together = llama.generate(ids, **settings)
+    for row, alpha in enumerate([-1.0, 0.0, 1.0]):
+        with steered.alpha(alpha):
+            alone = llama.generate(ids[:1], **{**settings, "attention_mask": torch.ones_like(ids[:1])})
+        assert torch.equal(together[row], alone[0])
+
+
+def test_bfloat16_follows_the_definition_as_closely_as_merged_weights_do() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    adapter = random_adapter(model)
+    exact = logits_of(edited_model(tiny_model("llama"), [(random_adapter(tiny_model("llama")), 0.8)]), IDS)
+    with ipissa.attach(model, adapter).alpha(0.8):
+        ours = (logits_of(model, IDS).float() - exact).abs().mean()
+    merged = (logits_of(edited_model(model, [(adapter, 0.8)]), IDS).float() - exact).abs().mean()
+    assert ours < 1.5 * merged
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), True, "big", [0.1, float("nan")], []])
+def test_unusable_alpha_is_refused_and_changes_nothing(llama: Any, bad: Any) -> None:
+    steered = ipissa.attach(llama, random_adapter(llama))
+    base = logits_of(llama, IDS)
+    with pytest.raises(AlphaError), steered.alpha(bad):
+        pass
+    assert torch.equal(logits_of(llama, IDS), base)
+
+
+def test_a_batch_of_another_size_than_the_alphas_is_refused(llama: Any) -> None:
+    with ipissa.attach(llama, random_adapter(llama)).alpha([0.1, 0.2, 0.3]), pytest.raises(AlphaError, match="3 α"):
+        logits_of(llama, IDS)
+
+
+def test_unknown_names_and_nameless_numbers_are_refused(llama: Any) -> None:
+    steered = ipissa.attach(llama, {"a": random_adapter(llama), "b": random_adapter(llama, seed=1)})
+    with pytest.raises(AlphaError, match="'c'"), steered.alpha({"c": 1.0}):
+        pass
+    with pytest.raises(AlphaError, match="Name the adapter"), steered.alpha(1.0):
+        pass
+
+
+def test_another_base_model_is_refused_and_nothing_stays_attached(llama: Any) -> None:
+    adapter = random_adapter(llama)
+    other_family, other_weights = tiny_model("gemma3"), tiny_model("llama", seed=9)
+    with pytest.raises(BaseModelMismatchError, match="shape"):
+        ipissa.attach(other_family, adapter)
+    with pytest.raises(BaseModelMismatchError, match="singular vectors"):
+        ipissa.attach(other_weights, {"fits not": adapter})
+    assert not any(module._forward_hooks for module in other_weights.modules())
+
+
+def test_phases_are_cached_within_bounds(llama: Any) -> None:
+    steered = ipissa.attach(llama, {"a": random_adapter(llama)}, cache_size=4)
+    for alpha in [0.1, 0.2, 0.1, 0.3, 0.4, 0.5, 0.6]:
+        steered.set_alpha(alpha)
+    info = steered.phase_cache_info()["a"]
+    assert (info.currsize, info.maxsize) == (4, 4)
+    assert info.misses == 6

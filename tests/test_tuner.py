@@ -1,0 +1,163 @@
+"""InnerPiSSA as a PEFT tuner: one table of configurations drives forward, save, load, disable and merge."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import TRAIT, logits_of, tiny_model
+from oracle import edited_model
+
+import ipissa
+from ipissa.adapter import InnerPissaConfig, InnerPissaLayer, layer_alpha
+from ipissa.adapter.config import PEFT_TYPE
+from ipissa.adapter.convert import from_peft_folder, from_peft_model, to_peft_folder
+from ipissa.base import describe_base
+from ipissa.errors import ConfigError
+
+IDS = torch.tensor([[5, 9, 33, 71, 12, 40], [7, 7, 80, 2, 19, 55]])
+CONFIGS = {
+    "default": {},
+    "matrix_exp": {"rotation": "matrix_exp"},
+    "angles": {"clamp": "angles"},
+    "unclamped": {"clamp": "none"},
+    "add_tanh": {"scale_mode": "add_tanh"},
+    "mult": {"scale_mode": "mult"},
+    "no scale": {"scale_mode": "none"},
+    "both sides": {"rotate_u": True},
+    "output side": {"rotate_u": True, "rotate_v": False},
+    "scale only": {"rotate_v": False},
+    "odd rank": {"r": 5},
+    "rank beyond the module": {"r": 500},
+}
+
+
+def wrapped(family: str = "llama", **config: Any) -> Any:
+    """A PEFT model with parameters far enough from zero to matter."""
+    settings = {"r": 8, "target_modules": ["q_proj", "o_proj", "down_proj"], **config}
+    model = peft.get_peft_model(tiny_model(family), InnerPissaConfig(**settings)).eval()
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "innerpissa" in name:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def peft_model(request: pytest.FixtureRequest) -> Any:
+    return wrapped(**request.param)
+
+
+def test_registering_leaves_pefts_enum_alone() -> None:
+    assert PEFT_TYPE not in list(peft.PeftType)
+    assert peft.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] is InnerPissaConfig
+
+
+def test_the_layer_equals_weights_edited_by_the_definition(peft_model: Any) -> None:
+    base = tiny_model("llama")
+    adapter = from_peft_model(peft_model, base_model=describe_base(base, "tiny"), trait=TRAIT)
+    for alpha in (-1.3, 0.4, 1.0):
+        with layer_alpha(peft_model, alpha):
+            found = logits_of(peft_model, IDS)
+        expected = logits_of(edited_model(base, [(adapter, alpha)]), IDS)
+        assert (found - expected).abs().max() <= 1e-4
+        assert (found - logits_of(base, IDS)).abs().max() > 1e-3
+
+
+def test_alpha_zero_and_disabled_are_exactly_the_base(peft_model: Any) -> None:
+    base = logits_of(tiny_model("llama"), IDS)
+    with layer_alpha(peft_model, 0.0):
+        assert torch.equal(logits_of(peft_model, IDS), base)
+    with peft_model.disable_adapter():
+        assert torch.equal(logits_of(peft_model, IDS), base)
+
+
+def test_rows_may_have_their_own_alpha(peft_model: Any) -> None:
+    with layer_alpha(peft_model, torch.tensor([-0.5, 0.9])):
+        together = logits_of(peft_model, IDS)
+    for row, alpha in enumerate([-0.5, 0.9]):
+        with layer_alpha(peft_model, alpha):
+            torch.testing.assert_close(logits_of(peft_model, IDS)[row], together[row], atol=1e-5, rtol=1e-5)
+
+
+def test_saving_and_loading_with_peft_keeps_logits(peft_model: Any, tmp_path: Path) -> None:
+    peft_model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    assert torch.equal(logits_of(loaded, IDS), logits_of(peft_model, IDS))
+
+
+def test_merging_equals_and_unmerging_is_exact(peft_model: Any) -> None:
+    base = {name: value.clone() for name, value in peft_model.state_dict().items()}
+    expected = logits_of(peft_model, IDS)
+    peft_model.merge_adapter(safe_merge=True)
+    assert (logits_of(peft_model, IDS) - expected).abs().max() <= 1e-4
+    peft_model.unmerge_adapter()
+    assert all(torch.equal(value, base[name]) for name, value in peft_model.state_dict().items())
+    merged = peft_model.merge_and_unload()
+    assert not any(isinstance(module, InnerPissaLayer) for module in merged.modules())
+    assert (logits_of(merged, IDS) - expected).abs().max() <= 1e-4
+
+
+def test_the_peft_form_and_the_file_convert_both_ways(peft_model: Any, tmp_path: Path) -> None:
+    base = tiny_model("llama")
+    adapter = from_peft_model(peft_model, base_model=describe_base(base, "tiny"), trait=TRAIT)
+    ipissa.save_adapter(adapter, tmp_path / "a.safetensors")
+    to_peft_folder(ipissa.load_adapter(tmp_path / "a.safetensors"), tmp_path / "peft")
+    back = from_peft_folder(tmp_path / "peft")
+    assert back.modules.keys() == adapter.modules.keys()
+    assert (back.trait, back.alpha_range, back.base_model) == (adapter.trait, adapter.alpha_range, adapter.base_model)
+    for name, factors in adapter.modules.items():
+        for key, value in factors.tensors().items():
+            torch.testing.assert_close(back.modules[name].tensors()[key], value)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "peft")
+    assert (logits_of(loaded, IDS) - logits_of(peft_model, IDS)).abs().max() <= 1e-4
+
+
+def test_two_adapters_switch_and_only_the_active_one_trains() -> None:
+    model = wrapped()
+    model.add_adapter("second", InnerPissaConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"]))
+    model.set_adapter("second")
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable
+    assert all(".second" in name and "innerpissa" in name for name in trainable)
+
+
+def test_initial_parameters_make_plus_and_minus_one_differ_and_zeros_do_not() -> None:
+    for std, differs in ((0.002, True), (0.0, False)):
+        config = InnerPissaConfig(r=8, target_modules=["o_proj"], init_std=std, scale_mode="none")
+        model = peft.get_peft_model(tiny_model("llama"), config).eval()
+        with layer_alpha(model, torch.tensor([1.0, -1.0])):
+            plus, minus = logits_of(model, IDS[:1].expand(2, -1))
+        assert (not torch.equal(plus, minus)) is differs
+
+
+def test_gradients_reach_every_trainable_parameter_and_no_other() -> None:
+    model = wrapped(rotate_u=True)
+    with layer_alpha(model, torch.tensor([1.0, -1.0])):
+        model(input_ids=IDS).logits.logsumexp(-1).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == ("innerpissa" in name), name
+
+
+def test_the_layers_alpha_is_restored_after_an_exception() -> None:
+    model = wrapped()
+    with pytest.raises(RuntimeError), layer_alpha(model, 0.3):
+        raise RuntimeError
+    assert {m.alpha for m in model.modules() if isinstance(m, InnerPissaLayer)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"rotation": "spin"}, "rotation 'spin' is unknown; use one of cayley"),
+        ({"clamp": "hard"}, "clamp 'hard'"),
+        ({"scale_mode": "add"}, "scale_mode 'add'"),
+        ({"r": 1}, "at least 2"),
+        ({"max_rotation": 0}, "not positive"),
+        ({"rotate_v": False, "scale_mode": "none"}, "nothing would be trained"),
+    ],
+)
+def test_unusable_configurations_are_refused(bad: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        InnerPissaConfig(**bad)

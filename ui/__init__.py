@@ -1,0 +1,1 @@
+"""The page: a Gradio client of the HTTP API, nothing more."""
