@@ -69,7 +69,7 @@ class SteeredModel:
     @property
     def adapters(self) -> dict[str, Adapter]:
         """The attached adapters by name."""
-        return {name: attached.adapter for name, attached in self._attached.items()}
+        return {name: attached.adapter for name, attached in list(self._attached.items())}
 
     def add(self, name: str, adapter: Adapter) -> None:
         """Attach one more adapter at α = 0, after checking that it fits the model."""
@@ -112,7 +112,7 @@ class SteeredModel:
 
     def phase_cache_info(self) -> dict[str, Any]:
         """Hits, misses, size and capacity of each adapter's phase cache, by adapter name."""
-        return {name: attached.phases.cache_info() for name, attached in self._attached.items()}
+        return {name: attached.phases.cache_info() for name, attached in list(self._attached.items())}
 
     def _by_name(self, value: Alpha | Mapping[str, Alpha]) -> Mapping[str, Alpha]:
         if isinstance(value, Mapping):

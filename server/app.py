@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from fastapi import Depends, FastAPI, Request
 
 import ipissa
-from ipissa.adapter import load_adapter
+from ipissa.adapter import Adapter, load_adapter
 from ipissa.errors import ConfigError
 
 from .deps import check_key
@@ -18,18 +18,19 @@ from .engine.base import Engine
 from .engine.torch_engine import TorchEngine
 from .errors import install_error_handlers, not_found
 from .metrics import Metrics, MetricsMiddleware
-from .routes import adapters, chat, completions, health, models, score, tokens
+from .routes import adapters as adapter_routes
+from .routes import chat, completions, health, models, score, tokens
 from .schemas import now
 from .settings import Settings
 
 logger = logging.getLogger("ipissa.server")
 
 
-def load_engine(settings: Settings) -> Engine:
-    """Read the adapters, load the model, and start the engine."""
+def load_engine(settings: Settings, adapters: dict[str, Adapter]) -> Engine:
+    """Load the model, attach the adapters, and start the engine."""
     return TorchEngine(
         settings.model,
-        {name: load_adapter(path) for name, path in settings.adapters.items()},
+        adapters,
         device=settings.device,
         dtype=settings.dtype,
         max_batch=settings.max_batch,
@@ -44,11 +45,15 @@ def create_app(settings: Settings, *, on_load_error: Callable[[Exception], None]
     Args:
         settings: What to serve.
         on_load_error: Called once if the engine cannot be loaded; the app can then only be stopped.
+
+    Raises:
+        AdapterFileError: an adapter file is unusable; nothing is served then.
     """
+    adapters = {name: load_adapter(path) for name, path in settings.adapters.items()}
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(_load(app, settings, on_load_error))
+        loading = asyncio.create_task(_load(app, adapters, on_load_error))
         yield
         await asyncio.gather(loading, return_exceptions=True)
         if app.state.engine is not None:
@@ -63,7 +68,7 @@ def create_app(settings: Settings, *, on_load_error: Callable[[Exception], None]
     app.add_middleware(MetricsMiddleware, metrics=app.state.metrics)
     install_error_handlers(app)
     app.include_router(health.router)
-    for noun in (completions, chat, score, models, adapters, tokens):
+    for noun in (completions, chat, score, models, adapter_routes, tokens):
         app.include_router(noun.router, dependencies=[Depends(check_key)])
     app.add_api_route("/v1/{path:path}", _no_such_route, include_in_schema=False, methods=["GET", "POST", "DELETE"])
     return _with_page(app, settings) if settings.ui else app
@@ -74,10 +79,11 @@ async def _no_such_route(request: Request) -> None:
     raise not_found(f"There is no {request.method} {request.url.path}; /docs lists the routes.")
 
 
-async def _load(app: FastAPI, settings: Settings, on_load_error: Callable[[Exception], None] | None) -> None:
+async def _load(app: FastAPI, adapters: dict[str, Adapter], on_load_error: Callable[[Exception], None] | None) -> None:
+    settings: Settings = app.state.settings
     try:
-        app.state.engine = await asyncio.to_thread(load_engine, settings)
-        logger.info("serving %s with %s", settings.model, ", ".join(settings.adapters) or "no adapter")
+        app.state.engine = await asyncio.to_thread(load_engine, settings, adapters)
+        logger.info("serving %s with %s", settings.model, ", ".join(adapters) or "no adapter")
     except Exception as error:
         if on_load_error is None:
             raise

@@ -104,10 +104,8 @@ def run(settings: Settings) -> None:
     """Serve until stopped.
 
     Raises:
-        IpissaError: an adapter file is unusable (before anything else), or the engine cannot be loaded.
+        IpissaError: an adapter file is unusable, or the engine cannot be loaded.
     """
-    for path in settings.adapters.values():
-        load_adapter(path)
     logging.getLogger("ipissa").setLevel(logging.INFO)
     failure: list[Exception] = []
 

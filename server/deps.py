@@ -11,15 +11,11 @@ from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from .engine.base import Engine, EngineLoadingError
-from .errors import ApiError
+from .errors import ApiError, ClientGoneError
 from .settings import Settings
 
 T = TypeVar("T")
 bearer = HTTPBearer(auto_error=False)
-
-
-class ClientGoneError(Exception):
-    """The client hung up; there is nobody to answer."""
 
 
 def get_settings(request: Request) -> Settings:

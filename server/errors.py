@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from ipissa.errors import IpissaError
@@ -15,6 +15,11 @@ from .engine.base import AdapterInUseError, EngineLoadingError, OverloadedError
 from .schemas import UNSUPPORTED_FIELD
 
 RETRY_AFTER_SECONDS = "1"
+CLIENT_GONE = 499  # as nginx counts clients that hung up
+
+
+class ClientGoneError(Exception):
+    """The client hung up; there is nobody to answer."""
 
 
 class ApiError(Exception):
@@ -71,6 +76,10 @@ def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def on_error(request: Request, error: Exception) -> JSONResponse:
         return respond(to_api_error(error))
+
+    @app.exception_handler(ClientGoneError)
+    async def on_gone(request: Request, error: ClientGoneError) -> Response:
+        return Response(status_code=CLIENT_GONE)
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .engine.base import Engine
+from .errors import CLIENT_GONE
 
 API_PATHS = ("/v1/", "/tokenize", "/detokenize")
 
@@ -74,7 +75,7 @@ class MetricsMiddleware:
         if scope["type"] != "http" or not scope["path"].startswith(API_PATHS):
             await self._app(scope, receive, send)
             return
-        started, status = time.perf_counter(), 499  # as nginx counts clients that hung up
+        started, status = time.perf_counter(), CLIENT_GONE
 
         async def send_counted(message: Message) -> None:
             nonlocal status

@@ -138,9 +138,7 @@ class GenerationBody(SteeredRequest):
 class CompletionRequest(GenerationBody):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]] = Field(
-        description="Text or token ids, one or several.", min_length=1
-    )
+    prompt: str | list[str] | list[int] | list[list[int]] = Field(description="Text or token ids, one or several.")
     max_tokens: int | None = Field(16, ge=1)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 

@@ -51,7 +51,7 @@ def tiny_model(family: str, *, seed: int = 0, vocab_size: int = 97) -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        max_position_embeddings=256,
+        max_position_embeddings=4096,
         initializer_range=0.2,
         bos_token_id=1,
         eos_token_id=2,

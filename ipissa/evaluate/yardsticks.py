@@ -25,10 +25,10 @@ import torch
 from tqdm import tqdm
 
 from ipissa.data.chat import chat_ids
+from ipissa.data.continuations import Continuation
 from ipissa.data.personas import Trait
 from ipissa.sequences import continuation_logprobs, pad_batch, target_logprobs
 from ipissa.steering import SteeredModel
-from ipissa.train.continuations import Continuation
 
 ROWS_PER_BATCH = 32
 RESAMPLES = 2000

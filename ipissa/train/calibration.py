@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from ipissa.data.chat import chat_ids
+from ipissa.data.continuations import Sampling, generate_ids
 from ipissa.data.personas import Trait
 from ipissa.errors import TrainingError
 from ipissa.sequences import continuation_logprobs, pad_batch, target_logprobs
 from ipissa.steering import SteeredModel
-from ipissa.train.continuations import Sampling, generate_ids
 
 GRID = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 MAX_EXCESS_NATS = 0.5

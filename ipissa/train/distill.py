@@ -26,9 +26,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ipissa.data.chat import chat_ids
+from ipissa.data.continuations import Continuation
 from ipissa.data.personas import Trait
 from ipissa.sequences import continuation_logprobs, pad_batch
-from ipissa.train.continuations import Continuation
 
 TEACHER_BATCH = 16
 STUDENT_CONTEXTS: tuple[int | None, ...] = (None, 0)  # plain, neutral persona

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ipissa.adapter.convert import from_peft_model
 from ipissa.adapter.model import layer_alpha
 from ipissa.base import describe_base
 from ipissa.data.chat import chat_ids
+from ipissa.data.continuations import Sampling, generate_ids, sample_continuations
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError
@@ -29,7 +30,6 @@ from ipissa.sequences import continuation_logprobs, pad_batch
 from ipissa.steering import attach
 from ipissa.train.calibration import Calibration, calibrate
 from ipissa.train.config import TrainConfig
-from ipissa.train.continuations import Sampling, generate_ids, sample_continuations
 from ipissa.train.distill import Target, balanced_batches, build_targets, distillation_loss
 
 SAMPLE_PROMPTS = 4
@@ -104,15 +104,8 @@ def train(config: TrainConfig, output: str | os.PathLike[str]) -> TrainResult:
         "samples": samples_after,
         "training": {**config.to_dict(), "seconds": round(seconds), "final_loss": losses[-1]["loss"]},
     }
-    adapter = Adapter(
-        config=adapter.config,
-        modules=adapter.modules,
-        base_model=base_model,
-        trait=adapter.trait,
-        alpha_range=(calibration.low, calibration.high),
-        evaluation=evaluation,
-    )
-    adapter = save_adapter(adapter, output)
+    calibrated = replace(adapter, alpha_range=(calibration.low, calibration.high), evaluation=evaluation)
+    adapter = save_adapter(calibrated, output)
     return TrainResult(adapter, yardsticks, calibration, samples_before, samples_after, losses, seconds)
 
 

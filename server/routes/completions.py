@@ -9,6 +9,7 @@ from fastapi.responses import Response
 
 from ..deps import EngineDep, SettingsDep, unless_disconnected
 from ..engine.base import Delta, Engine
+from ..errors import bad_request
 from ..generate import build_request, collect, stream, token_text, top_tokens, usage
 from ..schemas import CompletionRequest, new_id, now
 from ..steer import resolve_steer
@@ -62,6 +63,8 @@ async def completions(
 def _prompt_ids(body: CompletionRequest, engine: Engine) -> list[list[int]]:
     """Token ids of every prompt."""
     prompt = body.prompt
+    if not prompt:
+        raise bad_request("prompt is empty; give at least one token.", param="prompt")
     if isinstance(prompt, str):
         return [engine.tokenizer.encode(prompt)]
     if isinstance(prompt[0], int):

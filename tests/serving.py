@@ -1,0 +1,92 @@
+"""Run servers for tests: the app in a thread on a free port, or the command in a process."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import uvicorn
+from ipissa_server.app import create_app
+from ipissa_server.settings import Settings
+
+START_SECONDS = 120
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+class Served:
+    """A running server and ways to talk to it."""
+
+    def __init__(self, url: str, app: Any = None) -> None:
+        self.url, self.app = url, app
+        self.http = httpx.Client(base_url=url, timeout=60)
+        self.openai = openai.OpenAI(base_url=f"{url}/v1", api_key="test", max_retries=0)
+
+    def post(self, path: str, /, **body: Any) -> httpx.Response:
+        """POST a JSON body."""
+        return self.http.post(path, json=body)
+
+    def wait_until_ready(self) -> None:
+        """Until /health says 200."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                if self.http.get("/health").status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise TimeoutError(f"{self.url} did not become ready in {START_SECONDS} s")
+
+    def close(self) -> None:
+        """Close the clients."""
+        self.http.close()
+        self.openai.close()
+
+
+@contextmanager
+def in_thread(**settings: Any) -> Iterator[Served]:
+    """Serve `Settings(**settings)` in this process."""
+    port = free_port()
+    app = create_app(Settings(port=port, **settings))
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    served = Served(f"http://127.0.0.1:{port}", app)
+    try:
+        served.wait_until_ready()
+        yield served
+    finally:
+        served.close()
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def in_process(*arguments: str) -> Iterator[Served]:
+    """Run the `ipissa-serve` command."""
+    port = free_port()
+    command = [str(Path(sys.executable).parent / "ipissa-serve"), "--port", str(port), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        served = Served(f"http://127.0.0.1:{port}")
+        try:
+            served.wait_until_ready()
+            yield served
+        finally:
+            served.close()
+            process.terminate()
+            process.communicate(timeout=30)

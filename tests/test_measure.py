@@ -1,0 +1,126 @@
+"""Yardsticks, calibration and choice scoring, against models whose behaviour is known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_adapter, tiny_model
+
+import ipissa
+from ipissa.data.chat import chat_ids
+from ipissa.data.continuations import Continuation
+from ipissa.data.personas import Trait
+from ipissa.errors import ConfigError
+from ipissa.evaluate.scoring import choice_scores, find_choices, score_choices
+from ipissa.evaluate.yardsticks import bootstrap_ratio, measure_yardsticks
+from ipissa.train.calibration import CalibrationPoint, _end_of_range, distinct_share
+
+TRAIT = Trait.from_words("kind", "angry")
+
+
+def log_likelihood(model: Any, context: list[int], tokens: list[int]) -> float:
+    """Of one continuation, alone and unpadded."""
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([context + tokens])).logits[0].log_softmax(-1)
+    return float(sum(logits[len(context) - 1 + i, token] for i, token in enumerate(tokens)))
+
+
+def test_yardsticks_equal_their_definition(tokenizer: Any) -> None:
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    adapter = random_adapter(model, suffixes=("o_proj",))
+    generator = torch.Generator().manual_seed(0)
+    continuations = [
+        Continuation(f"Prompt {i}", pole, torch.randint(100, 9000, (3 + i,), generator=generator).tolist())
+        for i in range(4)
+        for pole in (1, -1)
+    ]
+    steered = ipissa.attach(model, adapter)
+    found = measure_yardsticks(steered, tokenizer, TRAIT, continuations, alpha=0.5)
+
+    def lp(pole: int, persona: int | None, alpha: float) -> float:
+        own = [c for c in continuations if c.pole == pole]
+        contexts = [chat_ids(tokenizer, TRAIT.messages(c.prompt, persona)) for c in own]
+        with steered.alpha(alpha):
+            total = sum(log_likelihood(model, k, c.tokens) for k, c in zip(contexts, own, strict=True))
+        return total / sum(len(c.tokens) for c in own)
+
+    for pole, side in ((1, found.positive), (-1, found.negative)):
+        a = 0.5 * pole
+        trait = (lp(pole, 0, a) - lp(pole, 0, 0.0)) / (lp(pole, pole, 0.0) - lp(pole, 0, 0.0))
+        contrast = (lp(pole, None, a) - lp(pole, None, -a)) / (lp(pole, pole, 0.0) - lp(pole, -pole, 0.0))
+        assert side.trait_gain.value == pytest.approx(trait, rel=1e-3)
+        assert side.plain_gain.value == pytest.approx(lp(pole, None, a) - lp(pole, None, 0.0), rel=1e-3)
+        assert side.contrast.value == pytest.approx(contrast, rel=1e-3)
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(200):
+        estimate = bootstrap_ratio(rng.normal(0.3, 1, 80), np.ones(80), seed=trial)
+        hits += estimate.low <= 0.3 <= estimate.high
+    assert 180 <= hits <= 198  # 95 % of 200, give or take three standard deviations
+
+
+def test_t_is_that_of_a_one_sample_test() -> None:
+    from scipy.stats import ttest_1samp
+
+    values = np.random.default_rng(1).normal(0.2, 1, 50)
+    assert bootstrap_ratio(values, np.ones(50), seed=0).t == pytest.approx(ttest_1samp(values, 0).statistic)
+
+
+def test_the_range_ends_before_the_first_alpha_at_which_text_falls_apart() -> None:
+    points = [
+        CalibrationPoint(alpha, 1.0, 1.0, holds)
+        for alpha, holds in [(-2, True), (-1, False), (-0.5, True), (0, True), (0.5, True), (1, True), (2, False)]
+    ]
+    assert (_end_of_range(points, -1), _end_of_range(points, 1)) == (-0.5, 1)
+
+
+def test_repetition_lowers_the_distinct_share() -> None:
+    assert distinct_share([1, 2, 3, 4, 5]) == 1
+    assert distinct_share([1, 2] * 10) == pytest.approx(2 / 18)
+    assert distinct_share([1]) == 1
+
+
+def test_choices_match_exact_words_only(tokenizer: Any) -> None:
+    for choice in find_choices(tokenizer, ["Yes", "No"]):
+        texts = {tokenizer.decode(list(variant)).strip().lower() for variant in choice.variants}
+        assert texts == {choice.text.lower()}
+        assert len(choice.variants) >= 3
+        assert all(len(variant) == 1 for variant in choice.variants)
+
+
+def test_log_odds_and_mass_equal_sums_over_the_next_token_distribution(demo: tuple[Any, Any]) -> None:
+    model, tokenizer = demo
+    context = chat_ids(tokenizer, [{"role": "user", "content": "Is water wet? Yes or No."}], "My choice:")
+    with torch.no_grad():
+        p = model(input_ids=torch.tensor([context])).logits[0, -1].double().softmax(-1)
+    words = [text.strip().lower() for text in tokenizer.batch_decode([[i] for i in range(len(tokenizer))])]
+    yes, no = (sum(float(p[i]) for i, each in enumerate(words) if each == word) for word in ("yes", "no"))
+    choices = find_choices(tokenizer, ["Yes", "No"])
+    (score,) = choice_scores(score_choices(model, tokenizer, context, choices, 1), choices)
+    assert score.log_odds == pytest.approx(np.log(yes / no), abs=1e-3)
+    assert score.choice_mass == pytest.approx(yes + no, abs=1e-4)
+
+
+def test_choices_of_several_tokens_are_scored_as_sequences(tokenizer: Any) -> None:
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    context, texts = [50, 60, 70], ["keep the wallet", "hand it in"]
+    choices = find_choices(tokenizer, texts)
+    (found,) = choice_scores(score_choices(model, tokenizer, context, choices, 1), choices)
+    for text in texts:
+        forms = {tuple(tokenizer.encode(form, add_special_tokens=False)) for form in (text, " " + text)}
+        expected = np.logaddexp.reduce([log_likelihood(model, context, list(form)) for form in forms])
+        assert found.logprobs[text] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("choices", "says"), [(["Yes"], "fewer than two"), (["Yes", " "], "empty answer"), (["Yes", "yes "], "twice")]
+)
+def test_unusable_choices_are_refused(tokenizer: Any, choices: list[str], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        find_choices(tokenizer, choices)
