@@ -59,7 +59,7 @@ def check_base(model: PreTrainedModel, adapter: Adapter) -> None:
     names = list(adapter.modules)
     for name in {names[0], names[len(names) // 2], names[-1]}:
         residual = _residual(find_linear(model, name, adapter), adapter, name)
-        if residual > MAX_RESIDUAL:
+        if not residual <= MAX_RESIDUAL:  # NaN is no match either
             raise BaseModelMismatchError(
                 f"The adapter {adapter.name!r} was made for {made_for}: the singular vectors of {name} differ from "
                 f"this model's (residual {residual:.2f}); load that base model or train the adapter for this one."

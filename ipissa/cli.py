@@ -9,7 +9,7 @@ import typer
 
 from ipissa.adapter import load_adapter, to_lora
 from ipissa.adapter.convert import to_peft_folder
-from ipissa.adapter.lora import empty_folder, merge
+from ipissa.adapter.lora import merge, new_folder
 from ipissa.cli_errors import run_cli
 from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL, load_model
@@ -105,11 +105,12 @@ EXPORTS = ("lora", "merged", "peft")
 
 def _export_merged(path: Path, alpha: float, model_name: str | None, dtype: str, output: Path) -> Path:
     loaded = load_adapter(path)
-    folder = empty_folder(output)
     model, tokenizer = load_model(model_name or loaded.base_model["name"], device="cpu", dtype=dtype)
-    merge(model, loaded, alpha=alpha).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    merge(model, loaded, alpha=alpha)
+    with new_folder(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return output
 
 
 @app.command()

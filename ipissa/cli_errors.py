@@ -10,11 +10,9 @@ from ipissa.errors import IpissaError
 
 
 def run_cli(command: typer.Typer, args: list[str] | None = None) -> None:
-    """Run a Typer command; exit 1 with one sentence on an `IpissaError`, 130 on Ctrl-C."""
+    """Run a Typer command; exit 1 with one sentence on an error that is the user's to mend."""
     try:
         command(args)
-    except IpissaError as error:
+    except (IpissaError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)

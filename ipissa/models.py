@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers import logging as transformers_logging
 
@@ -40,14 +41,14 @@ def load_model(name: str = DEMO_MODEL, *, device: str = "auto", dtype: str = "au
     source = _source(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind).to(place)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelLoadError(f"The model {name!r} cannot be loaded: {first}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"
-    return model.to(place).eval(), tokenizer
+    return model.eval(), tokenizer
 
 
 def resolve_device(device: str) -> torch.device:
@@ -70,6 +71,13 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}.")
     return DTYPES[dtype]
+
+
+def end_token_ids(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer, from the model's generation settings and the tokenizer."""
+    ends = model.generation_config.eos_token_id
+    ids = {ends} if isinstance(ends, int) else set(ends or ())
+    return ids | ({tokenizer.eos_token_id} - {None})
 
 
 def demo_gguf() -> Path | None:

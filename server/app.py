@@ -23,7 +23,7 @@ from .routes import chat, completions, health, models, score, tokens
 from .schemas import now
 from .settings import Settings
 
-logger = logging.getLogger("ipissa.server")
+logger = logging.getLogger(__name__)
 
 
 def load_engine(settings: Settings, adapters: dict[str, Adapter]) -> Engine:
@@ -96,5 +96,11 @@ def _with_page(app: FastAPI, settings: Settings) -> FastAPI:
         from ipissa_ui.page import mount_page
     except ModuleNotFoundError as error:
         raise ConfigError("The page needs gradio: run `pip install ipissa[ui]`, or pass --no-ui.") from error
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host  # noqa: S104 (compared, not bound)
-    return mount_page(app, f"http://{host}:{settings.port}", needs_key=settings.api_key is not None)
+    return mount_page(app, _own_url(settings), needs_key=settings.api_key is not None)
+
+
+def _own_url(settings: Settings) -> str:
+    """Where the page, which runs in this process, finds the server."""
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 (looked up, not bound)
+    host = everywhere.get(settings.host, settings.host)
+    return f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"

@@ -18,6 +18,7 @@ from ipissa.models import DEMO_MODEL
 from .app import create_app
 from .settings import DEFAULT_MAX_ALPHA, Settings
 
+SHUTDOWN_SECONDS = 3
 command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -76,8 +77,9 @@ def named_adapters(values: list[str]) -> dict[str, Path]:
     """Adapter files by name, from PATH (named after the file) or NAME=PATH."""
     adapters: dict[str, Path] = {}
     for value in values:
-        name, separator, path = value.rpartition("=")
-        name = name if separator else Path(path).stem
+        name, separator, path = value.partition("=")
+        if not separator or Path(value).is_file():  # a path may have a = of its own
+            name, path = Path(value).stem, value
         if not name:
             raise ConfigError(f"--adapter {value!r} has an empty name; write NAME=PATH.")
         if name in adapters:
@@ -106,7 +108,9 @@ def run(settings: Settings) -> None:
     Raises:
         IpissaError: an adapter file is unusable, or the engine cannot be loaded.
     """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s:     %(message)s")
     logging.getLogger("ipissa").setLevel(logging.INFO)
+    logging.getLogger("ipissa_server").setLevel(logging.INFO)
     failure: list[Exception] = []
 
     def stop(error: Exception) -> None:
@@ -114,7 +118,11 @@ def run(settings: Settings) -> None:
         server.should_exit = True
 
     app = create_app(settings, on_load_error=stop)
-    server = uvicorn.Server(uvicorn.Config(app, host=settings.host, port=settings.port, log_level="info"))
+    # Open pages hold a connection for as long as they are open; do not wait for people to close them.
+    config = uvicorn.Config(
+        app, host=settings.host, port=settings.port, log_level="info", timeout_graceful_shutdown=SHUTDOWN_SECONDS
+    )
+    server = uvicorn.Server(config)
     server.run()
     if failure:
         raise failure[0]

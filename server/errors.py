@@ -11,7 +11,13 @@ from starlette.exceptions import HTTPException
 
 from ipissa.errors import IpissaError
 
-from .engine.base import AdapterInUseError, EngineLoadingError, OverloadedError
+from .engine.base import (
+    AdapterExistsError,
+    AdapterInUseError,
+    EngineLoadingError,
+    OverloadedError,
+    UnknownAdapterError,
+)
 from .schemas import UNSUPPORTED_FIELD
 
 RETRY_AFTER_SECONDS = "1"
@@ -58,6 +64,10 @@ def to_api_error(error: Exception) -> ApiError:
             return ApiError(503, str(error), code="loading")
         case AdapterInUseError():
             return ApiError(409, str(error), code="adapter_in_use")
+        case AdapterExistsError():
+            return ApiError(409, str(error), param="name", code="name_taken")
+        case UnknownAdapterError():
+            return not_found(str(error), code="adapter_not_found")
         case IpissaError():
             return bad_request(str(error))
         case _:
@@ -105,10 +115,10 @@ def _describe(errors: Sequence[dict]) -> tuple[str, str | None]:
     path = [str(part) for part in first["loc"] if part != "body"]
     param = path[0] if path else None
     if first["type"] == "missing":
-        return f"{param or 'The request body'} is missing.", param
+        return f"{'.'.join(path) or 'The request body'} is missing.", param
     if first["type"] == "extra_forbidden":
         return f"{'.'.join(path)} is not a field this server knows; remove it.", param
     if first["type"] == UNSUPPORTED_FIELD:
         return first["msg"], first["ctx"]["field"]
     reason = first["msg"].removeprefix("Value error, ")
-    return (reason if first["type"] == "value_error" else f"{'.'.join(path)}: {reason}."), param
+    return (reason if first["type"] == "value_error" else f"{'.'.join(path) or 'The request body'}: {reason}."), param

@@ -6,20 +6,24 @@ Rows are laid out prompt by prompt, then α by α, then by n; a choice's index i
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 from fastapi.sse import format_sse_event
 
+from .deps import unless_disconnected
 from .engine.base import Delta, Engine, GenerationRequest, Row, SamplingParams, TokenLogprob
 from .errors import bad_request, error_body, to_api_error
 from .schemas import GenerationBody, Usage
 from .steer import SteerSpec
 
+logger = logging.getLogger(__name__)
 Chunk = dict[str, Any]
 
 
@@ -59,7 +63,7 @@ def build_request(
             f"{engine.max_model_len} tokens.",
             param="prompt" if longest >= engine.max_model_len else "max_tokens",
         )
-    vocab = len(engine.tokenizer)
+    vocab = engine.vocab_size
     for token in [*(body.logit_bias or {}), *(token for prompt in prompts for token in prompt)]:
         if not 0 <= token < vocab:
             raise bad_request(f"The token id {token} is not in the vocabulary of {vocab} tokens.")
@@ -106,7 +110,8 @@ async def collect(engine: Engine, request: GenerationRequest) -> list[FinishedRo
     return rows
 
 
-def stream(
+async def stream(
+    client: Request,
     engine: Engine,
     request: GenerationRequest,
     *,
@@ -116,23 +121,28 @@ def stream(
 ) -> StreamingResponse:
     """Server-sent events: the opening chunks, one per delta, the closing ones, and [DONE].
 
-    A client that hangs up closes the generator, which cancels the request. An error after the
-    response has begun is sent as an event in OpenAI's error form.
+    The response begins with the first token, so that a refusal or a failed prefill still has its own
+    HTTP status. A client that hangs up closes the generator, which cancels the request. A later error
+    is sent as an event in OpenAI's error form.
     """
+    steps = engine.generate(request)
+    first = await unless_disconnected(client, anext(steps))
 
     async def events() -> AsyncIterator[bytes]:
-        tokens = 0
+        tokens, deltas = 0, first
         try:
             for each in opening:
                 yield _event(each)
-            async with aclosing(engine.generate(request)) as steps:  # type: ignore[type-var]
-                async for deltas in steps:
+            async with aclosing(steps):  # type: ignore[type-var]
+                while deltas:
                     tokens += len(deltas)
                     for delta in deltas:
                         yield _event(chunk(delta))
+                    deltas = await anext(steps, [])
             for each in closing(tokens):
                 yield _event(each)
         except Exception as error:
+            logger.exception("A stream failed")
             yield _event(error_body(to_api_error(error)))
         yield format_sse_event(data_str="[DONE]")
 

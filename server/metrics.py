@@ -85,6 +85,9 @@ class MetricsMiddleware:
 
         try:
             await self._app(scope, receive, send_counted)
+        except Exception:
+            status = 500  # answered outside this middleware
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "unknown")
             self._metrics.requests.labels(route, status).inc()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import uuid
@@ -13,6 +14,7 @@ from pydantic_core import PydanticCustomError
 MAX_LOGPROBS = 20
 UNSUPPORTED_FIELD = "unsupported_field"
 MAX_STOPS = 4
+LARGEST_INTEGER = 10**300
 
 # OpenAI fields that this server does not implement, with the values that ask for nothing.
 # Anything else in them is refused: a field is never silently dropped.
@@ -22,6 +24,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "echo": (None, False),
     "function_call": (None, "none"),
     "functions": (None, []),
+    "include_obfuscation": (None, False),
     "modalities": (None, ["text"]),
     "parallel_tool_calls": (None, True, False),
     "prediction": (None,),
@@ -40,6 +43,8 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 
 def _check_alpha(value: Any) -> Any:
     """A finite real number, and nothing that merely converts to one."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST_INTEGER:
+        value = math.inf  # beyond what a float holds
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"steer_alpha {value!r} is not a finite number; use for example 0.7.")
     return float(value)
@@ -88,10 +93,20 @@ class RequestBody(BaseModel):
     def refuse_unsupported(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        if _has_lone_surrogate(data):
+            raise ValueError("The request holds half of a surrogate pair, which is not text; send valid Unicode.")
         for name, inert in UNSUPPORTED.items():
             if name in data and name not in cls.model_fields and not any(_same(data[name], each) for each in inert):
                 raise PydanticCustomError(UNSUPPORTED_FIELD, "{field} is not supported; remove it.", {"field": name})
         return {key: value for key, value in data.items() if key not in UNSUPPORTED or key in cls.model_fields}
+
+
+def _has_lone_surrogate(data: Any) -> bool:
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _same(value: Any, other: Any) -> bool:
@@ -109,7 +124,6 @@ class SteeredRequest(RequestBody):
 
 class StreamOptions(RequestBody):
     include_usage: bool = False
-    include_obfuscation: bool = False
 
 
 class GenerationBody(SteeredRequest):
@@ -151,7 +165,6 @@ class TextPart(RequestBody):
 class ChatMessage(RequestBody):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
-    name: str | None = None
 
     def plain(self) -> dict[str, str]:
         """The message as chat templates take it; `developer` is what OpenAI now calls `system`."""
@@ -172,9 +185,11 @@ class ChatRequest(GenerationBody):
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
     @model_validator(mode="after")
-    def top_needs_logprobs(self) -> ChatRequest:
+    def options_agree(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs is only for logprobs: true.")
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens and max_completion_tokens mean the same; give one.")
         return self
 
 

@@ -63,6 +63,8 @@ class Settings:
                 raise ConfigError(f"{name} {getattr(self, name)} is not at least 1.")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"max_model_len {self.max_model_len} is not at least 2.")
+        if self.api_key is not None and not self.api_key.strip():
+            raise ConfigError("api_key is empty, which would let everybody in; give a key or leave the option out.")
         if self.engine != "torch":
             raise ConfigError(f"engine {self.engine!r} is not available in this version; use torch.")
         if self.adapter_dir is not None and not self.adapter_dir.is_dir():

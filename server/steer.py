@@ -6,7 +6,7 @@ mapping from adapter names to bucketed α.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ipissa.adapter import Adapter
@@ -40,23 +40,30 @@ def resolve_steer(
     return SteerSpec(steers, {name: adapters[name].digest or "" for name in names})
 
 
-def _selected_adapter(model: str | None, adapters: dict[str, Adapter], settings: Settings) -> str | None:
-    """The adapter a plain number is for: the one named as the model, or the only one."""
-    if model is None or model == settings.model:
-        return next(iter(adapters)) if len(adapters) == 1 else None
-    if model not in adapters:
+def check_model(model: str | None, adapters: Collection[str], settings: Settings) -> None:
+    """404 unless `model` is the base model, an adapter, or absent."""
+    if model is not None and model != settings.model and model not in adapters:
         known = ", ".join([settings.model, *adapters])
         raise not_found(
             f"The model {model!r} does not exist; use one of {known}.", param="model", code="model_not_found"
         )
-    return model
+
+
+def _selected_adapter(model: str | None, adapters: dict[str, Adapter], settings: Settings) -> str | None:
+    """The adapter a plain number is for: the one named as the model, or the only one."""
+    check_model(model, adapters, settings)
+    if model in adapters:
+        return model
+    return next(iter(adapters)) if len(adapters) == 1 else None
 
 
 def _one_setting(
     value: float | dict[str, float] | None, selected: str | None, adapters: dict[str, Adapter], settings: Settings
 ) -> Steer:
+    if value is None and (selected is None) and (settings.default_alpha == 0 or not adapters):
+        return {}
     if value is None:
-        return {} if selected is None else {selected: bucketed(settings.default_alpha, settings)}
+        value = settings.default_alpha
     if isinstance(value, dict):
         _check_names(value, adapters)
         return {name: bucketed(alpha, settings) for name, alpha in value.items()}

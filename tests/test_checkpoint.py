@@ -91,7 +91,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         ({"config": '{"rank": 6, "rotation": "magic", "modules": ["x"]}'}, "rotation 'magic' is unknown"),
         ({"config": '{"rank": 6, "modules": []}'}, "adapts no module"),
         ({"alpha_range": "[0.5, 1]"}, "not an interval around 0"),
-        ({"alpha_range": "[NaN, 1]"}, "not an interval around 0"),
+        ({"alpha_range": "[NaN, 1]"}, "NaN is not a number"),
+        ({"base_model": "{}"}, "does not name its base model"),
         ({"trait": "{}"}, "lacks"),
     ],
 )

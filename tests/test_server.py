@@ -257,6 +257,15 @@ def test_adapters_change_only_with_key_and_folder(tiny: Path) -> None:
         assert server.post("/v1/completions", prompt="x", model="kind").status_code == 404
 
 
+def test_an_empty_api_key_is_refused() -> None:
+    from ipissa_server.settings import Settings
+
+    from ipissa.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="would let everybody in"):
+        Settings(api_key=" ")
+
+
 def test_an_api_key_guards_v1_and_leaves_health_open(tiny: Path) -> None:
     with in_thread(**settings_for(tiny, "honest"), api_key="secret") as server:
         error = server.post("/v1/completions", prompt="x").json()["error"]
@@ -294,6 +303,8 @@ def test_an_api_key_guards_v1_and_leaves_health_open(tiny: Path) -> None:
         ({"n": 17}, 400, None, "at most 16 in one request"),
         ({"stream_options": {"include_usage": True}}, 400, None, "only for stream"),
         ({"stop": ["a", "b", "c", "d", "e"]}, 400, "stop", "at most 4"),
+        ({"steer_alpha": 10**400, "model": "kind"}, 400, "steer_alpha", "not a finite number"),
+        ({"model": "honest", "steer_alpha": {"kind": 1, "cruel": 1}}, 404, "steer_alpha", "'cruel' does not exist"),
     ],
 )
 def test_what_cannot_be_served_is_refused_in_openais_form(
@@ -304,6 +315,21 @@ def test_what_cannot_be_served_is_refused_in_openais_form(
     assert (response.status_code, error["param"]) == (status, param)
     assert says in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_half_a_surrogate_pair_is_refused(served: Served) -> None:
+    raw = '{"prompt": "\\ud800"}'
+    response = served.http.post("/v1/completions", content=raw, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert "valid Unicode" in response.json()["error"]["message"]
+
+
+def test_a_default_alpha_needs_to_know_its_adapter(tiny: Path) -> None:
+    with in_thread(**settings_for(tiny, "honest", "kind"), default_alpha=0.5) as server:
+        assert complete(server, model="kind")["choices"][0]["steer"] == {"kind": 0.5}
+        refused = server.post("/v1/completions", prompt="x")
+        assert refused.status_code == 400
+        assert "Loaded adapters: honest, kind" in refused.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("raw", ['{"prompt": "x", "model": "kind", "steer_alpha": NaN}', '{"prompt": ', "[]", ""])
@@ -389,7 +415,8 @@ def test_a_full_queue_answers_429_and_says_when_to_come_back(tiny: Path) -> None
             lines = response.iter_lines()  # kept: httpx hangs up when this is garbage
             next(lines)
             refused = server.post("/v1/score", prompt="x", steer_alpha=0.1)
-        assert refused.status_code == 429
+            streamed = server.post("/v1/completions", prompt="x", stream=True)
+        assert refused.status_code == streamed.status_code == 429
         assert refused.headers["Retry-After"] == "1"
         assert refused.json()["error"]["type"] == "rate_limit_error"
 
@@ -424,6 +451,9 @@ def test_an_unusable_adapter_is_refused_before_anything_is_served(tiny: Path, tm
     assert named_adapters([f"{tmp_path}/honest.safetensors", "b=x.safetensors"]).keys() == {"honest", "b"}
     with pytest.raises(ConfigError, match="twice"):
         named_adapters(["a=x", "a=y"])
+    odd = tmp_path / "lr=1.safetensors"
+    shutil.copy(tiny / "adapters" / "honest.safetensors", odd)
+    assert named_adapters([str(odd), f"h={odd}"]) == {"lr=1": odd, "h": odd}
     with pytest.raises(AdapterFileError):
         base_of({"x": tmp_path / "nowhere.safetensors"})
 

@@ -20,7 +20,7 @@ from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError
 from ipissa.sequences import continuation_logprobs, pad_batch, target_logprobs
 from ipissa.train import TrainConfig
-from ipissa.train.distill import Target, balanced_batches, build_targets, distillation_loss
+from ipissa.train.distill import Target, balanced_batches, build_targets, distillation_loss, pole_weights
 from ipissa.train.trainer import checked_output, fit
 
 TRAIT = Trait.from_words("kind", "angry")
@@ -29,7 +29,7 @@ TRAIT = Trait.from_words("kind", "angry")
 def sparse(q: list[float], k: int) -> Target:
     """A one-token target with the k likeliest probabilities of q."""
     top = torch.tensor([q]).log().topk(k, dim=-1)
-    return Target(1, [0], [0], top.indices.int(), top.values)
+    return Target(1, [0], [0], top.indices.int(), top.values, 0.0)
 
 
 def test_words_get_the_article_they_need() -> None:
@@ -129,12 +129,24 @@ def test_targets_are_the_context_plus_the_trait_part_of_the_persona(tokenizer: A
         expected = (base + brute(-1) - neutral).log_softmax(-1)
         found = torch.zeros_like(expected).scatter(-1, target.top_ids.long(), target.top_logprobs.float())
         assert target.pole == -1
+        assert target.untrained == pytest.approx(float((expected.exp() * (expected - base)).sum(-1).mean()), abs=1e-4)
         assert (found.exp() - expected.exp()).abs().max() < 1e-3  # kept as float16
     assert (targets[1].top_logprobs.float() - brute(-1).sort(descending=True).values).abs().max() < 2e-2
 
 
+def test_the_weaker_pole_counts_more_by_the_square_root_of_the_ratio() -> None:
+    def target(pole: int, untrained: float) -> Target:
+        return Target(pole, [0], [0], torch.zeros(1, 1).int(), torch.zeros(1, 1), untrained)
+
+    weights = pole_weights([target(1, 0.01), target(1, 0.03), target(-1, 0.08)])
+    assert weights[1] / weights[-1] == pytest.approx(2)  # sqrt(0.08 / 0.02)
+    assert weights[1] + weights[-1] == pytest.approx(2)
+
+
 def test_batches_hold_both_poles_equally() -> None:
-    targets = [Target(pole, [i], [0], torch.zeros(1, 1).int(), torch.zeros(1, 1)) for pole in (1, -1) for i in range(5)]
+    targets = [
+        Target(pole, [i], [0], torch.zeros(1, 1).int(), torch.zeros(1, 1), 0.1) for pole in (1, -1) for i in range(5)
+    ]
     for batch in islice(balanced_batches(targets, batch_size=4, seed=0), 20):
         assert [t.pole for t in batch] == [1, 1, -1, -1]
 

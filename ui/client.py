@@ -32,7 +32,11 @@ class Client:
 
     def __init__(self, base_url: str, api_key: str | None) -> None:
         self._openai = openai.AsyncOpenAI(
-            base_url=f"{base_url}/v1", api_key=api_key or "none", timeout=REQUEST_SECONDS, max_retries=0
+            base_url=f"{base_url}/v1",
+            api_key=api_key or "none",
+            max_retries=0,
+            # The server is this machine's; a proxy from the environment could not reach it.
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=False, timeout=REQUEST_SECONDS),
         )
 
     async def adapters(self) -> list[dict[str, Any]]:

@@ -117,7 +117,7 @@ def show_range(name: str | None, adapters: list[dict[str, Any]]) -> tuple[Any, s
     about = next((each for each in adapters if each["id"] == name), None)
     if about is None:
         return gr.skip(), ""
-    low, high = about["alpha_range"]
+    low, high = (max(-about["max_alpha"], min(about["max_alpha"], end)) for end in about["alpha_range"])
     trait = about["trait"]
     note = (
         f"α = -1: *{trait['negative']} person* · α = 0: the base model, exactly · "
@@ -136,7 +136,7 @@ async def generate_both(
     against: str,
     max_tokens: float,
     temperature: float,
-    seed: float,
+    seed: float | None,
 ) -> AsyncIterator[tuple[Any, Any]]:
     """Stream both panes from one request, on the same sampling noise."""
     if adapter is None or not prompt.strip():
@@ -146,7 +146,7 @@ async def generate_both(
     yield gr.update(value="", label=labels[0]), gr.update(value="", label=labels[1])
     try:
         answers = Client(url, key).generate(
-            adapter, prompt, alphas, max_tokens=int(max_tokens), temperature=temperature, seed=int(seed)
+            adapter, prompt, alphas, max_tokens=int(max_tokens), temperature=temperature, seed=int(seed or 0)
         )
         async for left, right in answers:
             yield left, right

@@ -53,6 +53,8 @@ class AdapterConfig:
         one_of(self.rotation, ROTATIONS, name="rotation")
         one_of(self.scale_mode, SCALE_MODES, name="scale_mode")
         one_of(self.clamp, CLAMPS, name="clamp")
+        if not isinstance(self.rank, int) or not isinstance(self.max_rotation, int | float):
+            raise ConfigError(f"rank {self.rank!r} and max_rotation {self.max_rotation!r} are not numbers.")
 
 
 @dataclass(frozen=True)
@@ -130,16 +132,20 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
             version, or a tensor is missing, unexpected, misshapen, not skew or not finite.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError) as error:  # too long, or not a path at all
+        raise AdapterFileError(f"{str(path)!r} is not a usable path: {error}.") from error
+    if is_folder:
         raise AdapterFileError(f"{path} is a folder; name the adapter's .safetensors file.")
-    if not path.is_file():
+    if not is_file:
         raise AdapterFileError(f"{path} does not exist; check the path of the adapter file.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             _check_kind(path, metadata)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise AdapterFileError(
             f"{path} is not a readable safetensors file ({error}); it may be truncated or of another format."
         ) from error
@@ -163,7 +169,7 @@ def _check_kind(path: Path, metadata: dict[str, str]) -> None:
 def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[AdapterConfig, dict[str, Any]]:
     def read(key: str) -> Any:
         try:
-            return json.loads(metadata[key])
+            return json.loads(metadata[key], parse_constant=_refuse_constant)
         except KeyError:
             raise AdapterFileError(f"{path} lacks the metadata {key!r}; it was not written by ipissa.") from None
         except json.JSONDecodeError as error:
@@ -180,6 +186,8 @@ def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[AdapterConfig,
             raise
         reason = error if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
         raise AdapterFileError(f"{path} has metadata that cannot be used ({reason}).") from error
+    if not all(isinstance(base_model.get(key), str) for key in ("name", "fingerprint")):
+        raise AdapterFileError(f"{path} does not name its base model in its metadata.")
     if not low <= 0 <= high or not -1e6 < low < high < 1e6:
         raise AdapterFileError(f"{path} has the alpha_range [{low}, {high}], which is not an interval around 0.")
     missing = {"positive", "negative", "neutral", "template"} - trait.keys()
@@ -194,6 +202,10 @@ def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[AdapterConfig,
         "evaluation": evaluation,
         "license": metadata.get("license", ""),
     }
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number that JSON knows")
 
 
 def _module_factors(path: Path, module: str, config: AdapterConfig, tensors: dict[str, Tensor]) -> ModuleFactors:
@@ -219,6 +231,8 @@ def _module_factors(path: Path, module: str, config: AdapterConfig, tensors: dic
 
     s = take("S", None)
     r = s.shape[0]
+    if not 1 <= r <= config.rank:
+        raise AdapterFileError(f"{path}: {module}.S has {r} values where the rank is {config.rank}.")
     return ModuleFactors(
         U=take("U", None, r),
         S=s,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ipissa.adapter.checkpoint import Adapter, AdapterConfig, ModuleFactors
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.layer import InnerPissaLayer
-from ipissa.adapter.lora import empty_folder
+from ipissa.adapter.lora import new_folder
 from ipissa.errors import AdapterFileError
 from ipissa.rotation import CLAMPS, skew
 
@@ -53,20 +53,19 @@ def from_peft_folder(folder: str | os.PathLike[str]) -> Adapter:
         config = InnerPissaConfig.from_pretrained(str(folder))
         tensors = load_file(folder / "adapter_model.safetensors")
         description = json.loads((folder / DESCRIPTION).read_text())
-    except (OSError, ValueError, SafetensorError) as error:
+        description["alpha_range"] = tuple(description["alpha_range"])
+        parts: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            module, _, name = key.removeprefix(PREFIX).rpartition(".innerpissa_")
+            parts.setdefault(module, {})[name] = value
+        modules = {module: _effective(config, found) for module, found in sorted(parts.items(), key=_natural)}
+        return Adapter(config=_adapter_config(config, modules), modules=modules, **description)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise AdapterFileError(f"{folder} is not a PEFT folder of an InnerPiSSA adapter: {error}") from error
-    parts: dict[str, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        module, _, name = key.removeprefix(PREFIX).rpartition(".innerpissa_")
-        parts.setdefault(module, {})[name] = value
-    modules = {module: _effective(config, found) for module, found in sorted(parts.items(), key=_natural)}
-    description["alpha_range"] = tuple(description["alpha_range"])
-    return Adapter(config=_adapter_config(config, modules), modules=modules, **description)
 
 
 def to_peft_folder(adapter: Adapter, output_dir: str | os.PathLike[str]) -> Path:
     """Write the adapter as PEFT saves it. Its skew matrices are already clamped, so the clamp is `none`."""
-    folder = empty_folder(output_dir)
     config = InnerPissaConfig(
         r=adapter.config.rank,
         target_modules=sorted(adapter.modules),
@@ -90,11 +89,12 @@ def to_peft_folder(adapter: Adapter, output_dir: str | os.PathLike[str]) -> Path
             "d": factors.delta_s,
         }
         tensors |= {f"{PREFIX}{module}.innerpissa_{k}": v.contiguous() for k, v in parts.items() if v is not None}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
     description = {key: value for key, value in asdict(adapter).items() if key not in ("config", "modules", "digest")}
-    (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-    return folder
+    with new_folder(output_dir) as folder:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(folder))
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+    return Path(output_dir)
 
 
 def _effective(config: InnerPissaConfig, parts: dict[str, Any]) -> ModuleFactors:

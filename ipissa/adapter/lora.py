@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,8 +23,7 @@ from ipissa.adapter.config import one_of
 from ipissa.adapter.delta import delta_core
 from ipissa.base import check_base, find_linear
 from ipissa.errors import AlphaError, ConfigError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from ipissa.models import DTYPES
 
 
 def lora_factors(adapter: Adapter, module: str, alpha: float) -> tuple[Tensor, Tensor]:
@@ -47,7 +49,6 @@ def to_lora(adapter: Adapter, *, alpha: float, output_dir: str | os.PathLike[str
         ConfigError: `output_dir` already holds something else, or `dtype` is unknown.
     """
     one_of(dtype, DTYPES, name="dtype")
-    folder = empty_folder(output_dir)
     tensors: dict[str, Tensor] = {}
     for module in adapter.modules:
         a, b = lora_factors(adapter, module, alpha)
@@ -74,29 +75,39 @@ def to_lora(adapter: Adapter, *, alpha: float, output_dir: str | os.PathLike[str
         "inference_mode": True,
         "target_modules": sorted(adapter.modules),
     }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return folder
+    with new_folder(output_dir) as folder:
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return Path(output_dir)
 
 
 @torch.no_grad()
 def merge(model: PreTrainedModel, adapter: Adapter, *, alpha: float) -> PreTrainedModel:
     """Replace every adapted weight of `model` by W + ΔW(α), in place; returns the model."""
     check_base(model, adapter)
-    for name in adapter.modules:
-        weight = find_linear(model, name, adapter).weight
+    _finite(alpha)
+    layers = {name: find_linear(model, name, adapter) for name in adapter.modules}  # all, before any is changed
+    for name, layer in layers.items():
+        weight = layer.weight
         a, b = lora_factors(adapter, name, alpha)
         weight.copy_((weight.double() + (b @ a).to(weight.device)).to(weight.dtype))
     return model
 
 
-def empty_folder(path: str | os.PathLike[str]) -> Path:
-    """Create `path`, refusing to write among files that are already there."""
+@contextmanager
+def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to fill, which appears at `path` whole or not at all; files that are there already are safe."""
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} exists and is not an empty folder; choose another output.")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        work = Path(temporary) / "new"
+        work.mkdir()
+        yield work
+        if folder.exists():
+            folder.rmdir()
+        work.rename(folder)
 
 
 def _finite(alpha: float) -> float:

@@ -26,7 +26,7 @@ def chat_text(tokenizer: Any, messages: Messages) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except jinja2.TemplateError:
-        if messages[0]["role"] != "system":
+        if [message["role"] for message in messages[:2]] != ["system", "user"]:
             raise
         system, user, *rest = messages
         merged = {"role": user["role"], "content": f"{system['content']}\n\n{user['content']}"}

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ipissa.data.chat import chat_ids
 from ipissa.data.personas import Trait
 from ipissa.errors import TrainingError
+from ipissa.models import end_token_ids
 from ipissa.sampling import apply_temperature, keep_top_p
 
 SAMPLE_BATCH = 48
@@ -31,7 +32,7 @@ class Sampling:
     def settings(self) -> dict[str, Any]:
         """Settings for `generate_ids`."""
         nucleus = LogitsProcessorList([_Nucleus(self.temperature, self.top_p)])
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": True, "top_k": 0, "logits_processor": nucleus}
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": True, "top_k": 0, "processors": nucleus}
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,13 @@ def sample_continuations(
                 found[i] = Continuation(*jobs[i], tokens)
             bar.update(len(batch))
     kept = [found[i] for i in range(len(jobs)) if len(found[i].tokens) >= MIN_TOKENS]
-    if len(kept) < len(jobs) / 2:
-        raise TrainingError(
-            f"Only {len(kept)} of {len(jobs)} sampled continuations have {MIN_TOKENS} tokens or more; "
-            f"the model does not answer these prompts, so give others with --prompts."
-        )
+    for pole in (1, -1):
+        usable = sum(c.pole == pole for c in kept)
+        if usable < len(jobs) / 4:
+            raise TrainingError(
+                f"Only {usable} of {len(jobs) // 2} texts sampled as {trait.persona(pole)} person have {MIN_TOKENS} "
+                "tokens or more; the model does not answer these prompts, so give others with --prompts."
+            )
     return kept
 
 
@@ -96,12 +99,23 @@ class _Nucleus(LogitsProcessor):
 
 
 @torch.no_grad()
-def generate_ids(model: Any, tokenizer: Any, contexts: Sequence[list[int]], **settings: Any) -> list[list[int]]:
-    """Continue each context with `model.generate`; token ids up to and including the end token."""
+def generate_ids(
+    model: Any,
+    tokenizer: Any,
+    contexts: Sequence[list[int]],
+    *,
+    processors: LogitsProcessorList | None = None,
+    **settings: Any,
+) -> list[list[int]]:
+    """Continue each context with `model.generate`; token ids up to and including the end token.
+
+    `settings` are those of `GenerationConfig`, and the only ones in force.
+    """
     batch = tokenizer.pad({"input_ids": list(contexts)}, padding_side="left", return_tensors="pt").to(model.device)
-    output = model.generate(**batch, **settings, pad_token_id=tokenizer.pad_token_id)
-    ends = model.generation_config.eos_token_id
-    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    ends = end_token_ids(model, tokenizer)
+    # A model's own generation settings (its temperature, repetition penalty, ...) must not mix with ours.
+    fresh = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, **settings)
+    output = model.generate(**batch, generation_config=fresh, logits_processor=processors)
     return [_until_end(row, ends) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
 
 

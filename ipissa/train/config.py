@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -46,18 +47,18 @@ class TrainConfig:
     target_modules: tuple[str, ...] = tuple(RESIDUAL_WRITERS)
     depth_start: float = 0.2
     depth_end: float = 0.9
-    continuations: int = 2
+    continuations: int = 1
     max_new_tokens: int = 32
     temperature: float = 0.8
     top_p: float = 0.95
     teacher_top_k: int = 512
-    epochs: float = 1.25
+    epochs: float = 1.5
     batch_size: int = 12
     lr: float = 1e-3
     weight_decay: float = 1e-5
     max_grad_norm: float = 1.0
     held_out: int = 100
-    held_out_continuations: int = 2
+    held_out_continuations: int = 1
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -76,6 +77,10 @@ class TrainConfig:
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} {getattr(self, name)} is not positive.")
+        if not math.isfinite(self.epochs) or not math.isfinite(self.lr):
+            raise ConfigError(f"epochs {self.epochs} and lr {self.lr} must be finite numbers.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed {self.seed} is not between 0 and 2**63 - 1.")
         if self.batch_size % 2:
             raise ConfigError(f"batch_size {self.batch_size} is odd; both poles share a batch, so use an even number.")
         if not 0 <= self.depth_start < self.depth_end <= 1:

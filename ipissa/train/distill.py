@@ -33,6 +33,7 @@ from ipissa.sequences import continuation_logprobs, pad_batch
 TEACHER_BATCH = 16
 STUDENT_CONTEXTS: tuple[int | None, ...] = (None, 0)  # plain, neutral persona
 MIN_TAIL = 1e-6
+MIN_STRENGTH = 1e-4  # nats per token; a persona that does nothing must not get all the weight
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Target:
     tokens: list[int]  # token ids of the continuation
     top_ids: Tensor  # (tokens, k) int32
     top_logprobs: Tensor  # (tokens, k) float16
+    untrained: float  # KL(target || student at α = 0), nats per token
 
 
 @torch.no_grad()
@@ -62,11 +64,14 @@ def build_targets(
         logprobs = {pole: _logprobs(model, tokenizer, rows, batch) for pole, rows in contexts.items()}
         trait_part = _logprobs(model, tokenizer, told, batch) - logprobs[0]  # (batch, tokens, vocab)
         for pole, rows in contexts.items():
-            top = (logprobs[pole] + trait_part).log_softmax(-1).topk(min(top_k, trait_part.shape[-1]), dim=-1)
+            target = (logprobs[pole] + trait_part).log_softmax(-1)
+            divergence = (target.exp() * (target - logprobs[pole])).sum(-1)  # (batch, tokens)
+            top = target.topk(min(top_k, target.shape[-1]), dim=-1)
             for i, c in enumerate(batch):
                 n = len(c.tokens)
                 ids, values = top.indices[i, :n].to("cpu", torch.int32), top.values[i, :n].to("cpu", torch.float16)
-                targets.append(Target(c.pole, rows[i], c.tokens, ids, values))
+                untrained = float(divergence[i, :n].mean())
+                targets.append(Target(c.pole, rows[i], c.tokens, ids, values, untrained))
     return targets
 
 
@@ -95,6 +100,24 @@ def distillation_loss(logprobs: Tensor, batch: Sequence[Target]) -> Tensor:
             divergence = divergence + q_tail * (q_tail.log() - p_tail.log())
         losses.append(divergence.mean())
     return torch.stack(losses)
+
+
+def pole_weights(targets: Sequence[Target]) -> dict[int, float]:
+    """How much a row of each pole counts: 1 / √(mean untrained loss of the pole), with mean 1.
+
+    The two personas move the model by different amounts and not in opposite directions, and an
+    adapter, nearly odd in α, must compromise. Unweighted, the stronger pole is followed and the
+    weaker is not; weighted by 1 / loss, each pole's *fraction* counts and it is the other way round.
+    The square root lies between: both are followed about equally far.
+    """
+    strength = {
+        pole: sum(t.untrained for t in rows) / len(rows)
+        for pole in (1, -1)
+        if (rows := [t for t in targets if t.pole == pole])
+    }
+    weights = {pole: 1 / max(value, MIN_STRENGTH) ** 0.5 for pole, value in strength.items()}
+    mean = sum(weights.values()) / len(weights)
+    return {pole: weight / mean for pole, weight in weights.items()}
 
 
 def balanced_batches(targets: Sequence[Target], *, batch_size: int, seed: int) -> Iterator[list[Target]]:

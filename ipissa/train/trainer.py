@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ipissa.adapter.checkpoint import Adapter, save_adapter
+from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.convert import from_peft_model
 from ipissa.adapter.model import layer_alpha
 from ipissa.base import describe_base
@@ -23,19 +24,20 @@ from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Sampling, generate_ids, sample_continuations
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts
-from ipissa.errors import ConfigError
+from ipissa.errors import ConfigError, TrainingError
 from ipissa.evaluate.yardsticks import Yardsticks, measure_yardsticks
 from ipissa.models import load_model
 from ipissa.sequences import continuation_logprobs, pad_batch
 from ipissa.steering import attach
 from ipissa.train.calibration import Calibration, calibrate
 from ipissa.train.config import TrainConfig
-from ipissa.train.distill import Target, balanced_batches, build_targets, distillation_loss
+from ipissa.train.distill import Target, balanced_batches, build_targets, distillation_loss, pole_weights
 
 SAMPLE_PROMPTS = 4
 SAMPLE_TOKENS = 40
 CALIBRATION_PROMPTS = 24
 LOG_EVERY = 20
+MIN_SCHEDULE = 10  # steps; one-cycle has no shape below
 Samples = dict[str, dict[str, str]]  # prompt -> α -> text
 
 
@@ -66,6 +68,7 @@ def train(config: TrainConfig, output: str | os.PathLike[str]) -> TrainResult:
     held_out = held_out[: config.held_out]
     model, tokenizer = load_model(config.model, device=config.device, dtype=config.dtype)
     base_model = describe_base(model, config.model)
+    adapter_config = config.adapter_config(model.config.get_text_config().num_hidden_layers)
 
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
     continuations = sample_continuations(
@@ -73,7 +76,7 @@ def train(config: TrainConfig, output: str | os.PathLike[str]) -> TrainResult:
     )
     targets = build_targets(model, tokenizer, trait, continuations, top_k=config.teacher_top_k)
 
-    peft_model = _wrap(model, config)
+    peft_model = _wrap(model, adapter_config)
     samples_before = _peft_samples(peft_model, tokenizer, trait, held_out)
     losses = fit(peft_model, tokenizer, targets, config)
     adapter = from_peft_model(peft_model, base_model=base_model, trait=trait.to_metadata())
@@ -112,21 +115,26 @@ def train(config: TrainConfig, output: str | os.PathLike[str]) -> TrainResult:
 def fit(peft_model: Any, tokenizer: Any, targets: Sequence[Target], config: TrainConfig) -> list[dict[str, float]]:
     """Distil `targets` into the adapter's parameters, in place; returns the loss per step.
 
-    Rows of both poles share a batch, each row at its own α = ±1.
+    Rows of both poles share a batch, each row at its own α = ±1, and count by `pole_weights`.
     """
     steps = max(1, round(config.epochs * len(targets) / config.batch_size))
     parameters = [parameter for parameter in peft_model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=config.lr, total_steps=steps + 1, pct_start=0.2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=config.lr, total_steps=max(steps + 1, MIN_SCHEDULE), pct_start=0.2
+    )
     batches = balanced_batches(targets, batch_size=config.batch_size, seed=config.seed)
+    weights = pole_weights(targets)
     history: list[dict[str, float]] = []
     peft_model.train()
     with tqdm(total=steps, desc="training", unit="step") as bar:
         for batch in islice(batches, steps):
             per_row = _row_losses(peft_model, tokenizer, batch)
             optimizer.zero_grad()
-            per_row.mean().backward()
-            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, error_if_nonfinite=True)
+            (per_row * per_row.new_tensor([weights[t.pole] for t in batch])).mean().backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            if not torch.isfinite(norm):
+                raise TrainingError(f"The gradient is not finite at step {len(history) + 1}; use a lower --lr.")
             optimizer.step()
             schedule.step()
             history.append(_record(len(history) + 1, per_row, batch))
@@ -162,13 +170,12 @@ def _mean(records: Sequence[dict[str, float]], key: str) -> float:
     return sum(record[key] for record in records) / len(records)
 
 
-def _wrap(model: Any, config: TrainConfig) -> Any:
-    adapter_config = config.adapter_config(model.config.get_text_config().num_hidden_layers)
+def _wrap(model: Any, adapter_config: InnerPissaConfig) -> Any:
     model.requires_grad_(False)
     try:
         return peft.get_peft_model(model, adapter_config)
     except ValueError as error:
-        raise ConfigError(f"The adapter cannot be put on {config.model!r}: {error}") from error
+        raise ConfigError(f"The adapter cannot be put on this model: {error}") from error
 
 
 def _peft_samples(peft_model: Any, tokenizer: Any, trait: Trait, prompts: Sequence[str]) -> Samples:

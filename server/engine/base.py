@@ -31,6 +31,14 @@ class AdapterInUseError(IpissaError, RuntimeError):
     """The adapter steers requests that are still running."""
 
 
+class UnknownAdapterError(IpissaError, LookupError):
+    """No adapter of that name is loaded (any more)."""
+
+
+class AdapterExistsError(IpissaError, ValueError):
+    """An adapter of that name is loaded already."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen, the same for all rows of a request."""
@@ -101,6 +109,7 @@ class Engine(ABC):
     tokenizer: Any
     max_model_len: int
     max_batch: int
+    vocab_size: int  # token ids below this can be read and generated
 
     @property
     @abstractmethod
@@ -123,11 +132,11 @@ class Engine(ABC):
 
     @abstractmethod
     async def add_adapter(self, name: str, adapter: Adapter) -> None:
-        """Make one more adapter available; raises `BaseModelMismatchError` if it does not fit."""
+        """Make one more adapter available; `AdapterExistsError`, or `BaseModelMismatchError` if it does not fit."""
 
     @abstractmethod
     async def remove_adapter(self, name: str) -> None:
-        """Take an adapter away; raises `AdapterInUseError` while requests use it."""
+        """Take an adapter away; `UnknownAdapterError`, or `AdapterInUseError` while requests use it."""
 
     @abstractmethod
     def stats(self) -> dict[str, Any]:

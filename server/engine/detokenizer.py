@@ -7,16 +7,20 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+CONTEXT_TOKENS = 8
+
 
 class Detokenizer:
     """Text of one row. Bytes of an unfinished character, or what may become a stop string, are held back."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        # Some tokenizers write a token's leading space only after other text, so the text starts in context.
+        self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
+        self._stream = DecodeStream(ids=self._ids, skip_special_tokens=True)
+        self._prompt_length = len(self._tokenizer.decode(self._ids, skip_special_tokens=True))
         self._stop = stop
         self._held = ""
-        self._ids: list[int] = []
         self._decoded = 0  # characters that left the stream so far
 
     def push(self, token_id: int) -> tuple[str, bool]:
@@ -37,7 +41,7 @@ class Detokenizer:
     def flush(self) -> str:
         """What is left when the row ends: held text, and the bytes of a character that never ended."""
         whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        return self._held + whole[self._decoded :]
+        return self._held + whole[self._prompt_length + self._decoded :]
 
     def _possible_stop(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from ipissa.models import end_token_ids
 from ipissa.sequences import pad_batch
 from ipissa.steering import SteeredModel
 
-from .base import Delta, GenerationRequest
+from .base import Delta, GenerationRequest, Steer
 from .detokenizer import Detokenizer
 from .sampler import Sampler, token_logprobs
 
@@ -37,7 +39,7 @@ class Generation:
         self._cache = DynamicCache(config=steered.model.config)
         self._live = list(range(len(rows)))  # request row of each batch row
         self._generated: list[list[int]] = [[] for _ in rows]
-        self._texts = [Detokenizer(tokenizer, request.sampling.stop) for _ in rows]
+        self._texts = [Detokenizer(tokenizer, row.prompt_ids, request.sampling.stop) for row in rows]
         vocab = steered.model.get_output_embeddings().out_features
         self._sampler = Sampler(request.sampling, [row.noise for row in rows], vocab)
 
@@ -45,11 +47,6 @@ class Generation:
     def live_rows(self) -> int:
         """Rows that still generate."""
         return len(self._live)
-
-    @property
-    def adapters(self) -> set[str]:
-        """The adapters this request names."""
-        return {name for row in self._request.rows for name in row.steer}
 
     @torch.no_grad()
     def step(self) -> list[Delta]:
@@ -67,9 +64,7 @@ class Generation:
         return deltas
 
     def _forward(self) -> Tensor:
-        rows = [self._request.rows[row].steer for row in self._live]
-        alphas = {name: [steer.get(name, 0.0) for steer in rows] for name in self._steered.adapters}
-        with self._steered.alpha(alphas):
+        with self._steered.alpha(per_adapter([self._request.rows[row].steer for row in self._live])):
             output = self._steered.model(
                 input_ids=self._input_ids,
                 attention_mask=self._attention,
@@ -109,8 +104,10 @@ class Generation:
             self._cache.batch_select_indices(index)
 
 
-def end_token_ids(model: Any, tokenizer: Any) -> set[int]:
-    """The tokens that end an answer, from the model's generation settings and the tokenizer."""
-    ends = model.generation_config.eos_token_id
-    ids = {ends} if isinstance(ends, int) else set(ends or ())
-    return ids | ({tokenizer.eos_token_id} - {None})
+def per_adapter(steers: Sequence[Steer]) -> dict[str, list[float]]:
+    """α per row for every adapter that any row names, as `SteeredModel.alpha` takes it.
+
+    An adapter that was unloaded meanwhile is an error there: no row is ever silently unsteered.
+    """
+    names = dict.fromkeys(name for steer in steers for name in steer)
+    return {name: [steer.get(name, 0.0) for steer in steers] for name in names}

@@ -12,25 +12,30 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from ipissa.adapter import Adapter
-from ipissa.errors import AlphaError
-from ipissa.evaluate.scoring import ChoiceScore, choice_scores, find_choices, score_choices
+from ipissa.errors import IpissaError
+from ipissa.evaluate.scoring import Choice, ChoiceScore, choice_scores, find_choices, score_choices
 from ipissa.models import load_model
 from ipissa.steering import attach
 
 from .base import (
+    AdapterExistsError,
     AdapterInUseError,
     Delta,
     Engine,
     GenerationRequest,
     OverloadedError,
     ScoreRequest,
+    Steer,
+    UnknownAdapterError,
 )
-from .generation import Generation
+from .generation import Generation, per_adapter
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -68,6 +73,7 @@ class TorchEngine(Engine):
         trained_for = getattr(model.config.get_text_config(), "max_position_embeddings", DEFAULT_MODEL_LEN)
         self.max_model_len = min(max_model_len or trained_for, trained_for)
         self.max_batch = max_batch
+        self.vocab_size = min(len(self.tokenizer), model.get_input_embeddings().num_embeddings)
         self._max_queue = max_queue
         self._wake = threading.Condition()
         self._urgent: deque[_Call] = deque()  # scores and adapter changes
@@ -97,17 +103,26 @@ class TorchEngine(Engine):
                 yield item
         finally:
             stream.cancelled = True
+            with self._wake:
+                if stream in self._waiting:  # give its place in the queue to somebody who is still there
+                    self._waiting.remove(stream)
 
     async def score(self, request: ScoreRequest) -> list[ChoiceScore]:
         with self._wake:
             self._refuse_overload()
-        return await self._call(lambda: self._score(request))
+        choices = find_choices(self.tokenizer, request.choices)
+        parts = []
+        # One call per batch of α: others get their turn in between, and a client that hangs up ends it.
+        for start in range(0, len(request.steers), self.max_batch):
+            steers = request.steers[start : start + self.max_batch]
+            parts.append(await self._call(partial(self._score, request.context_ids, choices, steers)))
+        return choice_scores(torch.cat(parts), choices)
 
     async def add_adapter(self, name: str, adapter: Adapter) -> None:
-        await self._call(lambda: self._steered.add(name, adapter))
+        await self._call(partial(self._add, name, adapter))
 
     async def remove_adapter(self, name: str) -> None:
-        await self._call(lambda: self._remove(name))
+        await self._call(partial(self._remove, name))
 
     def stats(self) -> dict[str, Any]:
         return {
@@ -125,6 +140,8 @@ class TorchEngine(Engine):
         self._steered.detach()
 
     def _refuse_overload(self) -> None:
+        if self._closed:
+            raise OverloadedError("The server is shutting down.")
         busy = len(self._waiting) + len(self._running) + len(self._urgent)
         if busy >= self._max_queue:
             raise OverloadedError(f"{busy} requests are waiting or running, the most this server takes; try again.")
@@ -138,6 +155,9 @@ class TorchEngine(Engine):
             return await call.result
         finally:
             call.cancelled = True
+            with self._wake:
+                if call in self._urgent:
+                    self._urgent.remove(call)
 
     # --- the worker thread --------------------------------------------------------------------
 
@@ -152,23 +172,29 @@ class TorchEngine(Engine):
             for stream in list(self._running):
                 self._step(stream)
                 self._run_urgent()
-        for stream in [*self._running, *self._waiting]:
-            stream.put(RuntimeError("The server is shutting down."))
+        left: list[_Stream | _Call] = [*self._running, *self._waiting, *self._urgent]
+        for request in left:
+            request.fail(OverloadedError("The server is shutting down."))
 
     def _run_urgent(self) -> None:
-        while self._urgent:
-            self._urgent.popleft().run()
+        while call := self._next(self._urgent):
+            call.run()
+
+    def _next(self, queue: deque[T]) -> T | None:
+        with self._wake:
+            return queue.popleft() if queue else None
 
     def _admit(self) -> None:
         """Start waiting requests, in order, while their rows fit."""
-        while self._waiting:
-            stream = self._waiting[0]
-            rows = sum(running.rows for running in self._running)
-            if self._running and rows + stream.rows > self.max_batch:
-                return
-            self._waiting.popleft()
-            if stream.cancelled:
-                continue
+        while True:
+            with self._wake:
+                if not self._waiting:
+                    return
+                stream = self._waiting[0]
+                rows = sum(running.rows for running in self._running)
+                if self._running and rows + stream.rows > self.max_batch:
+                    return
+                self._waiting.popleft()
             try:
                 stream.generation = Generation(self._steered, self.tokenizer, stream.request, self.max_model_len)
                 self._running.append(stream)
@@ -192,27 +218,26 @@ class TorchEngine(Engine):
             self._fail(stream, error)
 
     def _fail(self, stream: _Stream, error: Exception) -> None:
-        logger.exception("A generation failed")
-        stream.put(error)
+        if not isinstance(error, IpissaError):
+            logger.exception("A generation failed")
+        stream.fail(error)
 
-    def _score(self, request: ScoreRequest) -> list[ChoiceScore]:
-        choices = find_choices(self.tokenizer, request.choices)
-        parts = []
-        for start in range(0, len(request.steers), self.max_batch):
-            steers = request.steers[start : start + self.max_batch]
-            alphas = {name: [steer.get(name, 0.0) for steer in steers] for name in self.adapters}
-            with self._steered.alpha(alphas):
-                parts.append(
-                    score_choices(self._steered.model, self.tokenizer, request.context_ids, choices, len(steers))
-                )
-        return choice_scores(torch.cat(parts), choices)
+    def _score(self, context_ids: list[int], choices: list[Choice], steers: list[Steer]) -> Tensor:
+        with self._steered.alpha(per_adapter(steers)):
+            return score_choices(self._steered.model, self.tokenizer, context_ids, choices, len(steers))
+
+    def _add(self, name: str, adapter: Adapter) -> None:
+        if name in self.adapters:
+            raise AdapterExistsError(f"An adapter named {name!r} is loaded already; choose another name.")
+        self._steered.add(name, adapter)
 
     def _remove(self, name: str) -> None:
-        streams = [*self._running, *self._waiting]
+        if name not in self.adapters:
+            raise UnknownAdapterError(f"The adapter {name!r} is not loaded.")
+        with self._wake:
+            streams = [stream for stream in (*self._running, *self._waiting) if not stream.cancelled]
         if any(name in row.steer for stream in streams for row in stream.request.rows):
             raise AdapterInUseError(f"The adapter {name!r} steers requests that are still running; try again later.")
-        if name not in self.adapters:
-            raise AlphaError(f"No adapter named {name!r} is loaded.")
         self._steered.remove(name)
 
 
@@ -231,7 +256,12 @@ class _Stream:
         return self.generation.live_rows if self.generation else len(self.request.rows)
 
     def put(self, item: list[Delta] | BaseException | None) -> None:
+        """Hand over a step's deltas, or None after the last."""
         _call_soon(self._loop, self.deltas.put_nowait, item)
+
+    def fail(self, error: Exception) -> None:
+        """End the request with an error."""
+        self.put(error)
 
 
 class _Call:
@@ -244,13 +274,18 @@ class _Call:
         self.cancelled = False
 
     def run(self) -> None:
+        """Run the function and hand over its result."""
         if self.cancelled:
             return
         try:
             value = self._function()
             _call_soon(self._loop, self._finish, self.result.set_result, value)
         except Exception as error:
-            _call_soon(self._loop, self._finish, self.result.set_exception, error)
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """End the call with an error."""
+        _call_soon(self._loop, self._finish, self.result.set_exception, error)
 
     def _finish(self, setter: Callable[[Any], None], value: Any) -> None:
         if not self.result.done():

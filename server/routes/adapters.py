@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from fastapi import APIRouter, Depends, Request
 from ipissa.adapter import Adapter, load_adapter
 
 from ..deps import EngineDep, SettingsDep
-from ..errors import ApiError, bad_request, not_found
+from ..errors import ApiError, bad_request
 from ..schemas import AddAdapterBody
 from ..settings import Settings
 
@@ -45,12 +46,15 @@ async def add_adapter(body: AddAdapterBody, request: Request, engine: EngineDep,
     """Load one more adapter from the server's adapter folder."""
     assert settings.adapter_dir is not None
     root = settings.adapter_dir.resolve()
-    path = (root / body.path).resolve()
+    try:
+        path = (root / body.path).resolve()
+    except (OSError, ValueError) as error:
+        raise bad_request(f"path {body.path!r} is not a usable path: {error}.", param="path") from error
     if not path.is_relative_to(root):
         raise bad_request(f"path {body.path!r} leads out of the adapter folder.", param="path")
-    if body.name in engine.adapters or body.name == settings.model:
-        raise ApiError(409, f"The name {body.name!r} is taken; choose another.", param="name", code="name_taken")
-    adapter = load_adapter(path)
+    if body.name == settings.model:
+        raise ApiError(409, f"{body.name!r} is the base model's name; choose another.", param="name", code="name_taken")
+    adapter = await asyncio.to_thread(load_adapter, path)
     await engine.add_adapter(body.name, adapter)
     request.app.state.adapter_paths[body.name] = path
     return describe(body.name, adapter, path, settings)
@@ -59,8 +63,6 @@ async def add_adapter(body: AddAdapterBody, request: Request, engine: EngineDep,
 @router.delete("/v1/adapters/{name}")
 async def remove_adapter(name: str, request: Request, engine: EngineDep, settings: Managed) -> dict[str, Any]:
     """Unload an adapter that no running request uses."""
-    if name not in engine.adapters:
-        raise not_found(f"The adapter {name!r} is not loaded.", code="adapter_not_found")
     await engine.remove_adapter(name)
     request.app.state.adapter_paths.pop(name, None)
     return {"id": name, "object": "adapter.deleted", "deleted": True}
@@ -81,5 +83,5 @@ def describe(name: str, adapter: Adapter, path: Path | None, settings: Settings)
         "base_model": adapter.base_model,
         "evaluation": adapter.evaluation,
         "license": adapter.license,
-        "card": card.read_text(encoding="utf-8") if card and card.is_file() else None,
+        "card": card.read_text(encoding="utf-8", errors="replace") if card and card.is_file() else None,
     }

@@ -64,8 +64,13 @@ async def chat_completions(
             return {**chunk_head, "choices": [part]}
 
         roles = [choice(row, None, [], delta={"role": "assistant", "content": ""}) for row in range(len(job.rows))]
-        return stream(
-            engine, job, opening=[{**chunk_head, "choices": [role]} for role in roles], chunk=chunk, closing=closing
+        return await stream(
+            request,
+            engine,
+            job,
+            opening=[{**chunk_head, "choices": [role]} for role in roles],
+            chunk=chunk,
+            closing=closing,
         )
     rows = await unless_disconnected(request, collect(engine, job))
     choices = [

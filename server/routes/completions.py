@@ -48,7 +48,8 @@ async def completions(
             wanted = body.stream_options and body.stream_options.include_usage
             return [{**head, "choices": [], "usage": usage(prompts, tokens).model_dump()}] if wanted else []
 
-        return stream(
+        return await stream(
+            request,
             engine,
             job,
             opening=[],

@@ -6,17 +6,19 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from ..deps import EngineDep
+from ..deps import EngineDep, SettingsDep
 from ..errors import bad_request
 from ..schemas import DetokenizeBody, TokenizeBody
+from ..steer import check_model
 from .chat import conversation_ids
 
 router = APIRouter()
 
 
 @router.post("/tokenize")
-async def tokenize(body: TokenizeBody, engine: EngineDep) -> dict[str, Any]:
+async def tokenize(body: TokenizeBody, engine: EngineDep, settings: SettingsDep) -> dict[str, Any]:
     """Token ids of a prompt or a conversation."""
+    check_model(body.model, engine.adapters, settings)
     if body.messages is not None:
         tokens = conversation_ids(engine, body.messages)
     else:
@@ -25,9 +27,10 @@ async def tokenize(body: TokenizeBody, engine: EngineDep) -> dict[str, Any]:
 
 
 @router.post("/detokenize")
-async def detokenize(body: DetokenizeBody, engine: EngineDep) -> dict[str, str]:
+async def detokenize(body: DetokenizeBody, engine: EngineDep, settings: SettingsDep) -> dict[str, str]:
     """The text of token ids, special tokens included."""
-    vocab = len(engine.tokenizer)
+    check_model(body.model, engine.adapters, settings)
+    vocab = engine.vocab_size
     for token in body.tokens:
         if token >= vocab:
             raise bad_request(f"The token id {token} is not in the vocabulary of {vocab} tokens.", param="tokens")
