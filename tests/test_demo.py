@@ -19,7 +19,7 @@ from serving import Served, in_process
 import ipissa
 
 BIN = Path(sys.executable).parent
-ALPHAS = [-1.0, 0.0, 1.0]
+ALPHAS = [-1.5, 0.0, 1.5]
 
 
 def run(*command: str) -> subprocess.CompletedProcess[str]:
@@ -73,16 +73,16 @@ def test_each_alpha_of_a_sweep_equals_the_library_with_that_alpha(demo_server: S
     model, tokenizer = demo
     prompt = "When I met my neighbour this morning, I"
     answer = demo_server.openai.completions.create(
-        model="kind", prompt=prompt, max_tokens=12, temperature=0, extra_body={"steer_alpha": ALPHAS}
+        model="kind", prompt=prompt, max_tokens=24, temperature=0, extra_body={"steer_alpha": ALPHAS}
     )
     steered = ipissa.attach(model, ipissa.load_adapter(SHIPPED[1]))
     ids = tokenizer(prompt, return_tensors="pt")
     for choice, alpha in zip(answer.choices, ALPHAS, strict=True):
         with steered.alpha(alpha):
-            expected = model.generate(**ids, max_new_tokens=12, do_sample=False)[0, ids.input_ids.shape[1] :]
+            expected = model.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids.input_ids.shape[1] :]
         assert choice.text == tokenizer.decode(expected, skip_special_tokens=True)
     steered.detach()
-    assert len({choice.text for choice in answer.choices}) == 3
+    assert answer.choices[0].text != answer.choices[2].text
 
 
 def test_two_adapters_compose(demo_server: Served) -> None:
