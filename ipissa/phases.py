@@ -11,6 +11,7 @@ have their own. Each factor is written as a difference from α = 0, hence exactl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -23,14 +24,18 @@ from ipissa.scaling import LINEAR_STEPS, scaled_singular_values
 Coefficients = tuple[Tensor, ...]
 
 
-class PhaseDelta(Protocol):
-    """What one adapted layer adds, with everything that depends on α kept apart from the weights."""
-
-    def coefficients(self, alpha: float) -> Coefficients:
-        """The α-dependent factors of one α, computed in float64; without a batch dimension."""
+class Addend(Protocol):
+    """What is added to the output of a linear layer."""
 
     def add(self, output: Tensor, x: Tensor, coefficients: Coefficients) -> Tensor:
         """output + delta; x (batch, tokens, d_in), coefficients with a leading (batch or 1,)."""
+
+
+class PhaseDelta(Addend, Protocol):
+    """What one adapter adds to one layer, with everything that depends on α kept apart from the weights."""
+
+    def coefficients(self, alpha: float) -> Coefficients:
+        """The α-dependent factors of one α, computed in float64; without a batch dimension."""
 
 
 def make_delta(config: AdapterConfig, factors: ModuleFactors, like: Tensor) -> PhaseDelta:
@@ -53,19 +58,45 @@ class FoldedDelta:
         u, s, v = factors.U.double(), factors.S.double(), factors.V.double()
         self._step = LINEAR_STEPS[config.scale_mode](s, _double(factors.delta_s, s))
         steps = [s] if self._step is None else [s, self._step]
-        self._inputs = (v @ q).to(like)  # (d_in, 2h)
-        self._outputs = torch.cat([(q.mT * step) @ u.mT for step in steps]).to(like)  # (n·2h, d_out)
+        outputs = torch.stack([(q.mT * step) @ u.mT for step in steps])
+        self.factors = FoldedFactors((v @ q).to(like), outputs.to(like))
 
     def coefficients(self, alpha: float) -> Coefficients:
         turn = torch.polar(torch.ones_like(self._theta), self._phases(self._theta, alpha))
-        factors = [turn - 1] if self._step is None else [turn - 1, alpha * turn]
-        return (torch.stack(factors).to(self._inputs.device, torch.complex64),)  # (n, h)
+        parts = [turn - 1] if self._step is None else [turn - 1, alpha * turn]
+        return (torch.stack(parts).to(self.factors.inputs.device, torch.complex64),)  # (n, h)
 
     def add(self, output: Tensor, x: Tensor, coefficients: Coefficients) -> Tensor:
-        z = _pairs(x @ self._inputs)  # (batch, tokens, h)
+        return self.factors.add(output, x, coefficients)
+
+
+class FoldedFactors:
+    """The two products of `FoldedDelta`, of one adapter or of several side by side.
+
+    Args:
+        inputs: V Q_v of every adapter, (d_in, 2h), their planes one after the other.
+        outputs: Per step (S, and s' if singular values move) what brings the planes out, (n, 2h, d_out).
+    """
+
+    def __init__(self, inputs: Tensor, outputs: Tensor) -> None:
+        self.inputs = inputs
+        self.steps = outputs.shape[0]
+        self._outputs = outputs.flatten(0, 1)
+
+    def add(self, output: Tensor, x: Tensor, coefficients: Coefficients) -> Tensor:
+        """output + delta; coefficients ((batch or 1, n, h),)."""
+        z = _pairs(x @ self.inputs)  # (batch, tokens, h)
         turned = coefficients[0].unsqueeze(1) * z.unsqueeze(-2)  # (batch, tokens, n, h)
         flat = torch.view_as_real(turned).flatten(-3).to(x.dtype)  # (batch, tokens, n·2h)
         return torch.addmm(output.flatten(0, -2), flat.flatten(0, -2), self._outputs).view_as(output)
+
+    @staticmethod
+    def side_by_side(factors: Sequence[FoldedFactors]) -> FoldedFactors:
+        """One pair of products for several adapters of one layer, which must have equally many steps."""
+        if len(factors) == 1:
+            return factors[0]
+        outputs = [each._outputs.unflatten(0, (each.steps, -1)) for each in factors]
+        return FoldedFactors(torch.cat([each.inputs for each in factors], dim=-1), torch.cat(outputs, dim=1))
 
 
 class GeneralDelta:

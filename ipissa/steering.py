@@ -20,18 +20,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ipissa.adapter.checkpoint import Adapter
 from ipissa.base import check_base, find_linear
 from ipissa.errors import AlphaError
-from ipissa.phases import Coefficients, PhaseDelta, make_delta
+from ipissa.phases import Addend, Coefficients, FoldedDelta, FoldedFactors, PhaseDelta, make_delta
 
 Alpha = float | Sequence[float] | Tensor
 Rows = tuple[float, ...]  # one α for all batch rows, or one per row
-NO_STEERING: Rows = (0.0,)
 DEFAULT_CACHE_SIZE = 256
 BATCHES_CACHED = 32  # a server alternates between a few running batches
+Application = tuple[Addend, Coefficients]
+STACKS_CACHED = 8  # combinations of adapters whose factors are kept side by side
 
 
 def attach(
@@ -65,6 +67,10 @@ class SteeredModel:
         self.model = model
         self._cache_size = cache_size
         self._attached: dict[str, _Attached] = {}
+        self._hooks: dict[str, RemovableHandle] = {}  # by module
+        self._rows: dict[str, Rows] = {}  # α now in force, of adapters that are not at 0
+        self._now: dict[str, list[Application]] = {}  # what each module's hook does
+        self._forget()
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -76,10 +82,19 @@ class SteeredModel:
         if name in self._attached:
             raise ValueError(f"An adapter named {name!r} is attached already; detach it or choose another name.")
         self._attached[name] = _Attached(self.model, adapter, self._cache_size)
+        for module in adapter.modules:
+            if module not in self._hooks:
+                self._hooks[module] = self.model.get_submodule(module).register_forward_hook(self._hook(module))
+        self._forget()
 
     def remove(self, name: str) -> None:
         """Take one adapter off; the others stay."""
-        self._attached.pop(name).detach()
+        del self._attached[name]
+        used = {module for attached in self._attached.values() for module in attached.deltas}
+        for module in set(self._hooks) - used:
+            self._hooks.pop(module).remove()
+        self._forget()
+        self._apply({other: rows for other, rows in self._rows.items() if other != name})
 
     def detach(self) -> None:
         """Take every adapter off; the model is bitwise what it was."""
@@ -93,13 +108,12 @@ class SteeredModel:
         A number steers all rows; a sequence gives one α per batch row; a mapping gives either to
         adapters by name, and 0 to those it leaves out. NaN and infinite α raise `AlphaError`.
         """
-        before = {name: attached.rows for name, attached in self._attached.items()}
+        before = self._rows
         try:
             self.set_alpha(value)
             yield self
         finally:
-            for name, attached in self._attached.items():
-                attached.set_rows(before.get(name, NO_STEERING))
+            self._apply({name: rows for name, rows in before.items() if name in self._attached})
 
     def set_alpha(self, value: Alpha | Mapping[str, Alpha]) -> None:
         """Steer at `value` until the next call; see `alpha` for what it may be."""
@@ -107,12 +121,16 @@ class SteeredModel:
         lengths = {len(row) for row in rows.values()} - {1}
         if len(lengths) > 1:
             raise AlphaError(f"The adapters were given α for different batch sizes {sorted(lengths)}; use one size.")
-        for name, attached in self._attached.items():
-            attached.set_rows(rows.get(name, NO_STEERING))
+        self._apply({name: row for name, row in rows.items() if any(row)})
 
     def phase_cache_info(self) -> dict[str, Any]:
         """Hits, misses, size and capacity of each adapter's phase cache, by adapter name."""
         return {name: attached.phases.cache_info() for name, attached in list(self._attached.items())}
+
+    def first_steered_layer(self, layers: Sequence[nn.Module]) -> int:
+        """Index of the first of `layers` that any attached adapter changes; len(layers) if none does."""
+        steered = {self.model.get_submodule(name) for name in self._hooks}
+        return next((i for i, layer in enumerate(layers) if not steered.isdisjoint(layer.modules())), len(layers))
 
     def _by_name(self, value: Alpha | Mapping[str, Alpha]) -> Mapping[str, Alpha]:
         if isinstance(value, Mapping):
@@ -124,62 +142,91 @@ class SteeredModel:
             raise AlphaError(f"Name the adapter α is for, as in {{name: α}}; attached are {sorted(self._attached)}.")
         return dict.fromkeys(self._attached, value)
 
+    def _forget(self) -> None:
+        """Drop what was prepared for adapters that may be gone."""
+        self._batches = lru_cache(maxsize=BATCHES_CACHED)(self._batch_of)
+        self._stacks = lru_cache(maxsize=STACKS_CACHED)(self._stacks_of)
+
+    def _apply(self, rows: dict[str, Rows]) -> None:
+        self._rows = rows
+        self._now = self._batches(tuple(sorted(rows.items()))) if rows else {}
+
+    def _batch_of(self, rows: tuple[tuple[str, Rows], ...]) -> dict[str, list[Application]]:
+        """What every module adds when the rows of a batch have these α."""
+        phases = {name: self._attached[name].batch(alphas) for name, alphas in rows}
+        stacks = self._stacks(tuple(phases))
+        return {
+            module: [(delta, _side_by_side([phases[name][module] for name in names])) for names, delta in parts]
+            for module, parts in stacks.items()
+        }
+
+    def _stacks_of(self, names: tuple[str, ...]) -> dict[str, list[tuple[tuple[str, ...], Addend]]]:
+        """Per module the adapters that can share one pair of products, and the others one by one."""
+        stacks: dict[str, list[tuple[tuple[str, ...], Addend]]] = {}
+        for module in self._hooks:
+            here = {
+                name: self._attached[name].deltas[module] for name in names if module in self._attached[name].deltas
+            }
+            folded: dict[int, dict[str, FoldedFactors]] = {}
+            for name, delta in here.items():
+                if isinstance(delta, FoldedDelta):
+                    folded.setdefault(delta.factors.steps, {})[name] = delta.factors
+            shared = [(tuple(group), FoldedFactors.side_by_side(list(group.values()))) for group in folded.values()]
+            alone = [((name,), delta) for name, delta in here.items() if not isinstance(delta, FoldedDelta)]
+            if here:
+                stacks[module] = [*shared, *alone]
+        return stacks
+
+    def _hook(self, module_name: str) -> Any:
+        def add_deltas(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            for delta, coefficients in self._now.get(module_name, ()):
+                x = args[0]
+                batch, rows = (x.shape[0] if x.dim() == 3 else 1), coefficients[0].shape[0]
+                if rows not in (1, batch):
+                    raise AlphaError(f"{rows} α are set for a batch of {batch} rows; set one, or one per row.")
+                if x.dim() == 3:
+                    output = delta.add(output, x, coefficients)
+                else:
+                    output = delta.add(output[None], x[None], coefficients)[0]
+            return output
+
+        return add_deltas
+
 
 class _Attached:
-    """One adapter on one model: its hooks, its phases per α, and the α of each batch row."""
+    """One adapter on one model: its delta per module, and their phases per α."""
 
     def __init__(self, model: PreTrainedModel, adapter: Adapter, cache_size: int) -> None:
         check_base(model, adapter)
         self.adapter = adapter
-        self.rows = NO_STEERING
-        modules = {name: find_linear(model, name, adapter) for name in adapter.modules}
-        self._deltas: list[PhaseDelta] = [
-            make_delta(adapter.config, adapter.modules[name], _reference(model, module))
-            for name, module in modules.items()
-        ]
+        self.deltas: dict[str, PhaseDelta] = {
+            name: make_delta(
+                adapter.config, adapter.modules[name], _reference(model, find_linear(model, name, adapter))
+            )
+            for name in adapter.modules
+        }
         self.phases = lru_cache(maxsize=cache_size)(self._phases_of)
-        self._batches = lru_cache(maxsize=BATCHES_CACHED)(self._batch_of)
-        self._now: list[Coefficients] | None = None  # per module, stacked over rows; None where all α are 0
-        self._handles = [
-            module.register_forward_hook(self._hook(index)) for index, module in enumerate(modules.values())
-        ]
+        sizes = [[part.shape[-1] for part in delta.coefficients(0.0)] for delta in self.deltas.values()]
+        self._sizes = list(zip(*sizes, strict=True))  # [part][module]
 
-    def _phases_of(self, alpha: float) -> list[Coefficients]:
-        return [delta.coefficients(alpha) for delta in self._deltas]
+    def _phases_of(self, alpha: float) -> Coefficients:
+        """The coefficients of all modules at one α, end to end: a batch then takes one copy, not one per module."""
+        per_module = [delta.coefficients(alpha) for delta in self.deltas.values()]
+        return tuple(torch.cat(parts, dim=-1) for parts in zip(*per_module, strict=True))
 
-    def _batch_of(self, rows: Rows) -> list[Coefficients]:
-        """Per module, the phases of every row stacked along the batch."""
-        per_row = [self.phases(alpha) for alpha in rows]  # [row][module][part]
-        return [
-            tuple(torch.stack(parts) for parts in zip(*module_rows, strict=True))
-            for module_rows in zip(*per_row, strict=True)
-        ]
+    def batch(self, alphas: Rows) -> dict[str, Coefficients]:
+        """Per module, the coefficients of every row, (rows, ...)."""
+        stacked = [torch.stack(parts) for parts in zip(*map(self.phases, alphas), strict=True)]
+        split = [part.split(sizes, dim=-1) for part, sizes in zip(stacked, self._sizes, strict=True)]
+        return dict(zip(self.deltas, zip(*split, strict=True), strict=True))
 
-    def set_rows(self, rows: Rows) -> None:
-        """Set one α for all rows (length 1), or one per row."""
-        self.rows = rows
-        self._now = self._batches(rows) if any(rows) else None
 
-    def _hook(self, index: int) -> Any:
-        delta = self._deltas[index]
-
-        def add_delta(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if self._now is None:
-                return output
-            x = args[0]
-            batch = x.shape[0] if x.dim() == 3 else 1
-            if len(self.rows) not in (1, batch):
-                raise AlphaError(f"{len(self.rows)} α are set for a batch of {batch} rows; set one, or one per row.")
-            if x.dim() == 3:
-                return delta.add(output, x, self._now[index])
-            return delta.add(output[None], x[None], self._now[index])[0]
-
-        return add_delta
-
-    def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+def _side_by_side(coefficients: list[Coefficients]) -> Coefficients:
+    """Coefficients for `FoldedFactors.side_by_side`; one α for all rows meets one per row by repetition."""
+    if len(coefficients) == 1:
+        return coefficients[0]
+    rows = max(part.shape[0] for (part,) in coefficients)
+    return (torch.cat([part.expand(rows, -1, -1) for (part,) in coefficients], dim=-1),)
 
 
 def _rows(alpha: Alpha, name: str) -> Rows:

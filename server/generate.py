@@ -34,7 +34,7 @@ class FinishedRow:
     text: str = ""
     tokens: int = 0
     finish_reason: str | None = None
-    deltas: list[Delta] = field(default_factory=list)  # those with log-probabilities
+    logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 def build_request(
@@ -45,6 +45,7 @@ def build_request(
     *,
     max_tokens: int | None,
     top_logprobs: int | None,
+    echo: bool = False,
 ) -> GenerationRequest:
     """The rows of a request, checked against what the engine can hold."""
     n = body.n or 1
@@ -55,13 +56,20 @@ def build_request(
             f"this server takes at most {engine.max_batch} in one request."
         )
     longest = max(map(len, prompts))
+    needed = 1 if max_tokens is None else max_tokens
     if min(map(len, prompts)) == 0:
         raise bad_request("prompt is empty; give at least one token.", param="prompt")
-    if longest + (max_tokens or 1) > engine.max_model_len:
+    if longest + needed > engine.max_model_len:
         raise bad_request(
-            f"The prompt's {longest} tokens and max_tokens {max_tokens or 1} exceed this model's limit of "
+            f"The prompt's {longest} tokens and max_tokens {needed} exceed this model's limit of "
             f"{engine.max_model_len} tokens.",
             param="prompt" if longest >= engine.max_model_len else "max_tokens",
+        )
+    if rows_asked * (longest + 1) > engine.max_cache_tokens:
+        raise bad_request(
+            f"{rows_asked} sequences with a prompt of {longest} tokens need more than the {engine.max_cache_tokens} "
+            "tokens this server keeps in memory; ask for fewer at a time.",
+            param="prompt",
         )
     vocab = engine.vocab_size
     for token in [*(body.logit_bias or {}), *(token for prompt in prompts for token in prompt)]:
@@ -74,7 +82,7 @@ def build_request(
         for i in range(n)
     ]
     sampling = SamplingParams(
-        max_tokens=max_tokens or engine.max_model_len - longest,
+        max_tokens=engine.max_model_len - longest if max_tokens is None else max_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=body.top_k,
@@ -85,6 +93,7 @@ def build_request(
         seed=secrets.randbits(62) if body.seed is None else body.seed,
         stop=tuple(body.stop),
         top_logprobs=top_logprobs,
+        echo=echo,
     )
     return GenerationRequest(rows, sampling)
 
@@ -103,10 +112,9 @@ async def collect(engine: Engine, request: GenerationRequest) -> list[FinishedRo
             for delta in deltas:
                 row = rows[delta.row]
                 row.text += delta.text
-                row.tokens += 1
+                row.tokens += delta.tokens
                 row.finish_reason = delta.finish_reason
-                if delta.logprob is not None:
-                    row.deltas.append(delta)
+                row.logprobs += delta.logprobs
     return rows
 
 
@@ -135,7 +143,7 @@ async def stream(
                 yield _event(each)
             async with aclosing(steps):  # type: ignore[type-var]
                 while deltas:
-                    tokens += len(deltas)
+                    tokens += sum(delta.tokens for delta in deltas)
                     for delta in deltas:
                         yield _event(chunk(delta))
                     deltas = await anext(steps, [])

@@ -21,7 +21,6 @@ LARGEST_INTEGER = 10**300
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (None,),
     "best_of": (None, 1),
-    "echo": (None, False),
     "function_call": (None, "none"),
     "functions": (None, []),
     "include_obfuscation": (None, False),
@@ -153,8 +152,15 @@ class CompletionRequest(GenerationBody):
     """POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]] = Field(description="Text or token ids, one or several.")
-    max_tokens: int | None = Field(16, ge=1)
+    max_tokens: int | None = Field(16, ge=0)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = Field(False, description="Begin with the prompt, and with its log-probabilities.")
+
+    @model_validator(mode="after")
+    def something_is_asked_for(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens 0 is only for echo: true; give at least 1.")
+        return self
 
 
 class TextPart(RequestBody):

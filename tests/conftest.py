@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from serving import Served, in_thread, settings_for
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -19,7 +20,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from ipissa.adapter import Adapter, AdapterConfig, ModuleFactors
+from ipissa.adapter import Adapter, AdapterConfig, ModuleFactors, save_adapter
 from ipissa.base import describe_base
 from ipissa.models import load_model
 
@@ -129,3 +130,24 @@ def demo() -> tuple[Any, Any]:
 def tokenizer(demo: tuple[Any, Any]) -> Any:
     """The demo model's tokenizer."""
     return demo[1]
+
+
+@pytest.fixture(scope="session")
+def tiny(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and three adapters for it."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "adapters").mkdir()
+    for seed, name in enumerate(("honest", "kind", "third")):
+        save_adapter(random_adapter(model, seed=seed), folder / "adapters" / f"{name}.safetensors")
+    (folder / "adapters" / "honest.md").write_text("# honest\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(tiny: Path) -> Iterator[Served]:
+    """The tiny model with the adapters honest and kind, over HTTP."""
+    with in_thread(**settings_for(tiny, "honest", "kind"), max_model_len=200, max_batch=16) as server:
+        yield server

@@ -19,6 +19,8 @@ from ipissa_server.app import create_app
 from ipissa_server.settings import Settings
 
 START_SECONDS = 120
+PROMPT = "Once upon a time"
+MESSAGES = [{"role": "user", "content": "Hello there"}]
 
 
 def free_port() -> int:
@@ -90,3 +92,21 @@ def in_process(*arguments: str) -> Iterator[Served]:
             served.close()
             process.terminate()
             process.communicate(timeout=30)
+
+
+def settings_for(tiny: Path, *names: str, **more: Any) -> dict[str, Any]:
+    """Settings that serve the `tiny` fixture's model with some of its adapters, without the page."""
+    adapters = {name: tiny / "adapters" / f"{name}.safetensors" for name in names}
+    return {"model": str(tiny / "model"), "adapters": adapters, "ui": False, "device": "cpu", **more}
+
+
+def complete(served: Served, **body: Any) -> dict[str, Any]:
+    """A greedy completion of 12 tokens unless the body says otherwise."""
+    response = served.post("/v1/completions", **{"prompt": PROMPT, "max_tokens": 12, "temperature": 0, **body})
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def texts(answer: dict[str, Any]) -> list[str]:
+    """The text of every choice."""
+    return [choice["text"] for choice in answer["choices"]]

@@ -5,14 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import random_adapter
-from ipissa_server.engine.base import GenerationRequest, Row, SamplingParams
 from ipissa_server.engine.detokenizer import Detokenizer
-from ipissa_server.engine.generation import Generation, per_adapter
+from ipissa_server.engine.runner import per_adapter
 from tokenizers import Tokenizer, decoders, models
-
-import ipissa
-from ipissa.errors import AlphaError
 
 
 def text_of(tokenizer: Any, prompt: list[int], tokens: list[int], *stop: str) -> tuple[str, list[str], bool]:
@@ -56,14 +51,6 @@ def test_a_space_that_a_tokenizer_writes_only_in_context_is_kept() -> None:
         backend_tokenizer = backend
 
     assert text_of(Fast(), [0], [1, 1])[0] == " world world"
-
-
-def test_a_row_whose_adapter_was_unloaded_fails_instead_of_running_unsteered(llama: Any, tokenizer: Any) -> None:
-    steered = ipissa.attach(llama, {"kind": random_adapter(llama)})
-    rows = [Row(prompt_ids=[5, 6], steer={"honest": 0.5})]
-    generation = Generation(steered, tokenizer, GenerationRequest(rows, SamplingParams(max_tokens=2)), 100)
-    with pytest.raises(AlphaError, match="'honest'"):
-        generation.step()
 
 
 def test_every_named_adapter_gets_one_alpha_per_row() -> None:

@@ -54,6 +54,12 @@ class SamplingParams:
     seed: int = 0
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None  # None: no log-probabilities are reported
+    echo: bool = False  # the prompt, and its log-probabilities if those are reported, come first
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether logits are adjusted before anything is chosen."""
+        return bool(self.logit_bias or self.presence_penalty or self.frequency_penalty)
 
 
 @dataclass(frozen=True)
@@ -75,21 +81,35 @@ class GenerationRequest:
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token's log-probability before temperature and filters, and the likeliest alternatives."""
+    """A token's log-probability before temperature and filters, and the likeliest alternatives.
+
+    The first token of a prompt has neither.
+    """
 
     token_id: int
-    logprob: float
+    logprob: float | None
     top: list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
+class TokenOut:
+    """A token that a step chose for a row; the engine's own, before it is text."""
+
+    row: int
+    token_id: int | None  # None where a row ends without one
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None  # with the first token of rows that echo
+    finish_reason: str | None = None
+
+
+@dataclass(frozen=True)
 class Delta:
-    """What one decode step adds to one row."""
+    """What one step adds to one row: the echoed prompt, or one token."""
 
     row: int
     text: str
-    token_id: int
-    logprob: TokenLogprob | None = None
+    tokens: int  # generated tokens this adds: 1, or 0 for an echo
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None  # "stop" or "length" on the row's last delta
 
 
@@ -109,6 +129,7 @@ class Engine(ABC):
     tokenizer: Any
     max_model_len: int
     max_batch: int
+    max_cache_tokens: int  # rows x longest row that are kept in memory
     vocab_size: int  # token ids below this can be read and generated
 
     @property

@@ -1,4 +1,4 @@
-"""Turn one row's tokens into text as they come, stopping at stop strings."""
+"""Turn one row's tokens into text as they come, stopping at stop strings; on the event loop."""
 
 from __future__ import annotations
 
@@ -7,7 +7,47 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from .base import Delta, Row, SamplingParams, TokenLogprob, TokenOut
+
 CONTEXT_TOKENS = 8
+
+
+class TextOut:
+    """From the tokens of one row to what its client is told."""
+
+    def __init__(self, tokenizer: Any, row: Row, sampling: SamplingParams) -> None:
+        self._tokenizer = tokenizer
+        self._row = row
+        self._echo = sampling.echo
+        self._detokenizer = Detokenizer(tokenizer, row.prompt_ids, sampling.stop)
+        self.ended = False
+
+    def deltas(self, output: TokenOut) -> list[Delta]:
+        """What a token adds: first the prompt, if it is echoed, then its text; nothing after the end."""
+        if self.ended:
+            return []
+        found = []
+        if self._echo:
+            self._echo = False
+            text = self._tokenizer.decode(self._row.prompt_ids, skip_special_tokens=True)
+            first = TokenLogprob(self._row.prompt_ids[0], None, [])
+            logprobs = [] if output.prompt_logprobs is None else [first, *output.prompt_logprobs]
+            found.append(Delta(output.row, text, 0, logprobs, None if output.token_id is not None else "length"))
+        if output.token_id is not None:
+            found.append(self._token(output, output.token_id))
+        self.ended = found[-1].finish_reason is not None
+        return found
+
+    def _token(self, output: TokenOut, token_id: int) -> Delta:
+        logprobs = [] if output.logprob is None else [output.logprob]
+        if output.finish_reason == "stop":  # an end token, which has no text
+            return Delta(output.row, self._detokenizer.flush(), 1, logprobs, "stop")
+        final, stopped = self._detokenizer.push(token_id)
+        if stopped:
+            return Delta(output.row, final, 1, logprobs, "stop")
+        if output.finish_reason:
+            return Delta(output.row, final + self._detokenizer.flush(), 1, logprobs, output.finish_reason)
+        return Delta(output.row, final, 1, logprobs)
 
 
 class Detokenizer:

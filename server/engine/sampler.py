@@ -1,8 +1,9 @@
-"""Choose the next token of every row of one request."""
+"""Choose the next token of every sequence in a batch, each by its own sampling parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -10,62 +11,80 @@ from torch import Tensor
 from ipissa.sampling import apply_temperature, gumbel_noise, keep_min_p, keep_top_k, keep_top_p
 
 from .base import SamplingParams, TokenLogprob
+from .sequence import Sequence
 
 
-class Sampler:
-    """Draws tokens under one request's sampling parameters.
+def choose_tokens(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+    """Next token per sequence; logits (sequences, vocab) float32 -> (sequences,)."""
+    logits = _with_bias_and_penalties(logits, sequences)
+    chosen = logits.argmax(-1)
+    sampled = [i for i, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
+    if sampled:
+        rows = torch.tensor(sampled, device=logits.device)
+        chosen[rows] = _draw(logits[rows], [sequences[i] for i in sampled])
+    return chosen
 
-    Noise is drawn once per step for every stream, by a generator seeded with (seed, stream), and
-    shared by the rows of that stream: the noise at step t does not depend on α, on other requests,
-    or on which rows have finished.
+
+def _draw(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+    """Sample every row within its filters, by the Gumbel-max trick."""
+    params = [sequence.sampling for sequence in sequences]
+
+    def column(name: str) -> Tensor:
+        return logits.new_tensor([getattr(each, name) for each in params])
+
+    logits = apply_temperature(logits, column("temperature"))
+    logits = keep_top_k(logits, [each.top_k for each in params])
+    logits = keep_top_p(logits, column("top_p"))
+    logits = keep_min_p(logits, column("min_p"))
+    return (logits + _noise(sequences, logits.shape[-1]).to(logits.device)).argmax(-1)
+
+
+def _noise(sequences: Seq[Sequence], vocab: int) -> Tensor:
+    """Gumbel noise per row, (rows, vocab), equal for rows of one noise stream at the same token.
+
+    It is a function of the request's seed, the stream and how many tokens the sequence has, and of
+    nothing else: not of α, not of other requests, not of when the sequence ran.
     """
+    keys = [noise_key(sequence.sampling, sequence.spec.noise, sequence.generated) for sequence in sequences]
+    drawn = {key: gumbel_noise(torch.Generator().manual_seed(key), vocab) for key in dict.fromkeys(keys)}
+    return torch.stack([drawn[key] for key in keys])
 
-    def __init__(self, params: SamplingParams, noise_streams: Sequence[int], vocab: int) -> None:
-        self._params = params
-        self._vocab = vocab
-        self._generators = {
-            stream: torch.Generator().manual_seed((params.seed * 1_000_003 + stream) % 2**63)
-            for stream in sorted(set(noise_streams))
-        }
 
-    def choose(self, logits: Tensor, noise_streams: Sequence[int], generated: Sequence[Sequence[int]]) -> Tensor:
-        """Next token per row; logits (rows, vocab) float32, `generated` the tokens of each row so far -> (rows,)."""
-        logits = self._penalised(logits, generated)
-        if self._params.temperature == 0:
-            return logits.argmax(-1)
-        rows = logits.new_ones(logits.shape[0])
-        logits = apply_temperature(logits, rows * self._params.temperature)
-        logits = keep_top_k(logits, [self._params.top_k] * len(rows))
-        logits = keep_top_p(logits, rows * self._params.top_p)
-        logits = keep_min_p(logits, rows * self._params.min_p)
-        noise = {stream: gumbel_noise(generator, self._vocab) for stream, generator in self._generators.items()}
-        return (logits + torch.stack([noise[stream] for stream in noise_streams]).to(logits.device)).argmax(-1)
+def noise_key(params: SamplingParams, stream: int, token: int) -> int:
+    """The seed of the noise that chooses the token of that index in that stream."""
+    digest = blake2b(f"{params.seed} {stream} {token}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
-    def _penalised(self, logits: Tensor, generated: Sequence[Sequence[int]]) -> Tensor:
-        """Logit bias, and OpenAI's penalties: frequency times the count so far, presence once."""
-        params = self._params
-        if not (params.logit_bias or params.presence_penalty or params.frequency_penalty):
-            return logits
-        logits = logits.clone()
-        for token, bias in params.logit_bias.items():
-            logits[:, token] += bias
-        for row, tokens in zip(logits, generated, strict=True):
-            if tokens and (params.presence_penalty or params.frequency_penalty):
-                ids, counts = torch.tensor(tokens, device=row.device).unique(return_counts=True)
-                row[ids] -= params.frequency_penalty * counts + params.presence_penalty
+
+def _with_bias_and_penalties(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
+    """Logit bias, and OpenAI's penalties: frequency times the count so far, presence once."""
+    if not any(each.sampling.changes_logits for each in sequences):
         return logits
+    logits = logits.clone()
+    for row, sequence in zip(logits, sequences, strict=True):
+        params = sequence.sampling
+        for token, bias in params.logit_bias.items():
+            row[token] += bias
+        if sequence.generated and (params.presence_penalty or params.frequency_penalty):
+            written = torch.tensor(sequence.tokens[sequence.prompt_length :], device=row.device)
+            ids, counts = written.unique(return_counts=True)
+            row[ids] -= params.frequency_penalty * counts + params.presence_penalty
+    return logits
 
 
-def token_logprobs(logits: Tensor, chosen: Tensor, top: int) -> list[TokenLogprob]:
-    """The model's own log-probabilities of the chosen tokens and the `top` likeliest; logits (rows, vocab)."""
+def token_logprobs(logits: Tensor, chosen: Tensor, tops: Seq[int]) -> list[TokenLogprob]:
+    """The model's own log-probabilities of the chosen tokens and of the likeliest.
+
+    Args:
+        logits: (rows, vocab), as they left the model.
+        chosen: (rows,).
+        tops: How many of the likeliest to report, per row.
+    """
     logprobs = logits.log_softmax(-1)
     own = logprobs.gather(-1, chosen[:, None])[:, 0].tolist()
-    best = logprobs.topk(top, dim=-1) if top else None
+    best = logprobs.topk(max(tops), dim=-1)
+    ids, values = best.indices.tolist(), best.values.tolist()
     return [
-        TokenLogprob(
-            token_id=token,
-            logprob=own[row],
-            top=[] if best is None else list(zip(best.indices[row].tolist(), best.values[row].tolist(), strict=True)),
-        )
-        for row, token in enumerate(chosen.tolist())
+        TokenLogprob(token, own[row], list(zip(ids[row][:top], values[row][:top], strict=True)))
+        for row, (token, top) in enumerate(zip(chosen.tolist(), tops, strict=True))
     ]

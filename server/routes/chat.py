@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from ipissa.data.chat import chat_ids
 
 from ..deps import EngineDep, SettingsDep, unless_disconnected
-from ..engine.base import Delta, Engine
+from ..engine.base import Delta, Engine, TokenLogprob
 from ..errors import bad_request
 from ..generate import build_request, collect, stream, token_text, top_tokens, usage
 from ..schemas import ChatMessage, ChatRequest, new_id, now
@@ -42,8 +42,8 @@ async def chat_completions(
         "steer_adapters": steer.digests,
     }
 
-    def choice(row: int, finish_reason: str | None, deltas: list[Delta], **content: Any) -> dict[str, Any]:
-        logprobs = {"content": _logprobs(engine, deltas), "refusal": None} if body.logprobs else None
+    def choice(row: int, finish_reason: str | None, found: list[TokenLogprob], **content: Any) -> dict[str, Any]:
+        logprobs = {"content": _logprobs(engine, found), "refusal": None} if body.logprobs else None
         return {
             "index": row,
             **content,
@@ -60,7 +60,7 @@ async def chat_completions(
             return [{**chunk_head, "choices": [], "usage": usage(prompts, tokens).model_dump()}] if wanted else []
 
         def chunk(delta: Delta) -> dict[str, Any]:
-            part = choice(delta.row, delta.finish_reason, [delta], delta={"content": delta.text})
+            part = choice(delta.row, delta.finish_reason, delta.logprobs, delta={"content": delta.text})
             return {**chunk_head, "choices": [part]}
 
         roles = [choice(row, None, [], delta={"role": "assistant", "content": ""}) for row in range(len(job.rows))]
@@ -74,7 +74,7 @@ async def chat_completions(
         )
     rows = await unless_disconnected(request, collect(engine, job))
     choices = [
-        choice(i, row.finish_reason, row.deltas, message={"role": "assistant", "content": row.text})
+        choice(i, row.finish_reason, row.logprobs, message={"role": "assistant", "content": row.text})
         for i, row in enumerate(rows)
     ]
     total = usage(prompts, sum(row.tokens for row in rows)).model_dump()
@@ -94,17 +94,16 @@ def conversation_ids(engine: Engine, messages: list[ChatMessage], prefill: str =
         raise bad_request(f"The model's chat template refuses these messages: {error}.", param="messages") from error
 
 
-def _logprobs(engine: Engine, deltas: list[Delta]) -> list[dict[str, Any]]:
+def _logprobs(engine: Engine, found: list[TokenLogprob]) -> list[dict[str, Any]]:
     """OpenAI's log-probabilities of chat: one object per token."""
 
-    def entry(text: str, logprob: float) -> dict[str, Any]:
+    def entry(text: str, logprob: float | None) -> dict[str, Any]:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     return [
         {
-            **entry(token_text(engine, delta.logprob.token_id), delta.logprob.logprob),
-            "top_logprobs": [entry(text, value) for text, value in top_tokens(engine, delta.logprob)],
+            **entry(token_text(engine, each.token_id), each.logprob),
+            "top_logprobs": [entry(text, value) for text, value in top_tokens(engine, each)],
         }
-        for delta in deltas
-        if delta.logprob is not None
+        for each in found
     ]

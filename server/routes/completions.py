@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from ..deps import EngineDep, SettingsDep, unless_disconnected
-from ..engine.base import Delta, Engine
+from ..engine.base import Engine, TokenLogprob
 from ..errors import bad_request
 from ..generate import build_request, collect, stream, token_text, top_tokens, usage
 from ..schemas import CompletionRequest, new_id, now
@@ -24,7 +25,15 @@ async def completions(
     """Continue a prompt, at one α, several, or a composition."""
     steer = resolve_steer(body.model, body.steer_alpha, dict(engine.adapters), settings)
     prompts = _prompt_ids(body, engine)
-    job = build_request(body, prompts, steer, engine, max_tokens=body.max_tokens or 16, top_logprobs=body.logprobs)
+    job = build_request(
+        body,
+        prompts,
+        steer,
+        engine,
+        max_tokens=16 if body.max_tokens is None else body.max_tokens,
+        top_logprobs=body.logprobs,
+        echo=body.echo or False,
+    )
     head = {
         "id": new_id("cmpl"),
         "object": "text_completion",
@@ -33,11 +42,11 @@ async def completions(
         "steer_adapters": steer.digests,
     }
 
-    def choice(row: int, text: str, finish_reason: str | None, deltas: list[Delta]) -> dict[str, Any]:
+    def choice(row: int, text: str, finish_reason: str | None, logprobs: list[TokenLogprob]) -> dict[str, Any]:
         return {
             "index": row,
             "text": text,
-            "logprobs": None if body.logprobs is None else _logprobs(engine, deltas),
+            "logprobs": None if body.logprobs is None else _logprobs(engine, logprobs),
             "finish_reason": finish_reason,
             "steer": dict(job.rows[row].steer),
         }
@@ -53,11 +62,14 @@ async def completions(
             engine,
             job,
             opening=[],
-            chunk=lambda delta: {**head, "choices": [choice(delta.row, delta.text, delta.finish_reason, [delta])]},
+            chunk=lambda delta: {
+                **head,
+                "choices": [choice(delta.row, delta.text, delta.finish_reason, delta.logprobs)],
+            },
             closing=closing,
         )
     rows = await unless_disconnected(request, collect(engine, job))
-    choices = [choice(i, row.text, row.finish_reason, row.deltas) for i, row in enumerate(rows)]
+    choices = [choice(i, row.text, row.finish_reason, row.logprobs) for i, row in enumerate(rows)]
     return {**head, "choices": choices, "usage": usage(prompts, sum(row.tokens for row in rows)).model_dump()}
 
 
@@ -73,14 +85,12 @@ def _prompt_ids(body: CompletionRequest, engine: Engine) -> list[list[int]]:
     return [engine.tokenizer.encode(each) if isinstance(each, str) else each for each in prompt]
 
 
-def _logprobs(engine: Engine, deltas: list[Delta]) -> dict[str, Any]:
-    """OpenAI's log-probabilities of completions: four parallel lists."""
-    found = [delta.logprob for delta in deltas if delta.logprob is not None]
+def _logprobs(engine: Engine, found: list[TokenLogprob]) -> dict[str, Any]:
+    """OpenAI's log-probabilities of completions: four parallel lists. A prompt's first token has none."""
     tokens = [token_text(engine, each.token_id) for each in found]
-    offsets = [sum(map(len, tokens[:i])) for i in range(len(tokens))]
     return {
         "tokens": tokens,
         "token_logprobs": [each.logprob for each in found],
-        "top_logprobs": [dict(top_tokens(engine, each)) for each in found],
-        "text_offset": offsets,
+        "top_logprobs": [None if each.logprob is None else dict(top_tokens(engine, each)) for each in found],
+        "text_offset": list(accumulate(map(len, tokens), initial=0))[:-1],
     }

@@ -1,0 +1,103 @@
+"""Model calls that share work: the layers before the first adapted one run once per distinct prompt.
+
+Up to the first adapted layer nothing depends on α. A sweep of many α over one prompt therefore runs
+those layers on one row, and the rest on one row per α:
+
+    input ids (prompts, tokens) -> lower layers -> hidden states (prompts, tokens, hidden)
+        -> one row per variant -> upper layers -> logits of the picked positions (picks, vocab)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cache import ATTENTION, SlotView, check_attention
+
+
+class StagedModel:
+    """A transformers causal LM that can run any range of its layers, on slots.
+
+    The model is changed in two ways, undone by `close`: decoder layers outside the range that runs
+    pass hidden states through, and the output embeddings see only the picked positions.
+    """
+
+    def __init__(self, model: Any) -> None:
+        check_attention(model.config.get_text_config())
+        self.model = model
+        self._layers = list(model.get_decoder().layers)
+        self.depth = len(self._layers)
+        self._running = range(self.depth)
+        self._passed: Tensor | None = None  # what reached the first layer above the range
+        self._picks: tuple[Tensor, Tensor] | None = None
+        self._attention = model.config._attn_implementation
+        model.set_attn_implementation(ATTENTION)
+        for index, layer in enumerate(self._layers):
+            layer.forward = self._gated(index, layer.forward)
+        self._handle = model.get_output_embeddings().register_forward_pre_hook(self._pick)
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self._handle.remove()
+        for layer in self._layers:
+            del layer.forward
+        self.model.set_attn_implementation(self._attention)
+
+    @torch.no_grad()
+    def logits(
+        self,
+        inputs: Tensor,
+        positions: Tensor,
+        picks: tuple[Tensor, Tensor],
+        *,
+        slots: SlotView | None = None,
+        first_layer: int = 0,
+    ) -> Tensor:
+        """Run layers from `first_layer` up.
+
+        Args:
+            inputs: Token ids (batch, tokens), or what `hidden_states` gave for them.
+            positions: (batch, tokens).
+            picks: Row and token index of every position whose logits are wanted, (picks,) each.
+            slots: Where keys and values go; None for one whole causal pass without a cache.
+            first_layer: 0 for token ids, the layer `hidden_states` stopped before for hidden states.
+
+        Returns:
+            Logits in float32, (picks, vocab).
+        """
+        self._running, self._picks = range(first_layer, self.depth), picks
+        return self._call(inputs, positions, slots).logits[0].float()
+
+    @torch.no_grad()
+    def hidden_states(
+        self, input_ids: Tensor, positions: Tensor, *, slots: SlotView | None = None, until_layer: int
+    ) -> Tensor:
+        """What layer `until_layer`, not the last but at most that, would read; (batch, tokens, hidden)."""
+        nowhere = input_ids.new_zeros(0)
+        self._running, self._picks = range(until_layer), (nowhere, nowhere)
+        self._call(input_ids, positions, slots)
+        passed, self._passed = self._passed, None
+        assert passed is not None
+        return passed
+
+    def _call(self, inputs: Tensor, positions: Tensor, slots: SlotView | None) -> Any:
+        named = {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs}
+        return self.model(**named, position_ids=positions, use_cache=False, logits_to_keep=0, slots=slots)
+
+    def _gated(self, index: int, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if index in self._running:
+                return forward(hidden_states, *args, **kwargs)
+            if index == self._running.stop:
+                self._passed = hidden_states
+            return hidden_states
+
+        return run
+
+    def _pick(self, module: torch.nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        assert self._picks is not None
+        rows, tokens = self._picks
+        return (args[0][rows, tokens][None],)  # (1, picks, hidden)

@@ -1,0 +1,115 @@
+"""Score requests: what every choice's log-probability is, at every α, many requests in one batch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ipissa.evaluate.scoring import Choice, ChoiceScore, choice_scores
+
+from .base import ScoreRequest
+from .runner import Runner
+
+Variant = tuple[tuple[int, ...], tuple[tuple[str, float], ...]]  # text, steer
+
+
+class ScoreJob:
+    """A score request between the event loop and the worker."""
+
+    def __init__(self, request: ScoreRequest, choices: list[Choice], loop: asyncio.AbstractEventLoop) -> None:
+        self.request = request
+        self.choices = choices
+        self.loop = loop
+        self.result: asyncio.Future[list[ChoiceScore]] = loop.create_future()
+        self.cancelled = False
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of its longest text."""
+        return len(self.request.context_ids) + max(len(v) for choice in self.choices for v in choice.variants) - 1
+
+
+@dataclass(frozen=True)
+class _Term:
+    """One spelling of one choice at one α: the log-probabilities of its tokens add up."""
+
+    job: int
+    setting: int
+    choice: int
+    spots: tuple[tuple[int, int], ...]  # index of the token before, token
+
+
+def score_batch(runner: Runner, jobs: Sequence[ScoreJob], rows_per_call: int) -> Iterator[list[list[ChoiceScore]]]:
+    """Score jobs together. Yields [] after every model call but the last, and then one result per job.
+
+    Every distinct text goes through the shared layers once, and every distinct (text, steer) through the
+    rest once, `rows_per_call` of them at a time.
+    """
+    terms = _terms(jobs)
+    texts = list(dict.fromkeys(text for text, _ in terms))
+    found: dict[tuple[int, int, int], list[float]] = {}
+    hidden = runner.shared_hidden_states(texts)
+    variants = list(terms)
+    for start in range(0, len(variants), rows_per_call):
+        if start:
+            yield []
+        group = variants[start : start + rows_per_call]
+        for term, value in _evaluate(runner, hidden, texts, group, terms).items():
+            found.setdefault((term.job, term.setting, term.choice), []).append(value)
+    yield [_result(found, index, job) for index, job in enumerate(jobs)]
+
+
+def _terms(jobs: Sequence[ScoreJob]) -> dict[Variant, list[_Term]]:
+    """What is asked of every (text, steer)."""
+    terms: dict[Variant, list[_Term]] = {}
+    for j, job in enumerate(jobs):
+        context = tuple(job.request.context_ids)
+        for s, steer in enumerate(job.request.steers):
+            for c, choice in enumerate(job.choices):
+                for spelling in choice.variants:
+                    spots = tuple(enumerate(spelling, start=len(context) - 1))
+                    variant = (context + spelling[:-1], tuple(sorted(steer.items())))
+                    terms.setdefault(variant, []).append(_Term(j, s, c, spots))
+    return terms
+
+
+def _evaluate(
+    runner: Runner,
+    hidden: Tensor,
+    texts: list[tuple[int, ...]],
+    group: list[Variant],
+    terms: dict[Variant, list[_Term]],
+) -> dict[_Term, float]:
+    """The log-probability of every term of a group of variants, by one model call."""
+    text_index = {text: i for i, text in enumerate(texts)}
+    asked = [
+        (term, (row, at), token)
+        for row, variant in enumerate(group)
+        for term in terms[variant]
+        for at, token in term.spots
+    ]
+    spots = list(dict.fromkeys(spot for _, spot, _ in asked))  # rows and tokens after which logits are needed
+    logits = runner.continue_from(
+        hidden,
+        [text_index[text] for text, _ in group],
+        [dict(steer) for _, steer in group],
+        ([row for row, _ in spots], [at for _, at in spots]),
+    )
+    pick = {spot: i for i, spot in enumerate(spots)}
+    logprobs = logits.log_softmax(-1)[[pick[spot] for _, spot, _ in asked], [token for _, _, token in asked]]
+    totals: dict[_Term, float] = {}
+    for (term, _, _), value in zip(asked, logprobs.tolist(), strict=True):
+        totals[term] = totals.get(term, 0.0) + value
+    return totals
+
+
+def _result(found: dict[tuple[int, int, int], list[float]], index: int, job: ScoreJob) -> list[ChoiceScore]:
+    logprobs = [
+        [torch.tensor(found[index, s, c], dtype=torch.float64).logsumexp(0).item() for c in range(len(job.choices))]
+        for s in range(len(job.request.steers))
+    ]
+    return choice_scores(torch.tensor(logprobs, dtype=torch.float64), job.choices)

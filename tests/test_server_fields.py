@@ -1,0 +1,81 @@
+"""OpenAI's fields do what OpenAI says, streamed or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from serving import MESSAGES, PROMPT, Served, complete, texts
+
+
+def test_streaming_gives_the_same_text_as_not_streaming(served: Served) -> None:
+    request: dict[str, Any] = {
+        "model": "honest",
+        "prompt": [PROMPT, "Where is the"],
+        "max_tokens": 10,
+        "temperature": 0,
+        "extra_body": {"steer_alpha": [0.7, -0.7]},
+    }
+    whole = served.openai.completions.create(**request)
+    streamed = [""] * 4
+    reasons: list[str | None] = [None] * 4
+    for chunk in served.openai.completions.create(**request, stream=True, stream_options={"include_usage": True}):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+            reasons[choice.index] = choice.finish_reason
+    assert streamed == [choice.text for choice in whole.choices]
+    assert reasons == [choice.finish_reason for choice in whole.choices]
+    assert chunk.usage == whole.usage
+    assert chunk.usage.completion_tokens == 40
+
+
+def test_chat_answers_streams_and_reports_logprobs(served: Served) -> None:
+    request: dict[str, Any] = {
+        "model": "kind",
+        "messages": MESSAGES,
+        "max_tokens": 6,
+        "temperature": 0,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "extra_body": {"steer_alpha": 0.7},
+    }
+    whole = served.openai.chat.completions.create(**request)
+    chunks = list(served.openai.chat.completions.create(**request, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+    assert whole.choices[0].steer == {"kind": 0.7}
+    content = whole.choices[0].logprobs.content
+    assert len(content) == 6
+    assert all(entry.top_logprobs[0].logprob >= entry.logprob - 1e-6 for entry in content)
+    streamed = [entry.logprob for c in chunks if c.choices[0].logprobs for entry in c.choices[0].logprobs.content]
+    assert streamed == [entry.logprob for entry in content]
+
+
+def test_stop_strings_end_the_text_before_them_in_both_forms(served: Served) -> None:
+    full = texts(complete(served, max_tokens=30))[0]
+    stop = full[7:10]
+    expected = full[: full.index(stop)]
+    answer = complete(served, max_tokens=30, stop=stop)
+    assert (texts(answer)[0], answer["choices"][0]["finish_reason"]) == (expected, "stop")
+    stream = served.openai.completions.create(
+        model="honest", prompt=PROMPT, max_tokens=30, temperature=0, stop=[stop, "never this"], stream=True
+    )
+    assert "".join(chunk.choices[0].text for chunk in stream) == expected
+
+
+def test_token_prompts_equal_text_prompts(served: Served) -> None:
+    ids = served.post("/tokenize", prompt=PROMPT).json()["tokens"]
+    assert texts(complete(served, prompt=ids)) == texts(complete(served))
+    assert texts(complete(served, prompt=[ids, ids])) == texts(complete(served)) * 2
+
+
+def test_logit_bias_and_penalties_reach_the_sampler(served: Served) -> None:
+    answer = complete(served, logit_bias={"500": 100}, logprobs=0)
+    assert len(set(answer["choices"][0]["logprobs"]["tokens"])) == 1
+    assert complete(served, logit_bias={"500": 100}, frequency_penalty=2, max_tokens=100) != answer
+
+
+def test_tokenize_and_detokenize_round_trip(served: Served) -> None:
+    found = served.post("/tokenize", prompt="Héllo wörld", add_special_tokens=False).json()
+    assert served.post("/detokenize", tokens=found["tokens"]).json() == {"prompt": "Héllo wörld"}
+    assert found["count"] == len(found["tokens"])
+    assert served.post("/tokenize", messages=MESSAGES).json()["count"] > 5

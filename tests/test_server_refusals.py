@@ -1,0 +1,110 @@
+"""What cannot be served is refused with OpenAI's errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving import MESSAGES, Served, complete, in_thread, settings_for
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "says"),
+    [
+        ({"steer_alpha": "big", "model": "kind"}, 400, "steer_alpha", "'big' is not a finite number"),
+        ({"steer_alpha": True, "model": "kind"}, 400, "steer_alpha", "True is not a finite number"),
+        ({"steer_alpha": 1e9, "model": "kind"}, 400, "steer_alpha", "from -10 to 10"),
+        ({"steer_alpha": [0.1, None], "model": "kind"}, 400, "steer_alpha", "None is not a finite number"),
+        ({"steer_alpha": {"kind": False}}, 400, "steer_alpha", "False is not a finite number"),
+        ({"steer_alpha": []}, 400, "steer_alpha", "empty list"),
+        ({"steer_alpha": {}}, 400, "steer_alpha", "empty object"),
+        ({"steer_alpha": 0.5}, 400, "steer_alpha", "Loaded adapters: honest, kind"),
+        ({"steer_alpha": {"cruel": 1}}, 404, "steer_alpha", "'cruel' does not exist"),
+        ({"model": "gpt-4"}, 404, "model", "'gpt-4' does not exist"),
+        ({"best_of": 3}, 400, "best_of", "best_of is not supported"),
+        ({"suffix": "end"}, 400, "suffix", "suffix is not supported"),
+        ({"max_tokens": 0}, 400, None, "only for echo"),
+        ({"steer_alfa": 1}, 400, "steer_alfa", "not a field this server knows"),
+        ({"temperature": -1}, 400, "temperature", "greater than or equal to 0"),
+        ({"prompt": ""}, 400, "prompt", "prompt is empty"),
+        ({"prompt": [99999999]}, 400, None, "99999999 is not in the vocabulary"),
+        ({"prompt": "word " * 300}, 400, "prompt", "exceed this model's limit of 200"),
+        ({"max_tokens": 500}, 400, "max_tokens", "exceed this model's limit of 200"),
+        ({"n": 17}, 400, None, "at most 16 in one request"),
+        ({"stream_options": {"include_usage": True}}, 400, None, "only for stream"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, 400, "stop", "at most 4"),
+        ({"steer_alpha": 10**400, "model": "kind"}, 400, "steer_alpha", "not a finite number"),
+        ({"model": "honest", "steer_alpha": {"kind": 1, "cruel": 1}}, 404, "steer_alpha", "'cruel' does not exist"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_in_openais_form(
+    served: Served, body: dict[str, Any], status: int, param: str | None, says: str
+) -> None:
+    response = served.post("/v1/completions", **{"prompt": "Hello", **body})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (status, param)
+    assert says in error["message"]
+    assert set(error) == {"message", "type", "param", "code"}
+
+
+def test_half_a_surrogate_pair_is_refused(served: Served) -> None:
+    raw = '{"prompt": "\\ud800"}'
+    response = served.http.post("/v1/completions", content=raw, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert "valid Unicode" in response.json()["error"]["message"]
+
+
+def test_a_default_alpha_needs_to_know_its_adapter(tiny: Path) -> None:
+    with in_thread(**settings_for(tiny, "honest", "kind"), default_alpha=0.5) as server:
+        assert complete(server, model="kind")["choices"][0]["steer"] == {"kind": 0.5}
+        refused = server.post("/v1/completions", prompt="x")
+        assert refused.status_code == 400
+        assert "Loaded adapters: honest, kind" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("raw", ['{"prompt": "x", "model": "kind", "steer_alpha": NaN}', '{"prompt": ', "[]", ""])
+def test_bodies_that_are_not_json_objects_or_hold_nan_are_refused(served: Served, raw: str) -> None:
+    response = served.http.post("/v1/completions", content=raw, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"]
+
+
+def test_unknown_routes_and_methods_are_openai_errors(served: Served) -> None:
+    assert served.http.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
+    assert "error" in served.http.get("/v1/completions").json()
+
+
+def test_harmless_values_of_unsupported_fields_are_accepted(served: Served) -> None:
+    assert complete(served, best_of=1, suffix=None, user="me")["choices"]
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"prompt": "x", "messages": MESSAGES}, {"prompt": "x", "choices": ["Yes"]}, {"messages": []}]
+)
+def test_unusable_score_requests_are_refused(served: Served, body: dict[str, Any]) -> None:
+    assert served.post("/v1/score", **body).status_code == 400
+
+
+def test_an_unusable_adapter_is_refused_before_anything_is_served(tiny: Path, tmp_path: Path) -> None:
+    from ipissa_server.cli import base_of, named_adapters
+
+    from ipissa.errors import AdapterFileError, ConfigError
+
+    shutil.copy(tiny / "adapters" / "honest.safetensors", tmp_path / "honest.safetensors")
+    assert named_adapters([f"{tmp_path}/honest.safetensors", "b=x.safetensors"]).keys() == {"honest", "b"}
+    with pytest.raises(ConfigError, match="twice"):
+        named_adapters(["a=x", "a=y"])
+    odd = tmp_path / "lr=1.safetensors"
+    shutil.copy(tiny / "adapters" / "honest.safetensors", odd)
+    assert named_adapters([str(odd), f"h={odd}"]) == {"lr=1": odd, "h": odd}
+    with pytest.raises(AdapterFileError):
+        base_of({"x": tmp_path / "nowhere.safetensors"})
+
+
+def test_error_bodies_are_json_even_for_a_stream(served: Served) -> None:
+    response = served.post("/v1/completions", prompt="x", model="kind", steer_alpha=99, stream=True)
+    assert response.status_code == 400
+    assert json.loads(response.text)["error"]["param"] == "steer_alpha"

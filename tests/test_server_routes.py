@@ -1,0 +1,85 @@
+"""Score, models, adapters and the operator's routes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import openai
+import pytest
+from serving import MESSAGES, Served, complete, in_thread, settings_for
+
+
+def test_score_gives_one_entry_per_alpha(served: Served) -> None:
+    body = served.post("/v1/score", model="honest", messages=MESSAGES, steer_alpha=[-1, 0, 1]).json()
+    assert [entry["steer"] for entry in body["data"]] == [{"honest": -1}, {"honest": 0}, {"honest": 1}]
+    for entry in body["data"]:
+        assert entry["log_odds"] == pytest.approx(entry["logprobs"]["Yes"] - entry["logprobs"]["No"])
+    alone = served.post("/v1/score", model="honest", messages=MESSAGES, steer_alpha=1).json()["data"][0]
+    assert alone["log_odds"] == pytest.approx(body["data"][2]["log_odds"], abs=1e-4)
+    assert len({entry["log_odds"] for entry in body["data"]}) == 3
+
+
+def test_score_takes_more_alphas_than_a_batch_and_any_choices(served: Served) -> None:
+    alphas = [i / 20 - 1 for i in range(41)]
+    body = served.post("/v1/score", model="kind", prompt="A or b?", steer_alpha=alphas, choices=["left turn", "right"])
+    assert [entry["steer"]["kind"] for entry in body.json()["data"]] == pytest.approx(alphas)
+
+
+def test_models_and_adapters_are_listed(served: Served, tiny: Path) -> None:
+    models = {model.id: model for model in served.openai.models.list()}
+    base = str(tiny / "model")
+    assert {name: model.parent for name, model in models.items()} == {base: None, "honest": base, "kind": base}
+    assert served.openai.models.retrieve("kind").parent == base
+    honest, kind = served.http.get("/v1/adapters").json()["data"]
+    assert honest["alpha_range"] == [-1, 1]
+    assert honest["config"]["rank"] == 6
+    assert (honest["card"], kind["card"]) == ("# honest\n", None)
+    assert len(honest["digest"]) == 64
+
+
+def test_operators_routes(served: Served) -> None:
+    complete(served, model="honest", steer_alpha=0.3)
+    assert served.http.get("/health").json()["status"] == "ok"
+    assert served.http.get("/version").json()["version"]
+    metrics = served.http.get("/metrics").text
+    assert 'ipissa_requests_total{route="/v1/completions",status="200"}' in metrics
+    assert 'ipissa_phase_cache_misses_total{adapter="honest"}' in metrics
+    paths = served.http.get("/openapi.json").json()["paths"]
+    assert {"/v1/completions", "/v1/chat/completions", "/v1/score", "/v1/adapters"} <= paths.keys()
+
+
+def test_adapters_change_only_with_key_and_folder(tiny: Path) -> None:
+    with in_thread(**settings_for(tiny, "honest")) as server:
+        assert server.post("/v1/adapters", name="kind", path="kind.safetensors").status_code == 403
+        assert server.http.delete("/v1/adapters/honest").status_code == 403
+    managed = settings_for(tiny, "honest", adapter_dir=tiny / "adapters", api_key="secret")
+    with in_thread(**managed) as server:
+        assert server.post("/v1/adapters", name="kind", path="kind.safetensors").status_code == 401
+        server.http.headers["Authorization"] = "Bearer secret"
+        assert server.post("/v1/adapters", name="kind", path="kind.safetensors").json()["id"] == "kind"
+        assert complete(server, model="kind", steer_alpha=1)["choices"][0]["steer"] == {"kind": 1}
+        assert server.post("/v1/adapters", name="kind", path="kind.safetensors").status_code == 409
+        assert server.post("/v1/adapters", name="x", path="../model/config.json").status_code == 400
+        assert server.post("/v1/adapters", name="x", path="missing.safetensors").status_code == 400
+        assert server.http.delete("/v1/adapters/kind").json()["deleted"] is True
+        assert server.http.delete("/v1/adapters/kind").status_code == 404
+        assert server.post("/v1/completions", prompt="x", model="kind").status_code == 404
+
+
+def test_an_empty_api_key_is_refused() -> None:
+    from ipissa_server.settings import Settings
+
+    from ipissa.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="would let everybody in"):
+        Settings(api_key=" ")
+
+
+def test_an_api_key_guards_v1_and_leaves_health_open(tiny: Path) -> None:
+    with in_thread(**settings_for(tiny, "honest"), api_key="secret") as server:
+        error = server.post("/v1/completions", prompt="x").json()["error"]
+        assert error["code"] == "invalid_api_key"
+        assert server.http.get("/health").status_code == 200
+        keyed = openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
+        assert keyed.completions.create(model="honest", prompt="x", max_tokens=1).choices
+        keyed.close()
