@@ -33,7 +33,7 @@ format: install  ## apply the formatter and the safe fixes
 	$(BIN)/ruff check --fix .
 
 bench: install  ## measure; every figure is a ratio within one run
-	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

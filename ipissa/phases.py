@@ -59,7 +59,9 @@ class FoldedDelta:
         self._step = LINEAR_STEPS[config.scale_mode](s, _double(factors.delta_s, s))
         steps = [s] if self._step is None else [s, self._step]
         outputs = torch.stack([(q.mT * step) @ u.mT for step in steps])
-        self.factors = FoldedFactors((v @ q).to(like), outputs.to(like))
+        # On a CPU the products of a few rows cost less in float32 than in bfloat16.
+        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+        self.factors = FoldedFactors((v @ q).to(like.device, dtype), outputs.to(like.device, dtype))
 
     def coefficients(self, alpha: float) -> Coefficients:
         turn = torch.polar(torch.ones_like(self._theta), self._phases(self._theta, alpha))
@@ -84,11 +86,19 @@ class FoldedFactors:
         self._outputs = outputs.flatten(0, 1)
 
     def add(self, output: Tensor, x: Tensor, coefficients: Coefficients) -> Tensor:
-        """output + delta; coefficients ((batch or 1, n, h),)."""
-        z = _pairs(x @ self.inputs)  # (batch, tokens, h)
-        turned = coefficients[0].unsqueeze(1) * z.unsqueeze(-2)  # (batch, tokens, n, h)
-        flat = torch.view_as_real(turned).flatten(-3).to(x.dtype)  # (batch, tokens, n·2h)
-        return torch.addmm(output.flatten(0, -2), flat.flatten(0, -2), self._outputs).view_as(output)
+        """output + delta; coefficients ((batch or 1, n, h),).
+
+        In decoding this runs for every adapted layer of every token: it is written in few operations.
+        """
+        (turns,) = coefficients
+        batch, tokens, d_in = x.shape
+        z = torch.mm(x.reshape(-1, d_in).to(self.inputs.dtype), self.inputs).float()
+        planes = torch.view_as_complex(z.view(batch, tokens, 1, -1, 2))
+        turned = torch.view_as_real(turns.unsqueeze(1) * planes)  # (batch, tokens, n, h, 2)
+        flat = turned.view(batch * tokens, -1).to(self._outputs.dtype)  # (batch · tokens, n · 2h)
+        if flat.dtype == output.dtype:
+            return torch.addmm(output.view(batch * tokens, -1), flat, self._outputs).view(output.shape)
+        return output + torch.mm(flat, self._outputs).view(output.shape).to(output.dtype)
 
     @staticmethod
     def side_by_side(factors: Sequence[FoldedFactors]) -> FoldedFactors:

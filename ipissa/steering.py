@@ -180,14 +180,11 @@ class SteeredModel:
     def _hook(self, module_name: str) -> Any:
         def add_deltas(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             for delta, coefficients in self._now.get(module_name, ()):
-                x = args[0]
-                batch, rows = (x.shape[0] if x.dim() == 3 else 1), coefficients[0].shape[0]
-                if rows not in (1, batch):
-                    raise AlphaError(f"{rows} α are set for a batch of {batch} rows; set one, or one per row.")
-                if x.dim() == 3:
-                    output = delta.add(output, x, coefficients)
-                else:
-                    output = delta.add(output[None], x[None], coefficients)[0]
+                x = args[0] if args[0].dim() == 3 else args[0][None]
+                rows = coefficients[0].shape[0]
+                if rows not in (1, x.shape[0]):
+                    raise AlphaError(f"{rows} α are set for a batch of {x.shape[0]} rows; set one, or one per row.")
+                output = delta.add(output.view(*x.shape[:2], -1), x, coefficients).view(output.shape)
             return output
 
         return add_deltas

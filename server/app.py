@@ -22,6 +22,7 @@ from .routes import adapters as adapter_routes
 from .routes import chat, completions, health, models, score, tokens
 from .schemas import now
 from .settings import Settings
+from .threads import in_passing_thread
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ def load_engine(settings: Settings, adapters: dict[str, Adapter]) -> Engine:
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         max_model_len=settings.max_model_len,
+        max_cache_tokens=settings.max_cache_tokens,
     )
 
 
@@ -49,7 +51,7 @@ def create_app(settings: Settings, *, on_load_error: Callable[[Exception], None]
     Raises:
         AdapterFileError: an adapter file is unusable; nothing is served then.
     """
-    adapters = {name: load_adapter(path) for name, path in settings.adapters.items()}
+    adapters = {name: in_passing_thread(load_adapter, path) for name, path in settings.adapters.items()}
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

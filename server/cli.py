@@ -17,6 +17,7 @@ from ipissa.models import DEMO_MODEL
 
 from .app import create_app
 from .settings import DEFAULT_MAX_ALPHA, Settings
+from .threads import in_passing_thread
 
 SHUTDOWN_SECONDS = 3
 command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -46,6 +47,9 @@ def serve(
     max_batch: Annotated[int, typer.Option(help="Most sequences decoding at a time.")] = 64,
     max_queue: Annotated[int, typer.Option(help="Most requests waiting or running.")] = 128,
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
+    max_cache_tokens: Annotated[
+        int, typer.Option(help="Most tokens kept in memory: sequences times the longest of them.")
+    ] = 65536,
 ) -> None:
     """Serve a model with steering adapters: an OpenAI-compatible API, and a page with a slider.
 
@@ -69,6 +73,7 @@ def serve(
         max_batch=max_batch,
         max_queue=max_queue,
         max_model_len=max_model_len,
+        max_cache_tokens=max_cache_tokens,
     )
     run(settings)
 
@@ -96,7 +101,7 @@ def shipped_adapters() -> dict[str, Path]:
 
 def base_of(adapters: dict[str, Path]) -> str:
     """The base model the adapters name, which must be one; the demo model without adapters."""
-    bases = {load_adapter(path).base_model["name"] for path in adapters.values()}
+    bases = {in_passing_thread(load_adapter, path).base_model["name"] for path in adapters.values()}
     if len(bases) > 1:
         raise ConfigError(f"The adapters were made for different base models ({', '.join(sorted(bases))}); serve one.")
     return bases.pop() if bases else DEMO_MODEL

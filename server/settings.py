@@ -29,6 +29,7 @@ class Settings:
         max_batch: Most sequences in one request, and most decoding at a time.
         max_queue: Most requests waiting or running; more are answered 429.
         max_model_len: Most tokens of prompt and answer together; None for the model's own limit.
+        max_cache_tokens: Most tokens kept in memory, sequences x longest sequence.
     """
 
     model: str = DEMO_MODEL
@@ -47,6 +48,7 @@ class Settings:
     max_batch: int = 64
     max_queue: int = 128
     max_model_len: int | None = None
+    max_cache_tokens: int = 65536
 
     def __post_init__(self) -> None:
         for name in ("alpha_bucket", "max_alpha", "default_alpha"):
@@ -61,6 +63,8 @@ class Settings:
         for name in ("max_batch", "max_queue"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} is not at least 1.")
+        if self.max_cache_tokens < 2:
+            raise ConfigError(f"max_cache_tokens {self.max_cache_tokens} is not at least 2.")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"max_model_len {self.max_model_len} is not at least 2.")
         if self.api_key is not None and not self.api_key.strip():

@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from ipissa_server.engine.base import GenerationRequest, OverloadedError, Row, SamplingParams, ScoreRequest, Steer
+from ipissa_server.engine.base import (
+    AdapterInUseError,
+    GenerationRequest,
+    OverloadedError,
+    Row,
+    SamplingParams,
+    ScoreRequest,
+    Steer,
+    UnknownAdapterError,
+)
 from ipissa_server.engine.cache import SlotCache
 from ipissa_server.engine.pace import Pace
 from ipissa_server.engine.scheduler import Scheduler
@@ -181,6 +190,42 @@ def test_a_full_queue_refuses_and_a_leaving_client_makes_room(tiny: Path) -> Non
 
     with engine_for(tiny, max_queue=1, max_model_len=100) as engine:
         asyncio.run(main(engine))
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one_to_be_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "tokens", lambda self, decoding: 16)
+    finished: list[str] = []
+
+    async def ask(engine: TorchEngine, name: str, length: int) -> None:
+        await run(engine, GenerationRequest([Row([7] * length, {"kind": 1.0})], SamplingParams(max_tokens=3)))
+        finished.append(name)
+
+    async def main(engine: TorchEngine) -> None:
+        await asyncio.gather(ask(engine, "long", 900), ask(engine, "short", 30))
+
+    with engine_for(tiny) as engine:
+        asyncio.run(main(engine))
+    assert finished == ["short", "long"]
+
+
+def test_an_adapter_that_was_unloaded_fails_its_request_and_no_other(tiny: Path) -> None:
+    def request(steer: Steer) -> GenerationRequest:
+        return GenerationRequest([Row([5, 6], steer)], SamplingParams(max_tokens=20, temperature=0))
+
+    async def main(engine: TorchEngine) -> list[Any]:
+        first = engine.generate(request({"kind": 1.0}))
+        await anext(first)
+        with pytest.raises(AdapterInUseError):
+            await engine.remove_adapter("kind")
+        await engine.remove_adapter("honest")
+        rest = asyncio.gather(run(engine, request({"honest": 1.0})), run(engine, request({})), return_exceptions=True)
+        await first.aclose()
+        return await rest
+
+    with engine_for(tiny) as engine:
+        gone, other = asyncio.run(main(engine))
+    assert isinstance(gone, UnknownAdapterError)
+    assert isinstance(other, list)
 
 
 def test_scores_in_one_batch_are_what_they_are_alone(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from serving import MESSAGES, PROMPT, Served, complete, texts
+
+import ipissa
 
 
 def test_streaming_gives_the_same_text_as_not_streaming(served: Served) -> None:
@@ -60,6 +65,32 @@ def test_stop_strings_end_the_text_before_them_in_both_forms(served: Served) -> 
         model="honest", prompt=PROMPT, max_tokens=30, temperature=0, stop=[stop, "never this"], stream=True
     )
     assert "".join(chunk.choices[0].text for chunk in stream) == expected
+
+
+def test_echo_gives_the_prompt_and_its_own_log_probabilities(served: Served, tiny: Path) -> None:
+    answer = complete(served, model="honest", steer_alpha=0.7, echo=True, logprobs=2, max_tokens=3)
+    plain = complete(served, model="honest", steer_alpha=0.7, max_tokens=3)
+    assert texts(answer)[0] == PROMPT + texts(plain)[0]
+    found = answer["choices"][0]["logprobs"]
+    ids = served.post("/tokenize", prompt=PROMPT).json()["tokens"]
+    model, _ = ipissa.load_model(str(tiny / "model"), device="cpu")
+    steered = ipissa.attach(model, ipissa.load_adapter(tiny / "adapters" / "honest.safetensors"))
+    with steered.alpha(0.7), torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert found["token_logprobs"][0] is found["top_logprobs"][0] is None
+    assert found["token_logprobs"][1 : len(ids)] == pytest.approx(
+        [float(expected[i - 1, ids[i]]) for i in range(1, len(ids))], abs=1e-3
+    )
+    assert found["text_offset"][1] == len(found["tokens"][0])
+    only = complete(served, model="honest", steer_alpha=0.7, echo=True, logprobs=0, max_tokens=0)
+    assert texts(only) == [PROMPT]
+    assert only["usage"]["completion_tokens"] == 0
+    assert only["choices"][0]["logprobs"]["token_logprobs"][1:] == pytest.approx(
+        found["token_logprobs"][1 : len(ids)], abs=1e-4
+    )
+    stream = served.openai.completions.create(model="honest", prompt=PROMPT, echo=True, max_tokens=3, stream=True)
+    chunks = list(stream)
+    assert chunks[0].choices[0].text == PROMPT
 
 
 def test_token_prompts_equal_text_prompts(served: Served) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import product
 from typing import Any
 
@@ -171,3 +172,27 @@ def test_phases_are_cached_within_bounds(llama: Any) -> None:
     info = steered.phase_cache_info()["a"]
     assert (info.currsize, info.maxsize) == (4, 4)
     assert info.misses == 6
+
+
+def test_ten_thousand_alphas_leave_memory_where_it_was(llama: Any) -> None:
+    steered = ipissa.attach(llama, {"a": random_adapter(llama)})
+
+    def tensors_after(alphas: range) -> int:
+        for i in alphas:
+            steered.set_alpha([i / 7, -i / 7])
+        gc.collect()
+        return sum(type(each) is torch.Tensor for each in gc.get_objects())
+
+    assert tensors_after(range(300, 5300)) == tensors_after(range(5300, 10300))
+
+
+@pytest.mark.parametrize("modes", [("add2", "add2"), ("add2", "none"), ("add2", "mult"), ("mult", "mult")])
+def test_adapters_side_by_side_equal_their_summed_weights(llama: Any, modes: tuple[str, str]) -> None:
+    """Those that can share products and those that cannot, on the same layers and on different ones."""
+    a = random_adapter(llama, scale_mode=modes[0])
+    b = random_adapter(llama, scale_mode=modes[1], seed=1, rank=4, suffixes=("o_proj", "up_proj"))
+    with ipissa.attach(llama, {"a": a, "b": b}).alpha({"a": [0.5, -1.3], "b": 0.8}):
+        found = logits_of(llama, IDS)
+    for row, alpha in enumerate([0.5, -1.3]):
+        expected = logits_of(edited_model(llama, [(a, alpha), (b, 0.8)]), IDS)[row]
+        assert (found[row] - expected).abs().max() <= 1e-4

@@ -10,6 +10,7 @@ from .sequence import Sequence
 
 SMALLEST_CHUNK = 8  # tokens; a call for fewer costs as much
 ROOM_TO_GROW = 128  # tokens
+LOGPROBS_CHUNK = 256  # tokens; each of them needs a row of logits over the whole vocabulary
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class Scheduler:
                 variants.setdefault(sequence.steer_key, []).append(sequence)
             rows += len(variants)
             size = min(group[0].missing, max(SMALLEST_CHUNK, budget // rows))
+            if any(sequence.reads_prompt_logprobs for sequence in group):
+                size = min(size, LOGPROBS_CHUNK)
             width = max(width, size)
             if chunks and rows * width > budget:
                 break

@@ -18,6 +18,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -85,31 +86,22 @@ class TorchEngine(Engine):
         max_cache_tokens: int = 65536,
     ) -> None:
         self.model_name = model_name
-        model, self.tokenizer = load_model(model_name, device=device, dtype=dtype)
-        self._steered = attach(model, adapters)
-        trained_for = getattr(model.config.get_text_config(), "max_position_embeddings", DEFAULT_MODEL_LEN)
-        self.max_model_len = min(max_model_len or trained_for, trained_for, max_cache_tokens)
         self.max_batch = max_batch
-        self.vocab_size = min(len(self.tokenizer), model.get_input_embeddings().num_embeddings)
-        self._end_ids = end_token_ids(model, self.tokenizer)
+        self.max_cache_tokens = max_cache_tokens
         self._max_queue = max_queue
         self._requests = 0  # waiting or running; counted on the event loop
         self._generated_tokens = 0
-
-        self.max_cache_tokens = max_cache_tokens
-        cache = SlotCache(max_cache_tokens)
-        self._runner = Runner(self._steered, cache)
-        self._scheduler = Scheduler(cache, max_batch)
-        self._pace = Pace()
-        self._scoring: Iterator[None] | None = None
-
         self._wake = threading.Condition()  # guards the four below
         self._calls: deque[_Call] = deque()
         self._scores: deque[ScoreJob] = deque()
         self._arrived: deque[Job] = deque()
         self._closed = False
-        self._worker = threading.Thread(target=self._work, name="ipissa-engine", daemon=True)
+        # All tensor work happens in this one thread, loading too (`threads.py` says why).
+        loaded: Future[None] = Future()
+        load = partial(self._load, adapters, device=device, dtype=dtype, max_model_len=max_model_len)
+        self._worker = threading.Thread(target=self._run, args=(load, loaded), name="ipissa-engine", daemon=True)
         self._worker.start()
+        loaded.result()
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
@@ -166,8 +158,6 @@ class TorchEngine(Engine):
             self._closed = True
             self._wake.notify()
         self._worker.join()
-        self._runner.close()
-        self._steered.detach()
 
     @contextmanager
     def _counted(self) -> Iterator[None]:
@@ -194,9 +184,15 @@ class TorchEngine(Engine):
         self._submit(self._calls, call)
         await call.result
 
-    # --- the worker thread: one step ----------------------------------------------------------
+    # --- the worker thread: load, then step by step -------------------------------------------
 
-    def _work(self) -> None:
+    def _run(self, load: Callable[[], None], loaded: Future[None]) -> None:
+        try:
+            load()
+        except BaseException as error:
+            loaded.set_exception(error)
+            return
+        loaded.set_result(None)
         while self._wait_for_work():
             self._take_calls()
             self._score()
@@ -204,6 +200,19 @@ class TorchEngine(Engine):
             self._prefill()
             self._decode()
         self._end_everything()
+
+    def _load(self, adapters: Mapping[str, Adapter], *, device: str, dtype: str, max_model_len: int | None) -> None:
+        model, self.tokenizer = load_model(self.model_name, device=device, dtype=dtype)
+        self._steered = attach(model, adapters)
+        trained_for = getattr(model.config.get_text_config(), "max_position_embeddings", DEFAULT_MODEL_LEN)
+        self.max_model_len = min(max_model_len or trained_for, trained_for, self.max_cache_tokens)
+        self.vocab_size = min(len(self.tokenizer), model.get_input_embeddings().num_embeddings)
+        self._end_ids = end_token_ids(model, self.tokenizer)
+        cache = SlotCache(self.max_cache_tokens)
+        self._runner = Runner(self._steered, cache)
+        self._scheduler = Scheduler(cache, self.max_batch)
+        self._pace = Pace()
+        self._scoring: Iterator[None] | None = None
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -371,6 +380,8 @@ class TorchEngine(Engine):
     def _end_everything(self) -> None:
         error = OverloadedError("The server is shutting down.")
         self._scoring = None
+        self._runner.close()
+        self._steered.detach()
         for call in self._calls:
             _call_soon(call.loop, _finish, call.result, error)
         waiting = [sequence for sequences in self._scheduler.waiting for sequence in sequences]

@@ -15,6 +15,7 @@ from ..deps import EngineDep, SettingsDep
 from ..errors import ApiError, bad_request
 from ..schemas import AddAdapterBody
 from ..settings import Settings
+from ..threads import in_passing_thread
 
 router = APIRouter()
 
@@ -54,7 +55,7 @@ async def add_adapter(body: AddAdapterBody, request: Request, engine: EngineDep,
         raise bad_request(f"path {body.path!r} leads out of the adapter folder.", param="path")
     if body.name == settings.model:
         raise ApiError(409, f"{body.name!r} is the base model's name; choose another.", param="name", code="name_taken")
-    adapter = await asyncio.to_thread(load_adapter, path)
+    adapter = await asyncio.to_thread(in_passing_thread, load_adapter, path)
     await engine.add_adapter(body.name, adapter)
     request.app.state.adapter_paths[body.name] = path
     return describe(body.name, adapter, path, settings)
