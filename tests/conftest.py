@@ -40,7 +40,7 @@ TRAIT = {
 }
 
 
-def tiny_model(family: str, *, seed: int = 0, vocab_size: int = 97) -> Any:
+def tiny_model(family: str, *, seed: int = 0, vocab_size: int = 97, sliding_window: int | None = None) -> Any:
     """A random float32 model with 4 blocks; weights large enough that logits differ by more than rounding."""
     torch.manual_seed(seed)
     model_class, config_class = FAMILIES[family]
@@ -57,6 +57,7 @@ def tiny_model(family: str, *, seed: int = 0, vocab_size: int = 97) -> Any:
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=2,
+        **({} if sliding_window is None else {"sliding_window": sliding_window}),
     )
     model = model_class(config).eval()
     for name, parameter in model.named_parameters():

@@ -1,0 +1,85 @@
+"""Slots, chunks and split layers against one plain pass of transformers' own attention."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_model
+from ipissa_server.engine.cache import SlotCache, SlotView, check_attention
+from ipissa_server.engine.forward import StagedModel
+from transformers import Gemma2Config
+
+from ipissa.errors import ConfigError
+
+TOKENS, WINDOW = 20, 6
+IDS = torch.arange(3, 63).view(3, TOKENS) % 97
+POSITIONS = torch.arange(TOKENS).expand(3, -1)
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def windowed(request: pytest.FixtureRequest) -> Any:
+    """A tiny model of each family; those that know sliding windows have a short one."""
+    return tiny_model(request.param, sliding_window=WINDOW if request.param in ("gemma3", "mistral") else None)
+
+
+def everywhere(rows: int, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.arange(rows).repeat_interleave(tokens), torch.arange(tokens).repeat(rows)
+
+
+def plain(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_the_window_matters(family: str) -> None:
+    """Otherwise the tests below would prove nothing about it."""
+    short, long = (plain(tiny_model(family, sliding_window=window)) for window in (WINDOW, 4096))
+    assert (short[:, -1] - long[:, -1]).abs().max() > 1e-2
+
+
+def test_whole_passes_and_split_ones_are_exactly_the_models_own(windowed: Any) -> None:
+    expected = plain(windowed)
+    staged = StagedModel(windowed)
+    whole = staged.logits(IDS, POSITIONS, everywhere(3, TOKENS))
+    hidden = staged.hidden_states(IDS, POSITIONS, until_layer=2)
+    split = staged.logits(hidden, POSITIONS, everywhere(3, TOKENS), first_layer=2)
+    assert (whole.view_as(expected) - expected).abs().max() <= 1e-5
+    assert torch.equal(split, whole)
+    staged.close()
+    assert torch.equal(plain(windowed), expected)
+
+
+def test_chunks_through_slots_equal_one_pass(windowed: Any) -> None:
+    expected = plain(windowed)
+    staged, cache = StagedModel(windowed), SlotCache(10**6)
+    cache.reserve(5, 4)
+    slots, found = torch.tensor([4, 1, 2]), []
+    for start, end in pairwise([0, 7, 8, TOKENS]):
+        cache.reserve(5, end)
+        positions = torch.arange(start, end).expand(3, -1)
+        view = SlotView(cache, positions, read=slots, write=slots, source=None, length=end)
+        logits = staged.logits(IDS[:, start:end], positions, everywhere(3, end - start), slots=view)
+        found.append(logits.view(3, end - start, -1))
+    assert (torch.cat(found, 1) - expected).abs().max() <= 1e-4
+
+
+def test_a_row_computed_once_fills_several_slots(llama: Any) -> None:
+    staged, cache = StagedModel(llama), SlotCache(10**6)
+    cache.reserve(4, TOKENS)
+    first, last = POSITIONS[:1, :-1], POSITIONS[:, -1:]
+    one = SlotView(cache, first, torch.tensor([2]), torch.tensor([2, 0, 1]), torch.tensor([0, 0, 0]), TOKENS - 1)
+    staged.logits(IDS[:1, :-1], first, everywhere(1, 1), slots=one)
+    rows = torch.arange(3)
+    view = SlotView(cache, last, slice(0, 3), rows, None, TOKENS)
+    found = staged.logits(IDS[:1, -1:].expand(3, -1), last, everywhere(3, 1), slots=view)
+    staged.close()
+    assert (found - plain(llama)[0, -1]).abs().max() <= 1e-4
+
+
+def test_attention_that_caps_its_scores_is_refused() -> None:
+    with pytest.raises(ConfigError, match="caps its attention scores"):
+        check_attention(Gemma2Config())
