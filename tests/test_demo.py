@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHIPPED, tiny_model
+from conftest import ROOT, SHIPPED, tiny_model
 from serving import Served, in_process
 
 import ipissa
@@ -83,6 +84,14 @@ def test_each_alpha_of_a_sweep_equals_the_library_with_that_alpha(demo_server: S
         assert choice.text == tokenizer.decode(expected, skip_special_tokens=True)
     steered.detach()
     assert answer.choices[0].text != answer.choices[2].text
+
+
+def test_the_readmes_python_runs_as_it_stands(demo_server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(ROOT)
+    for block in blocks:
+        exec(block.replace("http://127.0.0.1:8000", demo_server.url), {})
 
 
 def test_two_adapters_compose(demo_server: Served) -> None:

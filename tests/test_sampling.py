@@ -1,9 +1,13 @@
 """Token filters against sorting the whole vocabulary, and noise that α does not touch."""
 
+import asyncio
+from contextlib import closing
+
 import pytest
 import torch
-from ipissa_server.engine.base import SamplingParams
-from ipissa_server.engine.sampler import Sampler, token_logprobs
+from ipissa_server.engine.base import GenerationRequest, Row, SamplingParams
+from ipissa_server.engine.sampler import choose_tokens, token_logprobs
+from ipissa_server.engine.sequence import Job, Sequence
 
 from ipissa.sampling import NUCLEUS_CANDIDATES, apply_temperature, keep_min_p, keep_top_k, keep_top_p
 
@@ -36,47 +40,66 @@ def test_rows_have_their_own_settings() -> None:
     assert apply_temperature(logits, torch.tensor([0.0, 1.0, 2.0]))[:, 0].tolist() == [3.0, 3.0, 1.5]
 
 
-def sampler(**params: object) -> Sampler:
-    return Sampler(SamplingParams(max_tokens=8, **params), [0, 1], vocab=50)
+def sequences(streams: list[int], written: tuple[int, ...] = (), **params: object) -> list[Sequence]:
+    """One sequence per noise stream, that has already written those tokens after a prompt of [9]."""
+    sampling = SamplingParams(max_tokens=8, **params)
+    rows = [Row(prompt_ids=[9], steer={}, noise=stream) for stream in streams]
+    with closing(asyncio.new_event_loop()) as loop:
+        made = Job(GenerationRequest(rows, sampling), loop).sequences
+    for sequence in made:
+        sequence.tokens += written
+    return made
 
 
 def test_samples_follow_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
-    drawn = Sampler(SamplingParams(max_tokens=1, seed=5), [0], vocab=4)
-    counts = torch.zeros(4)
-    for _ in range(4000):
-        counts[drawn.choose(logits, [0], [[]])] += 1
+    counts = choose_tokens(logits.expand(4000, -1), sequences(list(range(4000)), seed=5)).bincount(minlength=4)
     assert (counts / 4000 - logits[0].softmax(-1)).abs().max() < 0.03
 
 
-def test_noise_is_shared_within_a_stream_and_does_not_depend_on_which_rows_live() -> None:
-    logits = torch.randn(1, 50).expand(4, -1)
-    both, alone = sampler(seed=7), sampler(seed=7)
-    for _ in range(5):
-        together = both.choose(logits, [0, 1, 0, 1], [[]] * 4)
-        assert together[0] == together[2]
-        assert together[1] == together[3]
-        assert alone.choose(logits[:1], [1], [[]])[0] == together[1]
+def test_noise_is_shared_within_a_stream_and_does_not_depend_on_which_rows_run() -> None:
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).expand(4, -1)
+    for step in range(5):
+        together = choose_tokens(logits, sequences([0, 1, 0, 1], (3,) * step, seed=7)).tolist()
+        assert together[:2] == together[2:]
+        assert choose_tokens(logits[:1], sequences([1], (3,) * step, seed=7)).tolist() == together[1:2]
 
 
-def test_another_seed_gives_other_noise() -> None:
-    logits = torch.zeros(1, 50)
-    draws = [[int(s.choose(logits, [0], [[]])) for _ in range(6)] for s in (sampler(seed=1), sampler(seed=2))]
-    assert draws[0] != draws[1]
+@pytest.mark.parametrize("other", [{"seed": 2}, {"streams": [1]}, {"written": (4,)}])
+def test_noise_changes_with_seed_stream_and_position(other: dict) -> None:
+    one = {"streams": [0], "written": (), "seed": 1}
+    flat = torch.zeros(1, 100_000)
+    assert choose_tokens(flat, sequences(**one)) != choose_tokens(flat, sequences(**(one | other)))
+
+
+def test_rows_of_one_batch_have_their_own_parameters() -> None:
+    logits = torch.tensor([[2.0, 1.9, 1.8, -9.0]] * 3)
+    greedy, only_two, warm = (
+        sequences([0], temperature=0.0),
+        sequences([0], logit_bias={2: 20.0}, seed=1),
+        sequences([0], seed=1),
+    )
+    chosen = choose_tokens(logits, greedy + only_two + warm).tolist()
+    assert chosen == [0, 2, int(choose_tokens(logits[:1], warm))]
 
 
 def test_penalties_and_bias_shift_logits_as_openai_defines_them() -> None:
-    logits = torch.tensor([[1.0, 1.2, 0.0]])
-    greedy = {"temperature": 0.0}
-    assert sampler(**greedy).choose(logits, [0], [[1, 1]]).item() == 1
-    assert sampler(**greedy, frequency_penalty=0.2).choose(logits, [0], [[1, 1]]).item() == 0
-    assert sampler(**greedy, presence_penalty=0.3).choose(logits, [0], [[1, 1]]).item() == 0
-    assert sampler(**greedy, logit_bias={2: 5.0}).choose(logits, [0], [[]]).item() == 2
+    def greedy(written: tuple[int, ...], **params: object) -> int:
+        logits = torch.tensor([[1.0, 1.2, 0.0] + [-9.0] * 7])
+        return int(choose_tokens(logits, sequences([0], written, temperature=0.0, **params)))
+
+    assert greedy((1, 1)) == 1
+    assert greedy((1, 1), frequency_penalty=0.2) == 0
+    assert greedy((1,), frequency_penalty=0.15) == 1
+    assert greedy((1, 1), presence_penalty=0.15) == 1
+    assert greedy((1, 1), presence_penalty=0.3) == 0
+    assert greedy((), logit_bias={2: 5.0}) == 2
 
 
-def test_reported_logprobs_are_the_models_own() -> None:
-    logits = torch.tensor([[2.0, 1.0, 0.0]])
-    (found,) = token_logprobs(logits, torch.tensor([1]), 2)
+def test_reported_logprobs_are_the_models_own_and_each_row_has_as_many_as_it_asked_for() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
+    first, second = token_logprobs(logits, torch.tensor([1, 2]), [2, 0])
     expected = logits.log_softmax(-1)[0]
-    assert found.logprob == pytest.approx(float(expected[1]))
-    assert found.top == [(0, pytest.approx(float(expected[0]))), (1, pytest.approx(float(expected[1])))]
+    assert first.logprob == pytest.approx(float(expected[1]))
+    assert first.top == [(0, pytest.approx(float(expected[0]))), (1, pytest.approx(float(expected[1])))]
+    assert (second.logprob, second.top) == (pytest.approx(float(expected[0])), [])
