@@ -1,0 +1,1 @@
+"""What training minimises: pure functions of tensors, one file per idea."""

@@ -1,0 +1,50 @@
+"""Low-dimensional subspaces of the residual stream, as orthonormal columns (d, k)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MIN_COSINE = 0.5
+SPOKEN_DIRECTIONS = 256  # leading directions of the unembedding, which are said rather than suppressed
+
+
+def task_subspace(difference: Tensor, k: int) -> Tensor:
+    """Leading directions of the pair differences dHS (pairs, d), uncentred: their mean is the trait."""
+    return torch.linalg.svd(difference, full_matrices=False).Vh[:k].T
+
+
+def suppressed_subspace(states: Tensor, unembedding: Tensor, k: int, *, spoken: int = SPOKEN_DIRECTIONS) -> Tensor:
+    """Directions that blocks write and later blocks erase, outside what the unembedding reads most.
+
+    Per row, Σ relu(Δ) - Σ relu(-Δ) over layer steps Δ cancels to the net change, so what counts is
+    written and erased amounts per dimension: the smaller of the two.
+
+    Args:
+        states: Residual stream after every block, (layers, rows, d).
+        unembedding: (vocab, d).
+        spoken: How many leading directions of the unembedding are left out.
+    """
+    steps = states.diff(dim=0)
+    suppressed = torch.minimum(torch.relu(steps).sum(0), torch.relu(-steps).sum(0))
+    count = min(spoken, unembedding.shape[1] - k)
+    said = torch.linalg.eigh(unembedding.T @ unembedding).eigenvectors[:, -count:]  # by rising eigenvalue
+    return task_subspace(suppressed - suppressed @ said @ said.T, k)
+
+
+def writable_subspace(weights: Sequence[Tensor], k: int) -> Tensor:
+    """Leading left singular directions of the weights (d, d_in) that write to the stream, together."""
+    return torch.linalg.svd(torch.cat([weight.float() for weight in weights], dim=1), full_matrices=False).U[:, :k]
+
+
+def intersect(a: Tensor, b: Tensor) -> Tensor:
+    """Bisectors of the principal vectors of two subspaces (d, k) and (d, m) less than 60° apart, (d, ≤ min(k, m)).
+
+    By the SVD of aᵀ b, whose singular values are the cosines of the principal angles.
+    """
+    left, cosines, right = torch.linalg.svd(a.T @ b, full_matrices=False)
+    near = cosines > MIN_COSINE
+    bisectors = a @ left[:, near] + b @ right[near].T
+    return torch.linalg.qr(bisectors).Q if near.any() else a[:, :0]
