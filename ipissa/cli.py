@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 
 from ipissa.adapter import load_adapter, to_lora
 from ipissa.adapter.convert import to_peft_folder
 from ipissa.adapter.lora import merge, new_folder
 from ipissa.cli_errors import run_cli
 from ipissa.errors import ConfigError
-from ipissa.models import DEMO_MODEL, load_model
-from ipissa.train import TrainConfig, write_card
+from ipissa.models import load_model
+from ipissa.train import TrainConfig
 from ipissa.train import train as run_training
 from ipissa.train.card import describe
+from ipissa.train.config import OPTIONS, read_settings
+from ipissa.train.presets import preset_settings
 
 app = typer.Typer(
     help="Steer a language model from the inside: make, inspect, export and serve adapters.",
@@ -30,49 +33,59 @@ AdapterOption = Annotated[Path, typer.Option("--adapter", help="Adapter file (.s
 
 @app.command()
 def train(
-    positive: Annotated[str, typer.Option(help="Word or phrase for α = +1, such as honest.")],
-    negative: Annotated[str, typer.Option(help="Word or phrase for α = -1, such as dishonest.")],
-    output: Annotated[Path, typer.Option(help="The .safetensors file to write; a card is written beside it.")],
-    model: Annotated[str, typer.Option(help="Demo model name, hub id, folder or GGUF file.")] = DEMO_MODEL,
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line. Default: bundled.")] = None,
-    rank: Annotated[int, typer.Option(help="Singular triples per module.")] = TrainConfig.rank,
-    continuations: Annotated[
-        int, typer.Option(help="Sampled answers per prompt and pole.")
-    ] = TrainConfig.continuations,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of a sampled answer.")] = TrainConfig.max_new_tokens,
-    epochs: Annotated[float, typer.Option(help="Passes over the sampled answers.")] = TrainConfig.epochs,
-    batch_size: Annotated[int, typer.Option(help="Rows per step, even.")] = TrainConfig.batch_size,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = TrainConfig.lr,
-    held_out: Annotated[int, typer.Option(help="Held-out prompts to measure on, at most.")] = TrainConfig.held_out,
+    output: Annotated[Path, typer.Option(help="The .safetensors file to write; a card and the run's folder join it.")],
+    positive: Annotated[str | None, typer.Option(help="Word or phrase for α = +1, such as honest.")] = None,
+    negative: Annotated[str | None, typer.Option(help="Word or phrase for α = -1, such as dishonest.")] = None,
+    model: Annotated[str | None, typer.Option(help="Demo model name, hub id, folder or GGUF file.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Text file, one prompt per line. Default: bundled.")] = None,
+    max_prompts: Annotated[int | None, typer.Option(help="Training prompts, at most.")] = None,
+    objective: Annotated[str | None, typer.Option(help="guided or told: what the student distils.")] = None,
+    selection: Annotated[
+        str | None, typer.Option(help="Rule that chooses the singular triples, such as top or cho_var_snorm.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Singular triples per module.")] = None,
+    continuations: Annotated[int | None, typer.Option(help="Sampled answers per prompt and pole.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Length of a sampled answer.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the sampled answers.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per step, even.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    held_out: Annotated[int | None, typer.Option(help="Held-out prompts to measure on, at most.")] = None,
     held_out_continuations: Annotated[
-        int, typer.Option(help="Sampled answers per held-out prompt and pole.")
-    ] = TrainConfig.held_out_continuations,
-    seed: Annotated[int, typer.Option(help="Seed of sampling, initialisation and order.")] = TrainConfig.seed,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = TrainConfig.device,
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = TrainConfig.dtype,
+        int | None, typer.Option(help="Sampled answers per held-out prompt and pole.")
+    ] = None,
+    report_to: Annotated[str | None, typer.Option(help="none, tensorboard, wandb or trackio.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of sampling, initialisation and order.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; options here override it.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Named settings, below --config.")] = None,
+    set: Annotated[list[str] | None, typer.Option(help="Any other setting, as NAME=VALUE.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Short for --preset quick: minutes, to try things.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was broken off.")] = False,
 ) -> None:
     """Make an adapter from two words and a model, by persona distillation."""
-    config = TrainConfig(
-        positive=positive,
-        negative=negative,
-        model=model,
-        prompts=None if prompts is None else str(prompts),
-        rank=rank,
-        continuations=continuations,
-        max_new_tokens=max_new_tokens,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        held_out=held_out,
-        held_out_continuations=held_out_continuations,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-    )
-    result = run_training(config, output)
-    card = write_card(result, output)
+    given = {name: value for name, value in locals().items() if name in OPTIONS and value is not None}
+    settings = {
+        **preset_settings("quick" if quick else preset),
+        **(read_settings(config) if config else {}),
+        **given,
+        **_assignments(set or []),
+    }
+    result = run_training(TrainConfig.from_dict(settings), output, resume=resume)
+    card = output.with_suffix(".md")
     typer.echo(card.read_text(encoding="utf-8"))
     typer.echo(f"Wrote {output} and {card} in {result.seconds / 60:.1f} minutes.")
+
+
+def _assignments(pairs: list[str]) -> dict[str, Any]:
+    """NAME=VALUE texts as settings; values are read as YAML."""
+    settings = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {pair!r} has no '='; write NAME=VALUE, such as --set rotation=matrix_exp.")
+        settings[name.replace("-", "_")] = yaml.safe_load(value)
+    return settings
 
 
 @app.command()

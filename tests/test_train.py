@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +10,33 @@ import peft
 import pytest
 import torch
 from conftest import tiny_model
+from transformers import TrainerCallback
 
 from ipissa.adapter import InnerPissaConfig
 from ipissa.data.chat import chat_ids, chat_text
 from ipissa.data.continuations import Continuation, Sampling, sample_continuations
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts
-from ipissa.errors import ConfigError
+from ipissa.errors import ConfigError, TrainingError
 from ipissa.sequences import continuation_logprobs, pad_batch, target_logprobs
 from ipissa.train import TrainConfig
-from ipissa.train.distill import Target, balanced_batches, build_targets, distillation_loss, pole_weights
-from ipissa.train.trainer import checked_output, fit
+from ipissa.train.fit import fit, newest_checkpoint
+from ipissa.train.objectives.base import WeightedSum
+from ipissa.train.objectives.distill import Distillation, Target, build_targets, distillation_loss, pole_weights
+from ipissa.train.trainer import checked_output
 
 TRAIT = Trait.from_words("kind", "angry")
 
 
-def sparse(q: list[float], k: int) -> Target:
-    """A one-token target with the k likeliest probabilities of q."""
-    top = torch.tensor([q]).log().topk(k, dim=-1)
-    return Target(1, [0], [0], top.indices.int(), top.values, 0.0)
+def loss_against(q: list[float], k: int, student: torch.Tensor, mask: torch.Tensor | None = None) -> float:
+    """The loss of one row against the k likeliest probabilities of q, at its first token."""
+    top = torch.tensor([[q]]).log().topk(k, dim=-1)
+    pad = (0, 0, 0, student.shape[1] - 1)
+    ids, logprobs = (
+        torch.nn.functional.pad(top.indices, pad),
+        torch.nn.functional.pad(top.values, pad, value=-torch.inf),
+    )
+    return distillation_loss(student, ids, logprobs, torch.ones(1, 1).bool() if mask is None else mask).item()
 
 
 def test_words_get_the_article_they_need() -> None:
@@ -95,21 +102,21 @@ def test_padding_does_not_change_log_likelihoods(llama: Any) -> None:
 def test_the_loss_is_the_kl_divergence_when_all_probabilities_are_kept() -> None:
     """q = (1/2, 1/4, 1/4), p = (1/4, 1/4, 1/2): KL = 1/2 log 2 + 0 + 1/4 log 1/2 = 1/4 log 2."""
     student = torch.tensor([[[0.25, 0.25, 0.5]]]).log()
-    loss = distillation_loss(student, [sparse([0.5, 0.25, 0.25], 3)])
-    assert loss.item() == pytest.approx(0.25 * math.log(2), abs=1e-6)
+    assert loss_against([0.5, 0.25, 0.25], 3, student) == pytest.approx(0.25 * math.log(2), abs=1e-6)
 
 
 def test_the_tail_counts_as_one_class() -> None:
     """Top-1 of q = (1/2, ...) against p = (1/4, ...): 1/2 log 2 + 1/2 log (1/2 / 3/4)."""
     student = torch.tensor([[[0.25, 0.25, 0.5]]]).log()
-    loss = distillation_loss(student, [sparse([0.5, 0.25, 0.25], 1)])
-    assert loss.item() == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-6)
+    found = loss_against([0.5, 0.25, 0.25], 1, student)
+    assert found == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-6)
 
 
 def test_the_loss_is_zero_for_a_perfect_student_and_padding_is_ignored() -> None:
     q = [0.7, 0.2, 0.1]
     student = torch.tensor([[q, [1 / 3] * 3]]).log()  # two positions, the target has one
-    assert distillation_loss(student, [sparse(q, 2)]).item() == pytest.approx(0, abs=1e-6)
+    mask = torch.tensor([[True, False]])
+    assert loss_against(q, 2, student, mask) == pytest.approx(0, abs=1e-6)
 
 
 def test_targets_are_the_context_plus_the_trait_part_of_the_persona(tokenizer: Any) -> None:
@@ -143,12 +150,39 @@ def test_the_weaker_pole_counts_more_by_the_square_root_of_the_ratio() -> None:
     assert weights[1] + weights[-1] == pytest.approx(2)
 
 
-def test_batches_hold_both_poles_equally() -> None:
-    targets = [
-        Target(pole, [i], [0], torch.zeros(1, 1).int(), torch.zeros(1, 1), 0.1) for pole in (1, -1) for i in range(5)
-    ]
-    for batch in islice(balanced_batches(targets, batch_size=4, seed=0), 20):
-        assert [t.pole for t in batch] == [1, 1, -1, -1]
+def test_examples_pair_the_poles_and_leave_no_row_out() -> None:
+    def target(pole: int, token: int) -> Target:
+        return Target(pole, [token], [0], torch.zeros(1, 1).int(), torch.zeros(1, 1), 0.1)
+
+    objective = Distillation([target(1, i) for i in range(5)] + [target(-1, i) for i in range(3)], pad_id=0)
+    assert [(p.context[0], n.context[0]) for p, n in objective.examples] == [(0, 0), (1, 1), (2, 2), (3, 0), (4, 1)]
+    batch = objective.collate(objective.examples[:2])
+    assert batch["alpha"].tolist() == [1, -1, 1, -1]
+
+
+def test_guided_targets_at_other_strengths_scale_the_trait_part_and_told_ones_are_the_teacher(tokenizer: Any) -> None:
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    continuation = Continuation("How are you?", 1, [345, 678, 910])
+
+    def dense(pole: int | None) -> torch.Tensor:
+        context = chat_ids(tokenizer, TRAIT.messages(continuation.prompt, pole))
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([context + continuation.tokens])).logits[0]
+        return logits[len(context) - 1 : -1].log_softmax(-1)
+
+    def built(**settings: Any) -> list[Target]:
+        return build_targets(model, tokenizer, TRAIT, [continuation], top_k=len(tokenizer), **settings)
+
+    def probabilities(target: Target) -> torch.Tensor:
+        found = torch.zeros(3, len(tokenizer))
+        return found.scatter(-1, target.top_ids.long(), target.top_logprobs.float().exp())
+
+    for target, k in zip(built(strengths=[0.5]), (None, 0), strict=True):
+        expected = (dense(k) + 0.5 * (dense(1) - dense(0))).softmax(-1)
+        assert target.alpha == 0.5
+        assert (probabilities(target) - expected).abs().max() < 1e-3
+    for target in built(kind="told"):
+        assert (probabilities(target) - dense(1).exp()).abs().max() < 1e-3
 
 
 def test_sampled_continuations_are_reproducible_and_leave_the_global_random_state(tokenizer: Any) -> None:
@@ -161,21 +195,144 @@ def test_sampled_continuations_are_reproducible_and_leave_the_global_random_stat
     assert [(c.prompt, c.pole) for c in first] == [(p, s) for p in ("Hello there", "Why?") for s in (1, 1, -1, -1)]
 
 
-def test_fitting_lowers_the_loss_at_both_poles(tokenizer: Any) -> None:
-    torch.manual_seed(0)
+@pytest.fixture(scope="module")
+def targets(tokenizer: Any) -> list[Target]:
     model = tiny_model("llama", vocab_size=len(tokenizer))
-    model.requires_grad_(False)
     continuations = sample_continuations(
-        model, tokenizer, TRAIT, ["Hello there"], per_prompt=2, sampling=Sampling(max_new_tokens=6), seed=0
+        model, tokenizer, TRAIT, ["Hello there"], per_prompt=4, sampling=Sampling(max_new_tokens=6), seed=0
     )
-    targets = build_targets(model, tokenizer, TRAIT, continuations, top_k=64)
-    config = InnerPissaConfig(r=16, target_modules=["o_proj", "down_proj", "v_proj"])
-    peft_model = peft.get_peft_model(model, config)
-    history = fit(peft_model, tokenizer, targets, TrainConfig("kind", "angry", epochs=40, batch_size=8, lr=1e-2))
-    assert len(history) == 40
-    for key in ("positive", "negative"):
+    return build_targets(model, tokenizer, TRAIT, continuations, top_k=64)
+
+
+def untrained(tokenizer: Any) -> Any:
+    """The same fresh adapter on the same tiny model, every time."""
+    torch.manual_seed(0)
+    model = tiny_model("llama", vocab_size=len(tokenizer)).requires_grad_(False)
+    return peft.get_peft_model(model, InnerPissaConfig(r=16, target_modules=["o_proj", "down_proj", "v_proj"]))
+
+
+def parameters(peft_model: Any) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in peft_model.parameters() if p.requires_grad]
+
+
+def distill(tokenizer: Any, targets: list[Target]) -> Distillation:
+    return Distillation(targets, pad_id=tokenizer.pad_token_id)
+
+
+SETTINGS = {"epochs": 40, "batch_size": 8, "lr": 1e-2}
+
+
+def test_fitting_lowers_the_loss_at_both_poles(tokenizer: Any, targets: list[Target], tmp_path: Path) -> None:
+    config = TrainConfig("kind", "angry", **SETTINGS)
+    history = fit(untrained(tokenizer), distill(tokenizer, targets), config, tmp_path)
+    assert len(history) == 80  # 8 pairs, 4 a step
+    for key in ("kl_positive", "kl_negative"):
         start, end = (sum(record[key] for record in part) for part in (history[:5], history[-5:]))
         assert end < 0.8 * start
+
+
+class KilledError(Exception):
+    """Stands for the power going out."""
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KilledError
+
+
+@pytest.mark.parametrize("kill_at", [3, 7, 13])
+def test_a_resumed_run_ends_where_an_unbroken_one_does(
+    kill_at: int, tokenizer: Any, targets: list[Target], tmp_path: Path
+) -> None:
+    config = TrainConfig("kind", "angry", **SETTINGS | {"epochs": 8}, checkpoint_every=4)
+    objective = distill(tokenizer, targets)
+    unbroken = untrained(tokenizer)
+    history = fit(unbroken, objective, config, tmp_path / "unbroken")
+
+    with pytest.raises(KilledError):
+        fit(untrained(tokenizer), objective, config, tmp_path / "broken", callbacks=[KillAt(kill_at)])
+    resumed = untrained(tokenizer)
+    torch.manual_seed(99)  # a new process has another random state
+    again = fit(resumed, objective, config, tmp_path / "broken", resume=True)
+
+    assert [record["step"] for record in again] == list(range(1, 17)) == [record["step"] for record in history]
+    for one, other in zip(parameters(unbroken), parameters(resumed), strict=True):
+        assert (one - other).abs().max() < 1e-5
+    assert any(
+        (a - b).abs().max() > 1e-3 for a, b in zip(parameters(unbroken), parameters(untrained(tokenizer)), strict=True)
+    )
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path: Path) -> None:
+    for step, whole in ((4, True), (12, False), (8, True)):
+        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if whole:
+            (folder / "trainer_state.json").write_text("{}")
+    assert newest_checkpoint(tmp_path).name == "checkpoint-8"
+
+
+def test_accumulated_batches_give_the_step_of_one_large_batch(
+    tokenizer: Any, targets: list[Target], tmp_path: Path
+) -> None:
+    found = []
+    for name, split in (("one", {"batch_size": 16}), ("four", {"batch_size": 4, "accumulation": 4})):
+        peft_model = untrained(tokenizer)
+        config = TrainConfig("kind", "angry", epochs=1, lr=1e-2, **split)
+        history = fit(peft_model, distill(tokenizer, targets), config, tmp_path / name)
+        assert len(history) == 1
+        found.append(parameters(peft_model))
+    for one, other in zip(*found, strict=True):
+        assert (one - other).abs().max() < 1e-4
+
+
+class Worsening:
+    """An objective whose loss rises with every step on examples it has not seen."""
+
+    def __init__(self) -> None:
+        self.examples = list(range(20))
+
+    def collate(self, examples: list[int]) -> dict[str, Any]:
+        return {"held": torch.tensor(examples)}
+
+    def loss(self, model: Any, batch: dict[str, Any], progress: float) -> tuple[torch.Tensor, dict]:
+        anchor = 0 * next(p for p in model.parameters() if p.requires_grad).sum()
+        return anchor + (1 - progress if model.training else 1 + progress), {}
+
+
+def test_training_stops_when_validation_worsens_and_keeps_the_best(tokenizer: Any, tmp_path: Path) -> None:
+    config = TrainConfig(
+        "kind", "angry", epochs=10, batch_size=4, validation=0.2, patience=2, checkpoint_every=5, lr=1e-2
+    )
+    history = fit(untrained(tokenizer), Worsening(), config, tmp_path)
+    assert max(record["step"] for record in history) == 15  # best at 5, then twice worse, of 80 steps
+
+
+class Broken(Worsening):
+    def loss(self, model: Any, batch: dict[str, Any], progress: float) -> tuple[torch.Tensor, dict]:
+        loss, figures = super().loss(model, batch, progress)
+        return loss * (math.nan if progress > 0.1 else 1), figures
+
+
+def test_a_loss_that_is_not_finite_ends_training_with_what_to_do(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"The loss is nan at step \d+; use a lower --lr than 0.01"):
+        fit(untrained(tokenizer), Broken(), TrainConfig("kind", "angry", **SETTINGS), tmp_path)
+
+
+def test_a_weighted_sum_adds_losses_and_names_figures(tokenizer: Any, targets: list[Target]) -> None:
+    part = distill(tokenizer, targets)
+    both = WeightedSum({"a": (2.0, part), "b": (0.5, distill(tokenizer, targets[:6]))})
+    assert len(both.examples) == len(part.examples)
+    model = untrained(tokenizer)
+    with torch.no_grad():
+        loss, figures = both.loss(model, both.collate(both.examples[:2]), 0.0)
+        alone = [o.loss(model, o.collate(o.examples[:2]), 0.0)[0] for _, o in both.parts.values()]
+    assert loss.item() == pytest.approx(2 * alone[0].item() + 0.5 * alone[1].item())
+    assert {"a/kl", "b/kl_negative"} <= set(figures)
 
 
 @pytest.mark.parametrize(

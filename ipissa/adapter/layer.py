@@ -46,13 +46,10 @@ class InnerPissaLayer(BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: InnerPissaConfig, inference_mode: bool = False) -> None:
         """Split the base weight and create the parameters of one adapter."""
-        weight = self.base_linear().weight
-        u, s, vh = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+        u, s, v = self.svd()
         r = min(config.r, s.numel())
         self.innerpissa_config[adapter_name] = config
-        self.innerpissa_U[adapter_name] = u[:, :r].contiguous()
-        self.innerpissa_S[adapter_name] = s[:r].contiguous()
-        self.innerpissa_V[adapter_name] = vh[:r].T.contiguous()
+        self._keep(adapter_name, u[:, :r], s[:r], v[:, :r])
         if config.rotate_v:
             self.innerpissa_p_v[adapter_name] = nn.Parameter(_initial_rotation(r, config.init_std))
         if config.rotate_u:
@@ -61,6 +58,22 @@ class InnerPissaLayer(BaseTunerLayer):
             self.innerpissa_d[adapter_name] = nn.Parameter(torch.empty(r).uniform_(1e-5, 1e-3))
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The thin SVD of the base weight in float32: U (d_out, k), S (k,) falling, V (d_in, k)."""
+        u, s, vh = torch.linalg.svd(self.base_linear().weight.detach().float(), full_matrices=False)
+        return u, s, vh.T
+
+    def keep_triples(self, adapter_name: str, indices: Tensor) -> None:
+        """Adapt these singular triples (r,) instead of the largest; their values stay the weight's own."""
+        u, s, v = self.svd()
+        indices = indices.to(s.device)
+        self._keep(adapter_name, u[:, indices], s[indices], v[:, indices])
+
+    def _keep(self, adapter_name: str, u: Tensor, s: Tensor, v: Tensor) -> None:
+        self.innerpissa_U[adapter_name] = u.contiguous()
+        self.innerpissa_S[adapter_name] = s.contiguous()
+        self.innerpissa_V[adapter_name] = v.contiguous()
 
     def skew_matrices(self, adapter_name: str) -> tuple[Tensor | None, Tensor | None]:
         """The effective (clamped) A_v and A_u, each (r, r) or None where that side does not rotate."""

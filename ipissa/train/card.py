@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ipissa.adapter.checkpoint import Adapter
-from ipissa.train.config import TrainConfig
+from ipissa.train.config import OPTIONS, TrainConfig
 from ipissa.train.trainer import TrainResult
 
 # Options whose values are always worth showing in the training command.
@@ -94,16 +94,19 @@ def _calibration(calibration: Mapping[str, Any]) -> str:
 
 
 def _command(adapter: Adapter, path: Path) -> str:
-    training = dict(adapter.evaluation["training"])
-    seconds = training.pop("seconds")
-    changed = {
-        field.name: training[field.name]
-        for field in fields(TrainConfig)
-        if field.name in ALWAYS_SHOWN or training[field.name] != field.default
-    }
-    options = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in changed.items()]
+    """The command that makes this adapter: every setting that is not the default."""
+    training = adapter.evaluation["training"]
+    defaults = TrainConfig(training["positive"], training["negative"]).to_dict()
+    options = [f"--{name} {shlex.quote(training[name])}" for name in ALWAYS_SHOWN]
+    for name, default in defaults.items():
+        if name not in ALWAYS_SHOWN and training[name] != default:
+            value = str(training[name]) if isinstance(training[name], (str, int, float)) else json.dumps(training[name])
+            own = name in OPTIONS
+            options.append(
+                f"--{name.replace('_', '-')} {shlex.quote(value)}" if own else f"--set {shlex.quote(f'{name}={value}')}"
+            )
     command = " \\\n    ".join(["ipissa train", *options, f"--output {path.name}"])
-    return f"## How it was made\n\n```\n{command}\n```\n\nThis took {seconds / 60:.0f} minutes."
+    return f"## How it was made\n\n```\n{command}\n```\n\nThis took {training['seconds'] / 60:.0f} minutes."
 
 
 def _samples(result: TrainResult) -> str:

@@ -3,13 +3,57 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from ipissa.adapter.config import InnerPissaConfig
+import yaml
+
+from ipissa.adapter.config import InnerPissaConfig, one_of
 from ipissa.adapter.model import RESIDUAL_WRITERS
 from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
+from ipissa.train.objectives.distill import KINDS
+from ipissa.train.selection import SELECTIONS
+
+OBJECTIVES = dict.fromkeys(KINDS)
+# Settings with an option of their own on the command line; the others go through --set NAME=VALUE.
+OPTIONS = (
+    "positive",
+    "negative",
+    "model",
+    "prompts",
+    "max_prompts",
+    "objective",
+    "selection",
+    "rank",
+    "continuations",
+    "max_new_tokens",
+    "epochs",
+    "batch_size",
+    "lr",
+    "held_out",
+    "held_out_continuations",
+    "report_to",
+    "seed",
+    "device",
+    "dtype",
+)
+POSITIVE = (
+    "continuations",
+    "max_new_tokens",
+    "teacher_top_k",
+    "epochs",
+    "batch_size",
+    "accumulation",
+    "lr",
+    "held_out",
+    "held_out_continuations",
+    "temperature",
+    "checkpoint_every",
+    "patience",
+)
 
 
 @dataclass(frozen=True)
@@ -21,23 +65,38 @@ class TrainConfig:
         negative: Word or phrase for α = -1.
         model: Base model: demo model name, hub id, folder or GGUF file.
         prompts: Text file with one prompt per line, or None for the bundled list.
+        max_prompts: Training prompts used, at most; None for all.
+        objective: `guided` or `told`: what the student distils.
+        strengths: The |α| to train at; only 1 for `told`.
         rank: Singular triples per module.
+        selection: Rule that chooses the triples, one of `ipissa.train.selection.SELECTIONS`.
         depth_start, depth_end: Adapted blocks as fractions of the depth, [start, end).
         continuations: Sampled continuations per prompt and pole.
         max_new_tokens: Length of a continuation in tokens.
         teacher_top_k: Teacher probabilities kept per token; the rest is one tail class.
         epochs: Passes over the continuations; every row is one (prompt, pole, context).
         batch_size: Rows per step, even: both poles of a prompt share a batch.
+        accumulation: Batches per optimiser step.
         lr: Peak learning rate of AdamW under a one-cycle schedule.
+        warmup: Fraction of the steps in which the learning rate rises.
+        validation: Fraction of the training rows held back to stop early; 0 trains on all.
+        patience: Checkpoints without a lower validation loss before training stops.
+        checkpoint_every: Steps between checkpoints.
         held_out: Cap on the held-out prompts used for the yardsticks.
         held_out_continuations: Sampled answers per held-out prompt and pole.
+        report_to: Experiment tracker of the Trainer: none, tensorboard, wandb, trackio.
+        trainer: Further settings of transformers' TrainingArguments, such as {"bf16": True}.
     """
 
     positive: str
     negative: str
     model: str = DEMO_MODEL
     prompts: str | None = None
+    max_prompts: int | None = None
+    objective: str = "guided"
+    strengths: tuple[float, ...] = (1.0,)
     rank: int = 32
+    selection: str = "top"
     rotation: str = "cayley"
     scale_mode: str = "add2"
     rotate_v: bool = True
@@ -54,37 +113,59 @@ class TrainConfig:
     teacher_top_k: int = 512
     epochs: float = 1.5
     batch_size: int = 12
+    accumulation: int = 1
     lr: float = 1e-3
+    warmup: float = 0.2
     weight_decay: float = 1e-5
     max_grad_norm: float = 1.0
+    validation: float = 0.0
+    patience: int = 4
+    checkpoint_every: int = 50
     held_out: int = 100
     held_out_continuations: int = 1
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    report_to: str = "none"
+    trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in (
-            "continuations",
-            "max_new_tokens",
-            "teacher_top_k",
-            "epochs",
-            "batch_size",
-            "lr",
-            "held_out",
-            "held_out_continuations",
-            "temperature",
-        ):
+        for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} {getattr(self, name)} is not positive.")
+        one_of(self.objective, OBJECTIVES, name="objective")
+        one_of(self.selection, SELECTIONS, name="selection")
         if not math.isfinite(self.epochs) or not math.isfinite(self.lr):
             raise ConfigError(f"epochs {self.epochs} and lr {self.lr} must be finite numbers.")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed {self.seed} is not between 0 and 2**63 - 1.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed {self.seed} is not between 0 and 2**32 - 1.")
         if self.batch_size % 2:
             raise ConfigError(f"batch_size {self.batch_size} is odd; both poles share a batch, so use an even number.")
         if not 0 <= self.depth_start < self.depth_end <= 1:
             raise ConfigError(f"depth_start {self.depth_start} and depth_end {self.depth_end} are not 0 <= a < b <= 1.")
+        if not 0 <= self.validation < 1:
+            raise ConfigError(f"validation {self.validation} is not a fraction from 0 to below 1.")
+        if not 0 < self.warmup < 1:
+            raise ConfigError(f"warmup {self.warmup} is not a fraction between 0 and 1.")
+        if not self.strengths or any(not 0 < s < math.inf for s in self.strengths):
+            raise ConfigError(f"strengths {list(self.strengths)} must be positive numbers, such as 1.")
+        if self.objective == "told" and self.strengths != (1.0,):
+            raise ConfigError("strengths other than 1 need objective 'guided': a persona prompt has one strength.")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """A config from plain values, as JSON and YAML hold them.
+
+        Raises:
+            ConfigError: a name is unknown, a value has the wrong type or cannot be used.
+        """
+        known = {f.name: f for f in fields(cls)}
+        for name in values:
+            one_of(name, known, name="setting")
+        for name in ("positive", "negative"):
+            if name not in values:
+                raise ConfigError(f"{name} is missing; give the word or phrase for α = {'+-'[name == 'negative']}1.")
+        return cls(**{name: _typed(name, value, known[name].type) for name, value in values.items()})
 
     def adapter_config(self, num_layers: int) -> InnerPissaConfig:
         """The PEFT configuration for a model of `num_layers` blocks."""
@@ -103,5 +184,40 @@ class TrainConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+        """Plain values, for JSON and YAML."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, as written.
+
+    Raises:
+        ConfigError: the file cannot be read or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"The config {path} cannot be read ({error}); give a YAML file.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"The config {path} is not a mapping of settings; write lines such as `positive: honest`.")
+    return values
+
+
+def _typed(name: str, value: Any, annotation: Any) -> Any:
+    """`value` as the field's type; YAML reads 1e-3 as text and has no tuples."""
+    if value is None and "None" in annotation:
+        return None
+    kind = annotation.removesuffix(" | None")
+    try:
+        if kind.startswith("tuple"):
+            item = float if "float" in kind else str
+            return tuple(item(each) for each in (value if isinstance(value, (list, tuple)) else [value]))
+        if kind.startswith("dict"):
+            return dict(value)
+        if kind == "bool" and not isinstance(value, bool):
+            raise ValueError
+        if kind == "int" and (isinstance(value, bool) or float(value) != int(value)):
+            raise ValueError
+        return {"str": str, "int": int, "float": float, "bool": bool}[kind](value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{name} {value!r} is not of type {kind}.") from None

@@ -1,0 +1,107 @@
+"""What the base model does on contrastive pairs, at the last token of every opening."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ipissa.adapter.layer import InnerPissaLayer
+from ipissa.adapter.model import RESIDUAL_WRITERS
+from ipissa.data.pairs import ContrastivePair
+from ipissa.sequences import PaddedBatch, pad_batch
+from ipissa.train.selection import TripleStatistics, select
+
+PAIRS_PER_BATCH = 16
+
+
+@dataclass(frozen=True)
+class PairActivations:
+    """Last-token activations, chosen rows first.
+
+    Args:
+        inputs: What every module reads, by name, (2, pairs, d_in).
+        stream: The residual stream before the first block and after each, (blocks + 1, 2, pairs, d).
+    """
+
+    inputs: dict[str, Tensor]
+    stream: Tensor
+
+
+@torch.no_grad()
+def pair_activations(
+    model: Any, tokenizer: Any, pairs: Sequence[ContrastivePair], modules: dict[str, nn.Module]
+) -> PairActivations:
+    """Run `model`, adapters disabled if it has any, over both sides of every pair; float32 on the CPU."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in modules}
+    streams: list[Tensor] = []
+    for start in tqdm(range(0, len(pairs), PAIRS_PER_BATCH), desc="activations", unit="batch"):
+        padded = pad_pairs(pairs[start : start + PAIRS_PER_BATCH], pad_id=tokenizer.pad_token_id, device=_device(model))
+        last = padded.input_ids.shape[1] - padded.targets.shape[1] + padded.mask.sum(-1) - 1  # (rows,)
+        with ExitStack() as hooks:
+            for name, module in modules.items():
+                hooks.enter_context(_recorded(module, last, inputs[name]))
+            output = model(
+                input_ids=padded.input_ids,
+                attention_mask=padded.attention_mask,
+                position_ids=padded.position_ids,
+                logits_to_keep=1,
+                use_cache=False,
+                output_hidden_states=True,
+            )
+        streams.append(torch.stack([_last_tokens(states, last) for states in output.hidden_states]))
+    return PairActivations(
+        {name: torch.cat([_by_side(rows) for rows in found], dim=1) for name, found in inputs.items()},
+        torch.cat([_by_side(rows, dim=1) for rows in streams], dim=2),
+    )
+
+
+def select_triples(
+    peft_model: Any, tokenizer: Any, pairs: Sequence[ContrastivePair], *, rule: str, adapter_name: str = "default"
+) -> None:
+    """Give every adapted layer the triples that `rule` chooses on the pairs, in place, before training."""
+    layers = {name: module for name, module in peft_model.named_modules() if isinstance(module, InnerPissaLayer)}
+    with peft_model.disable_adapter():
+        found = pair_activations(peft_model, tokenizer, pairs, {n: layer.base_linear() for n, layer in layers.items()})
+    for name, layer in layers.items():
+        u, s, v = (factor.float().cpu() for factor in layer.svd())
+        block = int(re.findall(r"\.(\d+)\.", name)[-1])
+        own = found.inputs[name] @ v
+        writes = name.endswith(tuple(RESIDUAL_WRITERS))
+        stream = found.stream[block + 1] @ u if writes else found.stream[block] @ v
+        statistics = TripleStatistics(name, s, *own, *stream)
+        layer.keep_triples(adapter_name, select(rule, statistics, layer.innerpissa_S[adapter_name].numel()))
+
+
+def pad_pairs(pairs: Sequence[ContrastivePair], *, pad_id: int, device: torch.device) -> PaddedBatch:
+    """All chosen rows, then all rejected rows."""
+    contexts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    return pad_batch(contexts, [pair.opening for pair in pairs] * 2, pad_id=pad_id, device=device)
+
+
+@contextmanager
+def _recorded(module: nn.Module, last: Tensor, into: list[Tensor]) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(lambda _, args: into.append(_last_tokens(args[0], last)))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _last_tokens(states: Tensor, last: Tensor) -> Tensor:
+    return states[torch.arange(len(last), device=states.device), last].float().cpu()
+
+
+def _by_side(rows: Tensor, dim: int = 0) -> Tensor:
+    """(.., 2 pairs, ..) -> (.., 2, pairs, ..)."""
+    return rows.unflatten(dim, (2, -1))
+
+
+def _device(model: Any) -> torch.device:
+    return next(model.parameters()).device

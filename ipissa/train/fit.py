@@ -1,0 +1,205 @@
+"""Fit an adapter's parameters to an objective, on the transformers Trainer.
+
+Resuming, checkpoints, accumulation, mixed precision, several devices and experiment trackers are the
+Trainer's own; here are only the loss, the schedule and what is shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
+
+from ipissa.errors import ConfigError, TrainingError
+from ipissa.train.config import TrainConfig
+from ipissa.train.objectives.base import Batch, Objective
+
+MIN_SCHEDULE = 10  # steps; one-cycle has no shape below
+SHOWN = 20  # steps whose mean the progress bar shows
+CHECKPOINTS = "checkpoints"
+History = list[dict[str, float]]
+
+
+def fit(
+    model: Any,
+    objective: Objective,
+    config: TrainConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> History:
+    """Minimise the objective over the model's trainable parameters, in place; the figures per step.
+
+    Args:
+        model: PEFT-wrapped model; what requires a gradient is trained.
+        folder: Where checkpoints go and are resumed from.
+        resume: Go on from the newest checkpoint in `folder`, if there is one.
+        callbacks: Further callbacks for the Trainer.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    training, validation = _split(objective.examples, config)
+    trainer = _SteeringTrainer(
+        objective,
+        config,
+        model=model,
+        args=_arguments(config, model, folder, bool(validation)),
+        train_dataset=_Examples(training),
+        eval_dataset=_Examples(validation),
+        data_collator=objective.collate,
+        callbacks=list(callbacks),
+    )
+    found = newest_checkpoint(folder) if resume else None
+    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    model.eval()
+    return [record for record in trainer.state.log_history if "loss" in record or "eval_loss" in record]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the highest step, if any was written whole."""
+    # The Trainer writes its state last, so a checkpoint without it was cut off.
+    whole = [path.parent for path in (folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class _Examples(Dataset):
+    def __init__(self, items: Sequence[Any]) -> None:
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._items[index]
+
+
+class _SteeringTrainer(Trainer):
+    # Losses are means over a batch, so the Trainer divides them by the accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(self, objective: Objective, config: TrainConfig, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._objective, self._config = objective, config
+        self._figures: list[dict[str, Tensor]] = []
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(_Progress())
+        if self.args.load_best_model_at_end:
+            self.add_callback(EarlyStoppingCallback(config.patience))
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        loss, figures = self._objective.loss(model, inputs, self.state.global_step / max(self.state.max_steps, 1))
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"The loss is {float(loss.detach())} at step {self.state.global_step + 1}; use a lower --lr than "
+                f"{self._config.lr:g}, or --dtype float32."
+            )
+        if model.training:
+            self._figures.append({name: value.detach() for name, value in figures.items()})
+        return (loss, None) if return_outputs else loss
+
+    def prediction_step(self, model: Any, inputs: Batch, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        with torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """One cycle: up to `lr` and down to nearly nothing."""
+        if getattr(self, "lr_scheduler", None) is None:
+            self.lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer or self.optimizer,
+                max_lr=self._config.lr,
+                total_steps=max(num_training_steps + 1, MIN_SCHEDULE),
+                pct_start=self._config.warmup,
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the objective's figures, averaged since the last log."""
+        if "loss" in logs and self._figures:
+            names = self._figures[0]
+            logs |= {name: float(torch.stack([f[name] for f in self._figures]).nanmean()) for name in names}
+            self._figures.clear()
+        super().log(logs, start_time)
+
+
+class _Progress(ProgressCallback):
+    """The Trainer's bar with recent figures in it, instead of a line for every log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._recent: History = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or "loss" not in logs:
+            return
+        self._recent = [*self._recent[1 - SHOWN :], logs]
+        hidden = {"epoch", "learning_rate", "grad_norm", "total_flos"}
+        self.training_bar.set_description("training")
+        self.training_bar.set_postfix(
+            {
+                name: f"{sum(record.get(name, 0.0) for record in self._recent) / len(self._recent):.4f}"
+                for name, value in logs.items()
+                if name not in hidden and isinstance(value, float)
+            },
+            refresh=False,
+        )
+
+
+def _split(examples: Sequence[Any], config: TrainConfig) -> tuple[list[Any], list[Any]]:
+    """(training, validation) examples: every so many of them validates, by position."""
+    count = math.ceil(config.validation * len(examples)) if config.validation else 0
+    if not count:
+        return list(examples), []
+    held = {int(i * len(examples) / count) for i in range(count)}
+    training = [example for i, example in enumerate(examples) if i not in held]
+    return training, [examples[i] for i in sorted(held)]
+
+
+def _arguments(config: TrainConfig, model: Any, folder: Path, validates: bool) -> TrainingArguments:
+    device = next(model.parameters()).device.type
+    evaluation = {
+        "eval_strategy": "steps",
+        "eval_steps": config.checkpoint_every,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+    }
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / CHECKPOINTS),
+        "num_train_epochs": config.epochs,
+        # An example is a pair of rows, one of each pole.
+        "per_device_train_batch_size": config.batch_size // 2,
+        "per_device_eval_batch_size": config.batch_size // 2,
+        "learning_rate": config.lr,
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "gradient_accumulation_steps": config.accumulation,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_steps": config.checkpoint_every,
+        "save_total_limit": 2,
+        "seed": config.seed,
+        "use_cpu": device == "cpu",
+        "dataloader_pin_memory": device == "cuda",
+        "remove_unused_columns": False,
+        "report_to": config.report_to,
+        **(evaluation if validates else {}),
+        **config.trainer,
+    }
+    try:
+        return TrainingArguments(**settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"trainer settings {config.trainer} do not fit transformers' TrainingArguments: {error}"
+        ) from error

@@ -1,0 +1,184 @@
+"""Persona distillation: what the model does when told becomes what α = ±1 does untold.
+
+The base model under a persona is the teacher; the steered model without that persona is the student.
+For a continuation c written under the persona P_s of pole s, in a student context k that is either
+plain or carries the neutral persona P_0, there are two kinds of target:
+
+    told    log q(· | c_<t) = log p(· | P_s, c_<t)
+    guided  log q_k(· | c_<t) = log p(· | k, c_<t) + |α| (log p(· | P_s, c_<t) - log p(· | P_0, c_<t)) + const
+
+and the loss is mean_t KL(q || p_α(· | k, c_<t)) with α = s |α|. In the neutral context and at |α| = 1
+both are the persona's own prediction. In the plain one, guided targets leave out the shift that any
+persona line causes: that shift has the same sign at both poles, so a dial cannot follow it and
+should not. Guided targets also exist between and beyond the poles, which makes α a strength.
+
+Teachers never change. Their targets are computed once and kept as the top-k log-probabilities per
+token plus the mass of the tail, which bounds the exact KL from below and equals it for k = vocab.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from ipissa.adapter.model import layer_alpha
+from ipissa.data.chat import chat_ids
+from ipissa.data.continuations import Continuation
+from ipissa.data.personas import Trait
+from ipissa.sequences import PaddedBatch, continuation_logprobs, pad_batch
+from ipissa.train.objectives.base import Batch
+
+TEACHER_BATCH = 16
+STUDENT_CONTEXTS: tuple[int | None, ...] = (None, 0)  # plain, neutral persona
+MIN_TAIL = 1e-6
+MIN_STRENGTH = 1e-4  # nats per token; a persona that does nothing must not get all the weight
+KINDS = ("guided", "told")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one student row should predict: a sparse distribution per continuation token."""
+
+    alpha: float
+    context: list[int]  # token ids of the student's context
+    tokens: list[int]  # token ids of the continuation
+    top_ids: Tensor  # (tokens, k) int32
+    top_logprobs: Tensor  # (tokens, k) float16
+    untrained: float  # KL(target || student at α = 0), nats per token
+
+    @property
+    def pole(self) -> int:
+        """+1 or -1."""
+        return 1 if self.alpha > 0 else -1
+
+
+@torch.no_grad()
+def build_targets(
+    model: Any,
+    tokenizer: Any,
+    trait: Trait,
+    continuations: Sequence[Continuation],
+    *,
+    top_k: int,
+    kind: str = "guided",
+    strengths: Sequence[float] = (1.0,),
+    seed: int = 0,
+) -> list[Target]:
+    """One target per continuation and student context; `model` is the base model.
+
+    Args:
+        kind: `guided` or `told`.
+        strengths: The |α| to train, drawn evenly; `told` knows only 1.
+        seed: Of that draw.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ordered = sorted(continuations, key=lambda c: len(c.tokens))
+    targets = []
+    for start in tqdm(range(0, len(ordered), TEACHER_BATCH), desc="teachers", unit="batch"):
+        batch = ordered[start : start + TEACHER_BATCH]
+        contexts = {
+            pole: [chat_ids(tokenizer, trait.messages(c.prompt, pole)) for c in batch] for pole in STUDENT_CONTEXTS
+        }
+        told = _logprobs(
+            model, tokenizer, [chat_ids(tokenizer, trait.messages(c.prompt, c.pole)) for c in batch], batch
+        )
+        plain = {pole: _logprobs(model, tokenizer, rows, batch) for pole, rows in contexts.items()}
+        for pole, rows in contexts.items():
+            draw = torch.randint(len(strengths), (len(batch),), generator=generator)
+            strength = torch.tensor(strengths)[draw].to(told.device)
+            trait_part = strength[:, None, None] * (told - plain[0])  # (batch, tokens, vocab)
+            target = told if kind == "told" else (plain[pole] + trait_part).log_softmax(-1)
+            divergence = (target.exp() * (target - plain[pole])).sum(-1)  # (batch, tokens)
+            top = target.topk(min(top_k, target.shape[-1]), dim=-1)
+            for i, c in enumerate(batch):
+                n = len(c.tokens)
+                ids, values = top.indices[i, :n].to("cpu", torch.int32), top.values[i, :n].to("cpu", torch.float16)
+                untrained = float(divergence[i, :n].mean())
+                targets.append(Target(c.pole * float(strength[i]), rows[i], c.tokens, ids, values, untrained))
+    return targets
+
+
+def _logprobs(model: Any, tokenizer: Any, contexts: list[list[int]], batch: Sequence[Continuation]) -> Tensor:
+    padded = pad_batch(contexts, [c.tokens for c in batch], pad_id=tokenizer.pad_token_id, device=model.device)
+    return continuation_logprobs(model, padded)
+
+
+class Distillation:
+    """The objective: pairs of rows, one of each pole, each row at its own α."""
+
+    def __init__(self, targets: Sequence[Target], *, pad_id: int) -> None:
+        self.pad_id = pad_id
+        self.weights = pole_weights(targets)
+        poles = [[t for t in targets if t.pole == pole] for pole in (1, -1)]
+        longest = max(map(len, poles))  # the shorter side begins again, so that no row is left out
+        self.examples: Sequence[Any] = [
+            (poles[0][i % len(poles[0])], poles[1][i % len(poles[1])]) for i in range(longest)
+        ]
+
+    def collate(self, examples: Sequence[tuple[Target, Target]]) -> Batch:
+        """Rows of both poles as padded tensors."""
+        rows = [target for pair in examples for target in pair]
+        padded = pad_batch(
+            [t.context for t in rows], [t.tokens for t in rows], pad_id=self.pad_id, device=torch.device("cpu")
+        )
+        return {
+            **vars(padded),
+            "alpha": torch.tensor([t.alpha for t in rows]),
+            "weight": torch.tensor([self.weights[t.pole] for t in rows]),
+            "top_ids": pad_sequence([t.top_ids.long() for t in rows], batch_first=True),
+            "top_logprobs": pad_sequence(
+                [t.top_logprobs.float() for t in rows], batch_first=True, padding_value=-torch.inf
+            ),
+        }
+
+    def loss(self, model: Any, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted mean KL over rows, and the plain mean of either pole."""
+        padded = PaddedBatch(*(batch[name] for name in PaddedBatch.__dataclass_fields__))
+        with layer_alpha(model, batch["alpha"]):
+            logprobs = continuation_logprobs(model, padded)
+        rows = distillation_loss(logprobs, batch["top_ids"], batch["top_logprobs"], padded.mask)
+        positive = batch["alpha"] > 0
+        figures = {"kl": rows.mean(), "kl_positive": rows[positive].mean(), "kl_negative": rows[~positive].mean()}
+        return (rows * batch["weight"]).mean(), figures
+
+
+def distillation_loss(logprobs: Tensor, top_ids: Tensor, top_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """KL(target || student) per row in nats per token, tail mass as one class; (rows,).
+
+    Args:
+        logprobs: The student's log-probabilities, (rows, tokens, vocab).
+        top_ids, top_logprobs: The target's likeliest tokens, (rows, tokens, k); -inf where there are none.
+        mask: True where a row has a token, (rows, tokens).
+    """
+    p_log = logprobs.gather(-1, top_ids)
+    q = top_logprobs.exp()
+    divergence = (q * (top_logprobs.clamp(min=-1e4) - p_log)).sum(-1)
+    if top_ids.shape[-1] < logprobs.shape[-1]:
+        q_tail = (1 - q.sum(-1)).clamp(min=MIN_TAIL)
+        p_tail = (1 - p_log.exp().sum(-1)).clamp(min=MIN_TAIL)
+        divergence = divergence + q_tail * (q_tail.log() - p_tail.log())
+    return divergence.masked_fill(~mask, 0).sum(-1) / mask.sum(-1)
+
+
+def pole_weights(targets: Sequence[Target]) -> dict[int, float]:
+    """How much a row of each pole counts: 1 / √(mean untrained loss of the pole), with mean 1.
+
+    The two personas move the model by different amounts and not in opposite directions, and an
+    adapter, nearly odd in α, must compromise. Unweighted, the stronger pole is followed and the
+    weaker is not; weighted by 1 / loss, each pole's *fraction* counts and it is the other way round.
+    The square root lies between: both are followed about equally far.
+    """
+    strength = {
+        pole: sum(t.untrained for t in rows) / len(rows)
+        for pole in (1, -1)
+        if (rows := [t for t in targets if t.pole == pole])
+    }
+    weights = {pole: 1 / max(value, MIN_STRENGTH) ** 0.5 for pole, value in strength.items()}
+    mean = sum(weights.values()) / len(weights)
+    return {pole: weight / mean for pole, weight in weights.items()}

@@ -1,0 +1,104 @@
+"""The folder of one training run: its configuration, what it computed once, its checkpoints and its results.
+
+    honest.run/
+      config.yaml        the settings, and all it takes to train again
+      state/             what was computed once: sampled texts, the objective's examples
+      checkpoints/       written by the Trainer
+      history.csv        figures per step          losses.png    the same, drawn
+      samples.md         texts before and after    *.safetensors, *.md   the adapter and its card
+
+`state` and `checkpoints` are what a broken run resumes from; they go when the run is complete.
+"""
+
+from __future__ import annotations
+
+import csv
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ipissa.errors import ConfigError
+from ipissa.train.config import TrainConfig
+from ipissa.train.fit import CHECKPOINTS, History
+
+STATE = "state"
+
+
+class RunFolder:
+    """The run folder of an output file: `honest.safetensors` has `honest.run` beside it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, output: Path, config: TrainConfig, *, resume: bool) -> RunFolder:
+        """Create the folder, or enter the one of a broken run.
+
+        Raises:
+            ConfigError: a broken run is there and `resume` is off, or its settings differ.
+        """
+        folder = cls(output.with_suffix(".run"))
+        settings = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+        if folder.unfinished:
+            if not resume:
+                raise ConfigError(f"{folder.path} holds an unfinished run; go on with --resume, or remove the folder.")
+            if (folder.path / "config.yaml").read_text(encoding="utf-8") != settings:
+                raise ConfigError(
+                    f"The settings differ from those in {folder.path / 'config.yaml'}, so that run cannot go on; "
+                    "give the same ones, or remove the folder."
+                )
+        (folder.path / STATE).mkdir(parents=True, exist_ok=True)
+        write_whole(folder.path / "config.yaml", lambda path: path.write_text(settings, encoding="utf-8"))
+        return folder
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether a run was begun here and not completed."""
+        return (self.path / STATE).is_dir()
+
+    def once(self, name: str, compute: Callable[[], Any], classes: Sequence[type] = ()) -> Any:
+        """What `compute` returns, computed once per run: a resumed run reads it back.
+
+        Args:
+            name: Of the file in `state`.
+            classes: The dataclasses in the result, the only ones that may be read back.
+        """
+        path = self.path / STATE / f"{name}.pt"
+        if not path.exists():
+            computed = compute()
+            write_whole(path, lambda partial: torch.save(computed, partial))
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, weights_only=True)
+
+    def write_history(self, history: History) -> None:
+        """One row per step, one column per figure."""
+        columns = list(dict.fromkeys(name for record in history for name in record))
+
+        def write(path: Path) -> None:
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, columns)
+                writer.writeheader()
+                writer.writerows(history)
+
+        write_whole(self.path / "history.csv", write)
+
+    def complete(self) -> None:
+        """Remove what only a broken run needs."""
+        for name in (CHECKPOINTS, STATE):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside `path` and move there, so that `path` is never half-written."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error}; make room or choose another --output.") from error
+    finally:
+        partial.unlink(missing_ok=True)
