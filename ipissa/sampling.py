@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 NUCLEUS_CANDIDATES = 512
+GREEDY = 1e-5  # temperatures up to this choose the likeliest token: dividing by less only overflows
 
 
 def apply_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
-    """logits / temperature per row; temperature (rows,), where 0 leaves the row as it is (it is argmaxed)."""
-    return logits / torch.where(temperature > 0, temperature, 1.0)[:, None]
+    """logits / temperature per row; temperature (rows,), where `GREEDY` leaves the row as it is (it is argmaxed)."""
+    return logits / torch.where(temperature > GREEDY, temperature, 1.0)[:, None]
 
 
 def keep_top_k(logits: Tensor, k: Sequence[int]) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import socket
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +21,7 @@ from .app import create_app
 from .settings import DEFAULT_MAX_ALPHA, Settings
 from .threads import in_passing_thread
 
-SHUTDOWN_SECONDS = 3
+SHUTDOWN_SECONDS = 2
 command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
@@ -125,12 +127,25 @@ def run(settings: Settings) -> None:
     app = create_app(settings, on_load_error=stop)
     # Open pages hold a connection for as long as they are open; do not wait for people to close them.
     config = uvicorn.Config(
-        app, host=settings.host, port=settings.port, log_level="info", timeout_graceful_shutdown=SHUTDOWN_SECONDS
+        app, host=settings.host, port=settings.port, log_level="info", timeout_graceful_shutdown=2 * SHUTDOWN_SECONDS
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
     server.run()
     if failure:
         raise failure[0]
+
+
+class _Server(uvicorn.Server):
+    """Ends requests that outlast a shutdown with an error of the API, before uvicorn would cut them off."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_requests())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_requests(self) -> None:
+        await asyncio.sleep(SHUTDOWN_SECONDS)
+        await asyncio.to_thread(self.config.app.state.engine.close)  # type: ignore[union-attr]
 
 
 def main(args: list[str] | None = None) -> None:

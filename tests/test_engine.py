@@ -53,6 +53,14 @@ def test_a_space_that_a_tokenizer_writes_only_in_context_is_kept() -> None:
     assert text_of(Fast(), [0], [1, 1])[0] == " world world"
 
 
+def test_a_prompt_that_ends_within_a_character_is_not_repeated_in_the_answer(tokenizer: Any) -> None:
+    words = tokenizer.encode(" and more")
+    assert text_of(tokenizer, tokenizer.encode("The password is \ufffd"), words)[0] == " and more"
+    assert text_of(tokenizer, tokenizer.encode("The password is \ufffd"), words, "password")[2] is False
+    *begun, last = tokenizer.encode("My secret is 🙂")
+    assert "secret" not in text_of(tokenizer, begun, [last, *words])[0]
+
+
 def test_every_named_adapter_gets_one_alpha_per_row() -> None:
     steers: list[dict[str, float]] = [{"a": 1.0}, {}, {"b": -0.5, "a": 0.2}]
     assert per_adapter(steers) == {"a": [1.0, 0.0, 0.2], "b": [0.0, 0.0, -0.5]}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-from collections.abc import Iterator
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engines import NAMES, engine_for, run
 from ipissa_server.engine.base import (
     AdapterInUseError,
     GenerationRequest,
@@ -33,18 +33,6 @@ import ipissa
 from ipissa.evaluate.scoring import find_choices, score_choices
 
 MIXES = 200
-NAMES = ("honest", "kind")
-
-
-@contextmanager
-def engine_for(tiny: Path, **settings: Any) -> Iterator[TorchEngine]:
-    """An engine on the tiny model in float32."""
-    adapters = {name: ipissa.load_adapter(tiny / "adapters" / f"{name}.safetensors") for name in NAMES}
-    engine = TorchEngine(str(tiny / "model"), adapters, device="cpu", dtype="float32", **settings)
-    try:
-        yield engine
-    finally:
-        engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +70,6 @@ def random_request(rng: random.Random) -> GenerationRequest:
         frequency_penalty=0.0,
     )
     return GenerationRequest(rows, sampling)
-
-
-async def run(engine: TorchEngine, request: GenerationRequest) -> list[list[Any]]:
-    """The log-probability entries of every row."""
-    rows: list[list[Any]] = [[] for _ in request.rows]
-    async with aclosing(engine.generate(request)) as steps:  # type: ignore[type-var]
-        async for deltas in steps:
-            for delta in deltas:
-                rows[delta.row] += delta.logprobs
-    return rows
 
 
 def check_against(alone: Any, request: GenerationRequest, found: list[list[Any]], end_ids: set[int]) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
+from ipissa_server.engine import cache as cache_module
 from ipissa_server.engine.cache import SlotCache, SlotView, check_attention
 from ipissa_server.engine.forward import StagedModel
-from transformers import Gemma2Config
+from transformers import Gemma2Config, GraniteConfig, GraniteForCausalLM, LlamaConfig
 
 from ipissa.errors import ConfigError
 
@@ -46,11 +47,31 @@ def test_whole_passes_and_split_ones_are_exactly_the_models_own(windowed: Any) -
     staged = StagedModel(windowed)
     whole = staged.logits(IDS, POSITIONS, everywhere(3, TOKENS))
     hidden = staged.hidden_states(IDS, POSITIONS, until_layer=2)
-    split = staged.logits(hidden, POSITIONS, everywhere(3, TOKENS), first_layer=2)
+    split = staged.logits(hidden, POSITIONS, everywhere(3, TOKENS))
     assert (whole.view_as(expected) - expected).abs().max() <= 1e-5
     assert torch.equal(split, whole)
     staged.close()
     assert torch.equal(plain(windowed), expected)
+
+
+def test_models_that_scale_the_embeddings_they_are_given_are_split_right_too() -> None:
+    """Granite multiplies `inputs_embeds`, so hidden states must not come in by that door."""
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        embedding_multiplier=12.0,
+        residual_multiplier=0.22,
+    )
+    model = GraniteForCausalLM(config).eval()
+    expected, staged = plain(model), StagedModel(model)
+    hidden = staged.hidden_states(IDS, POSITIONS, until_layer=2)
+    split = staged.logits(hidden, POSITIONS, everywhere(3, TOKENS))
+    assert (split.view_as(expected) - expected).abs().max() <= 1e-5
 
 
 def test_chunks_through_slots_equal_one_pass(windowed: Any) -> None:
@@ -83,3 +104,48 @@ def test_a_row_computed_once_fills_several_slots(llama: Any) -> None:
 def test_attention_that_caps_its_scores_is_refused() -> None:
     with pytest.raises(ConfigError, match="caps its attention scores"):
         check_attention(Gemma2Config())
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_depend_on_the_longest_text_of_a_batch_are_refused(kind: str) -> None:
+    config = LlamaConfig()
+    config.rope_parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    with pytest.raises(ConfigError, match=f"{kind} positions"):
+        check_attention(config)
+    config.rope_parameters = {"full_attention": dict(config.rope_parameters)}
+    with pytest.raises(ConfigError, match=f"{kind} positions"):
+        check_attention(config)
+
+
+def test_the_cache_keeps_its_bound_and_what_is_stored_while_it_changes_shape() -> None:
+    """A burst of short texts and then one long one ask for 31 x 128 and 2 x 1500, never for 31 x 1500."""
+    cache, like = SlotCache(8192), torch.empty(1, 2, 1, 4)
+    cache.reserve(31, 60)
+    keys, _ = cache.layer(0, like)
+    keys[:] = torch.arange(keys.numel()).view_as(keys)
+    kept = keys[:2, :, :60].clone()
+    for slots, length in ((2, 1500), (5, 1600), (60, 100)):
+        assert cache.fits(slots, length)
+        cache.reserve(slots, length)
+        keys, values = cache.layer(0, like)
+        assert keys.shape == values.shape
+        assert keys.shape[0] >= slots
+        assert keys.shape[2] >= length
+        assert keys.shape[0] * keys.shape[2] <= 8192
+        assert torch.equal(keys[:2, :, :60], kept)
+
+
+def test_a_cache_that_found_no_memory_asks_for_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, like = SlotCache(8192), torch.empty(1, 2, 1, 4)
+    cache.reserve(1, 10)
+    cache.layer(0, like)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module, "_resized", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            cache.reserve(4, 300)
+    cache.reserve(4, 300)
+    assert cache.layer(0, like)[0].shape == (4, 2, 384, 4)
+
+
+def out_of_memory(*args: Any) -> None:
+    raise torch.OutOfMemoryError("no memory")

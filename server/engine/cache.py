@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from ipissa.errors import ConfigError
 
 ATTENTION = "ipissa_slots"  # the name transformers models find `slot_attention` by
+BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 LENGTH_STEP = 128  # lengths grow by whole steps, so that growing is rare
 
 
@@ -39,12 +40,19 @@ class SlotCache:
         return slots * length <= self.max_tokens
 
     def reserve(self, slots: int, length: int) -> None:
-        """Make room for `slots` sequences of `length` positions; what is stored stays."""
+        """Make room for the sequences in the first `slots` slots, of at most `length` positions.
+
+        What is stored in them stays. Room left from busier times stays too, unless it would break the
+        bound, which `fits` promises for what is asked here.
+        """
         if slots <= self._slots and length <= self._length:
             return
-        self._slots = max(self._slots, slots)
-        self._length = max(self._length, -(-length // LENGTH_STEP) * LENGTH_STEP)
-        self._layers = {index: (self._grown(k), self._grown(v)) for index, (k, v) in self._layers.items()}
+        wide, long = max(self._slots, slots), max(self._length, -(-length // LENGTH_STEP) * LENGTH_STEP)
+        if wide * long > self.max_tokens:
+            wide, long = slots, max(length, min(long, self.max_tokens // slots))
+        for index, (keys, values) in self._layers.items():  # one by one: old and new need not all exist at once
+            self._layers[index] = (_resized(keys, wide, long), _resized(values, wide, long))
+        self._slots, self._length = wide, long
 
     def release(self) -> None:
         """Give all memory back; for when no sequence is left."""
@@ -67,13 +75,18 @@ class SlotCache:
         """Keys and values of one layer, (slots, heads, length, dim); `like` (batch, heads, tokens, dim)."""
         if index not in self._layers:
             empty = like.new_zeros(0, like.shape[1], 0, like.shape[3])
-            self._layers[index] = (self._grown(empty), self._grown(empty))
+            self._layers[index] = (
+                _resized(empty, self._slots, self._length),
+                _resized(empty, self._slots, self._length),
+            )
         return self._layers[index]
 
-    def _grown(self, old: Tensor) -> Tensor:
-        new = old.new_zeros(self._slots, old.shape[1], self._length, old.shape[3])
-        new[: old.shape[0], :, : old.shape[2]] = old
-        return new
+
+def _resized(old: Tensor, slots: int, length: int) -> Tensor:
+    new = old.new_zeros(slots, old.shape[1], length, old.shape[3])
+    kept = (min(slots, old.shape[0]), min(length, old.shape[2]))
+    new[: kept[0], :, : kept[1]] = old[: kept[0], :, : kept[1]]
+    return new
 
 
 @dataclass
@@ -90,7 +103,7 @@ class SlotView:
     write: Tensor  # (writes,) slots
     source: Tensor | None  # (writes,) the batch row each write takes; None: the rows themselves, in order
     length: int  # positions read: one more than the last that is written
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
 
     def exchange(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new keys and values of a layer, (batch, heads, tokens, dim), and return all up to `length`."""
@@ -101,11 +114,15 @@ class SlotView:
             tensor[self.write[:, None], :, positions] = rows.transpose(1, 2)
         return stored[0][self.read, :, : self.length], stored[1][self.read, :, : self.length]
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> Tensor:
-        """0 where a token may look and -inf elsewhere, (batch, 1, tokens, length)."""
-        if window not in self._masks:
-            self._masks[window] = additive_mask(self.positions, self.length, window, dtype)
-        return self._masks[window]
+    def mask(self, window: int | None, groups: int, dtype: torch.dtype) -> Tensor:
+        """0 where a token may look and -inf elsewhere, (batch, 1, groups x tokens, length), equal in all groups.
+
+        Layers of one kind share it.
+        """
+        if (window, groups) not in self._masks:
+            mask = additive_mask(self.positions, self.length, window, dtype)
+            self._masks[window, groups] = mask.repeat(1, 1, groups, 1)
+        return self._masks[window, groups]
 
 
 def additive_mask(positions: Tensor, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
@@ -146,11 +163,9 @@ def slot_attention(
         grouped = query
     else:
         key, value = slots.exchange(int(module.layer_idx), key, value)  # type: ignore[arg-type]
-        mask = slots.mask(sliding_window, query.dtype)
         groups = heads // key.shape[1]
+        mask = slots.mask(sliding_window, groups, query.dtype)
         grouped = query.reshape(batch, key.shape[1], groups * tokens, dim)
-        if groups > 1:
-            mask = mask[:, :, None].expand(-1, -1, groups, -1, -1).reshape(batch, 1, groups * tokens, slots.length)
     output = nn.functional.scaled_dot_product_attention(
         grouped,
         key,
@@ -170,10 +185,18 @@ def check_attention(config: Any) -> None:
     """Refuse models whose attention does more than `slot_attention` computes.
 
     Raises:
-        ConfigError: the model caps attention scores, or has layers without attention.
+        ConfigError: the model caps attention scores, has layers without attention, or positions whose
+            meaning depends on the longest text in the batch.
     """
     if getattr(config, "attn_logit_softcapping", None):
         raise ConfigError("This model caps its attention scores (Gemma 2), which the torch engine does not do.")
     kinds: Sequence[str] = getattr(config, "layer_types", None) or ()
     if other := sorted(set(kinds) - {"full_attention", "sliding_attention"}):
         raise ConfigError(f"This model has {other[0]} layers, which the torch engine does not run.")
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(each for each in rope.values() if isinstance(each, dict))):
+        if (kind := parameters.get("rope_type")) in BATCH_DEPENDENT_ROPE:
+            raise ConfigError(
+                f"This model has {kind} positions, with which texts in one batch would change each other; "
+                "the torch engine does not run it."
+            )

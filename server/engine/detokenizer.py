@@ -10,6 +10,7 @@ from tokenizers.decoders import DecodeStream
 from .base import Delta, Row, SamplingParams, TokenLogprob, TokenOut
 
 CONTEXT_TOKENS = 8
+UNFINISHED = "\ufffd"  # what bytes that are no character decode to
 
 
 class TextOut:
@@ -58,7 +59,10 @@ class Detokenizer:
         # Some tokenizers write a token's leading space only after other text, so the text starts in context.
         self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
         self._stream = DecodeStream(ids=self._ids, skip_special_tokens=True)
-        self._prompt_length = len(self._tokenizer.decode(self._ids, skip_special_tokens=True))
+        context = self._tokenizer.decode(self._ids, skip_special_tokens=True)
+        self._prompt_length = len(context)
+        # After what may be an unfinished character the stream starts over and repeats the context.
+        self._repeated = len(context) if context.endswith(UNFINISHED) else 0
         self._stop = stop
         self._held = ""
         self._decoded = 0  # characters that left the stream so far
@@ -67,6 +71,8 @@ class Detokenizer:
         """(text that became final, whether a stop string was reached) after one more token."""
         self._ids.append(token_id)
         text = self._stream.step(self._tokenizer, token_id) or ""
+        if text and self._repeated:
+            text, self._repeated = text[self._repeated :], 0
         self._decoded += len(text)
         self._held += text
         hits = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]

@@ -9,13 +9,32 @@ those layers on one row, and the rest on one row per α:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cache import ATTENTION, SlotView, check_attention
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Hidden states (batch, tokens, hidden) that layer `layer` is to read."""
+
+    states: Tensor
+    layer: int
+
+    def __getitem__(self, rows: Tensor) -> Hidden:
+        """Some of the rows."""
+        return Hidden(self.states[rows], self.layer)
+
+    @classmethod
+    def cat(cls, parts: Sequence[Hidden]) -> Hidden:
+        """Rows of several, which all stopped before the same layer."""
+        (layer,) = {part.layer for part in parts}
+        return cls(torch.cat([part.states for part in parts]), layer)
 
 
 class StagedModel:
@@ -31,6 +50,7 @@ class StagedModel:
         self._layers = list(model.get_decoder().layers)
         self.depth = len(self._layers)
         self._running = range(self.depth)
+        self._entering: Tensor | None = None  # what the first layer of the range reads, if not the embeddings
         self._passed: Tensor | None = None  # what reached the first layer above the range
         self._picks: tuple[Tensor, Tensor] | None = None
         self._attention = model.config._attn_implementation
@@ -49,47 +69,57 @@ class StagedModel:
     @torch.no_grad()
     def logits(
         self,
-        inputs: Tensor,
+        inputs: Tensor | Hidden,
         positions: Tensor,
         picks: tuple[Tensor, Tensor],
         *,
         slots: SlotView | None = None,
-        first_layer: int = 0,
     ) -> Tensor:
-        """Run layers from `first_layer` up.
+        """Run all layers, or those that are left.
 
         Args:
             inputs: Token ids (batch, tokens), or what `hidden_states` gave for them.
             positions: (batch, tokens).
             picks: Row and token index of every position whose logits are wanted, (picks,) each.
             slots: Where keys and values go; None for one whole causal pass without a cache.
-            first_layer: 0 for token ids, the layer `hidden_states` stopped before for hidden states.
 
         Returns:
             Logits in float32, (picks, vocab).
         """
-        self._running, self._picks = range(first_layer, self.depth), picks
+        self._picks = picks
+        if isinstance(inputs, Hidden):
+            # Token ids that nobody looks at: models do more to embeddings they are given than to their own.
+            self._running, self._entering = range(inputs.layer, self.depth), inputs.states
+            inputs = positions.new_zeros(positions.shape)
+        else:
+            self._running, self._entering = range(self.depth), None
         return self._call(inputs, positions, slots).logits[0].float()
 
     @torch.no_grad()
     def hidden_states(
         self, input_ids: Tensor, positions: Tensor, *, slots: SlotView | None = None, until_layer: int
-    ) -> Tensor:
-        """What layer `until_layer`, not the last but at most that, would read; (batch, tokens, hidden)."""
+    ) -> Hidden:
+        """What layer `until_layer`, at most the last, would read."""
         nowhere = input_ids.new_zeros(0)
-        self._running, self._picks = range(until_layer), (nowhere, nowhere)
+        self._running, self._entering, self._picks = range(until_layer), None, (nowhere, nowhere)
         self._call(input_ids, positions, slots)
         passed, self._passed = self._passed, None
         assert passed is not None
-        return passed
+        return Hidden(passed, until_layer)
 
-    def _call(self, inputs: Tensor, positions: Tensor, slots: SlotView | None) -> Any:
-        named = {"inputs_embeds" if inputs.is_floating_point() else "input_ids": inputs}
-        return self.model(**named, position_ids=positions, use_cache=False, logits_to_keep=0, slots=slots)
+    def _call(self, input_ids: Tensor, positions: Tensor, slots: SlotView | None) -> Any:
+        try:
+            return self.model(
+                input_ids=input_ids, position_ids=positions, use_cache=False, logits_to_keep=0, slots=slots
+            )
+        finally:
+            self._entering = None
 
     def _gated(self, index: int, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             if index in self._running:
+                if index == self._running.start and self._entering is not None:
+                    hidden_states = self._entering
                 return forward(hidden_states, *args, **kwargs)
             if index == self._running.stop:
                 self._passed = hidden_states

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ipissa.adapter import Adapter
+from ipissa.errors import ConfigError
 from ipissa.steering import SteeredModel
 
 from .base import Steer
 from .cache import SlotCache, SlotView
-from .forward import StagedModel
+from .forward import Hidden, StagedModel
 from .scheduler import Chunk
 from .sequence import Sequence
 
@@ -40,10 +42,26 @@ class Runner:
         """Leave the model as it was."""
         self._staged.close()
 
+    def check(self, adapter: Adapter) -> None:
+        """Refuse an adapter that steers what rows of a batch do not have to themselves.
+
+        Raises:
+            ConfigError: a module is outside the decoder layers.
+        """
+        layers = self._staged.model.get_decoder().layers
+        inside = {module for layer in layers for module in layer.modules()}
+        outside = {name for name, module in self._staged.model.named_modules() if module not in inside}
+        for name in adapter.modules:
+            if name in outside:
+                raise ConfigError(
+                    f"The adapter adapts {name}, outside the decoder layers, which the torch engine cannot steer; "
+                    "train it on modules of the layers."
+                )
+
     def find_shared_layers(self) -> None:
         """Look again which layers come before every adapter; after adapters came or went."""
         first = self.steered.first_steered_layer(self._staged.model.get_decoder().layers)
-        self._shared = min(first, self._staged.depth - 1)
+        self.shared = min(first, self._staged.depth - 1)  # layers that α does not change
 
     def decode(self, sequences: Seq[Sequence]) -> Tensor:
         """Logits after the last token of sequences in the slots 0, 1, ...; (sequences, vocab)."""
@@ -61,12 +79,13 @@ class Runner:
     def prefill(self, chunks: Seq[Chunk]) -> list[Read]:
         """Read one chunk of every text into the slots of its sequences."""
         width = max(chunk.size for chunk in chunks)
-        length = max(chunk.start for chunk in chunks) + width
-        self._cache.reserve(0, length)
+        # Padding goes to one position after the last that counts, which nobody has read yet.
+        end = max(chunk.start + chunk.size for chunk in chunks)
+        length = end + 1
         texts = [chunk.text.tokens[chunk.start : chunk.start + chunk.size] for chunk in chunks]
         ids = self._tensor([text + [0] * (width - len(text)) for text in texts])
         starts = self._tensor([[chunk.start] for chunk in chunks])
-        positions = starts + torch.arange(width, device=self._device)
+        positions = (starts + torch.arange(width, device=self._device)).clamp(max=end)
         variants = [(i, variant) for i, chunk in enumerate(chunks) for variant in chunk.variants]
 
         picks = [
@@ -82,32 +101,28 @@ class Runner:
         with self.steered.alpha(per_adapter([variant[0].spec.steer for _, variant in variants])):
             below = self._view([chunk.sequences for chunk in chunks], positions, length)
             above = self._view([variant for _, variant in variants], positions[text_of_row], length)
-            if len(variants) == len(chunks) or not self._shared:
+            if len(variants) == len(chunks) or not self.shared:
                 logits = self._staged.logits(ids[text_of_row], positions[text_of_row], where, slots=above)
             else:
-                hidden = self._staged.hidden_states(ids, positions, slots=below, until_layer=self._shared)
-                logits = self._staged.logits(
-                    hidden[text_of_row], positions[text_of_row], where, slots=above, first_layer=self._shared
-                )
+                hidden = self._staged.hidden_states(ids, positions, slots=below, until_layer=self.shared)
+                logits = self._staged.logits(hidden[text_of_row], positions[text_of_row], where, slots=above)
         for chunk in chunks:
             for sequence in chunk.sequences:
                 sequence.cached += chunk.size
         return [Read(variant, index, row) for (_, index, variant), row in zip(picks, logits, strict=True)]
 
-    def shared_hidden_states(self, texts: Seq[Seq[int]]) -> Tensor:
-        """What the first layer that α can change reads, for texts padded on the right; (texts, tokens, hidden)."""
-        ids, positions = self._padded(texts)
-        return self._staged.hidden_states(ids, positions, until_layer=self._shared)
+    def shared_hidden_states(self, texts: Seq[Seq[int]], width: int) -> Hidden:
+        """What the first layer that α can change reads, for texts padded on the right to `width`."""
+        ids = self._tensor([[*text, *[0] * (width - len(text))] for text in texts])
+        positions = torch.arange(width, device=self._device).expand(len(texts), -1)
+        return self._staged.hidden_states(ids, positions, until_layer=self.shared)
 
-    def continue_from(
-        self, hidden: Tensor, texts: Seq[int], steers: Seq[Steer], picks: tuple[Seq[int], Seq[int]]
-    ) -> Tensor:
-        """Logits of texts from their shared hidden states on, one row per (text, steer); (picks, vocab)."""
-        rows = hidden[self._tensor(list(texts))]
-        positions = torch.arange(rows.shape[1], device=self._device).expand(len(rows), -1)
+    def continue_from(self, hidden: Hidden, steers: Seq[Steer], picks: tuple[Seq[int], Seq[int]]) -> Tensor:
+        """Logits of texts from their shared hidden states on, each row at its own steering; (picks, vocab)."""
+        positions = torch.arange(hidden.states.shape[1], device=self._device).expand(len(steers), -1)
         where = (self._tensor(list(picks[0])), self._tensor(list(picks[1])))
         with self.steered.alpha(per_adapter(steers)):
-            return self._staged.logits(rows, positions, where, first_layer=self._shared)
+            return self._staged.logits(hidden, positions, where)
 
     def _view(self, rows: Seq[Seq[Sequence]], positions: Tensor, length: int) -> SlotView:
         """Rows computed once for one or several sequences: read from the first's slot, written to all."""
@@ -120,11 +135,6 @@ class Runner:
             source=self._tensor([row for row, _ in written]),
             length=length,
         )
-
-    def _padded(self, texts: Seq[Seq[int]]) -> tuple[Tensor, Tensor]:
-        width = max(map(len, texts))
-        ids = self._tensor([[*text, *[0] * (width - len(text))] for text in texts])
-        return ids, torch.arange(width, device=self._device).expand(len(texts), -1)
 
     def _tensor(self, values: list) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)

@@ -8,7 +8,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from ipissa.sampling import apply_temperature, gumbel_noise, keep_min_p, keep_top_k, keep_top_p
+from ipissa.sampling import GREEDY, apply_temperature, gumbel_noise, keep_min_p, keep_top_k, keep_top_p
 
 from .base import SamplingParams, TokenLogprob
 from .sequence import Sequence
@@ -18,7 +18,7 @@ def choose_tokens(logits: Tensor, sequences: Seq[Sequence]) -> Tensor:
     """Next token per sequence; logits (sequences, vocab) float32 -> (sequences,)."""
     logits = _with_bias_and_penalties(logits, sequences)
     chosen = logits.argmax(-1)
-    sampled = [i for i, sequence in enumerate(sequences) if sequence.sampling.temperature > 0]
+    sampled = [i for i, sequence in enumerate(sequences) if sequence.sampling.temperature > GREEDY]
     if sampled:
         rows = torch.tensor(sampled, device=logits.device)
         chosen[rows] = _draw(logits[rows], [sequences[i] for i in sampled])

@@ -10,7 +10,8 @@ from .sequence import Sequence
 
 SMALLEST_CHUNK = 8  # tokens; a call for fewer costs as much
 ROOM_TO_GROW = 128  # tokens
-LOGPROBS_CHUNK = 256  # tokens; each of them needs a row of logits over the whole vocabulary
+LOGPROBS_CHUNK = 256  # tokens per call; each of them needs a row of logits over the whole vocabulary
+MASK_ENTRIES = 4_000_000  # tokens x positions they look at, per call; a mask has an entry for each
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,12 @@ class Scheduler:
             if slots > self._max_slots or not roomy:
                 return
             self.waiting.popleft()
-            self._cache.reserve(slots, longest)
-            for sequence in entering:
+            for sequence in entering:  # before memory is asked for, so that an error finds them
                 sequence.slot = len(self.running)
                 self.running.append(sequence)
                 self._last_turn[sequence] = 0
+            self._cache.reserve(slots, longest)
+            for sequence in entering:
                 if sequence.missing == 1:
                     self.decode(sequence)
 
@@ -77,17 +79,21 @@ class Scheduler:
         for sequence in sorted(self.running[self.decoding :], key=self._last_turn.__getitem__):
             groups.setdefault((sequence.text_key, sequence.cached), []).append(sequence)
         chunks: list[Chunk] = []
-        rows = width = 0
+        rows = width = longest = 0
+        logits = LOGPROBS_CHUNK
         for group in groups.values():
             variants: dict[object, list[Sequence]] = {}
             for sequence in group:
                 variants.setdefault(sequence.steer_key, []).append(sequence)
             rows += len(variants)
-            size = min(group[0].missing, max(SMALLEST_CHUNK, budget // rows))
+            longest = max(longest, len(group[0].tokens))
+            share = min(budget, MASK_ENTRIES // longest) // rows
+            size = min(group[0].missing, max(SMALLEST_CHUNK, share))
             if any(sequence.reads_prompt_logprobs for sequence in group):
-                size = min(size, LOGPROBS_CHUNK)
+                size = min(size, max(SMALLEST_CHUNK, logits // len(variants)))
+                logits -= size * len(variants)
             width = max(width, size)
-            if chunks and rows * width > budget:
+            if chunks and (rows * width > budget or rows * width * longest > MASK_ENTRIES or logits < 0):
                 break
             chunks.append(Chunk(list(variants.values()), group[0].cached, size))
         for chunk in chunks:
@@ -111,8 +117,8 @@ class Scheduler:
             longest = max((len(each.tokens) + 1 for each in self.running), default=0)
             if len(self.running) <= 1 or self._cache.fits(len(self.running), longest):
                 break
-            evicted.append(self.running[-1])
-            self.retire(self.running[-1])
+            evicted.append(max(self.running, key=lambda sequence: sequence.arrival))
+            self.retire(evicted[-1])
         for sequence in evicted:
             sequence.waits()
             self.waiting.appendleft([sequence])
@@ -134,6 +140,14 @@ class Scheduler:
         sequence.slot = None
         if not self.running:
             self._cache.release()
+
+    def abandon(self) -> list[Sequence]:
+        """Take everybody's slot and give all memory back, after an error that may have left things half done."""
+        left, self.running, self.decoding, self._last_turn = self.running, [], 0, {}
+        for sequence in left:
+            sequence.slot = None
+        self._cache.release()
+        return left
 
     def _move(self, source: int, target: int) -> None:
         if source != target:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ipissa.evaluate.scoring import Choice, ChoiceScore, choice_scores
 
 from .base import ScoreRequest
+from .forward import Hidden
 from .runner import Runner
 
-Variant = tuple[tuple[int, ...], tuple[tuple[str, float], ...]]  # text, steer
+Text = tuple[int, ...]
+Variant = tuple[Text, tuple[tuple[str, float], ...]]  # text, steer
 
 
 class ScoreJob:
@@ -43,23 +45,32 @@ class _Term:
     spots: tuple[tuple[int, int], ...]  # index of the token before, token
 
 
-def score_batch(runner: Runner, jobs: Sequence[ScoreJob], rows_per_call: int) -> Iterator[list[list[ChoiceScore]]]:
+def score_batch(
+    runner: Runner, jobs: Sequence[ScoreJob], tokens_per_call: Callable[[], int]
+) -> Iterator[list[list[ChoiceScore]]]:
     """Score jobs together. Yields [] after every model call but the last, and then one result per job.
 
     Every distinct text goes through the shared layers once, and every distinct (text, steer) through the
-    rest once, `rows_per_call` of them at a time.
+    rest once, as many of them at a time as `tokens_per_call` allows just then.
     """
     terms = _terms(jobs)
-    texts = list(dict.fromkeys(text for text, _ in terms))
     found: dict[tuple[int, int, int], list[float]] = {}
-    hidden = runner.shared_hidden_states(texts)
-    variants = list(terms)
-    for start in range(0, len(variants), rows_per_call):
-        if start:
-            yield []
-        group = variants[start : start + rows_per_call]
-        for term, value in _evaluate(runner, hidden, texts, group, terms).items():
+    width = max(len(text) for text, _ in terms)
+    left = deque(sorted(terms, key=lambda variant: variant[0]))  # those of one text follow each other
+    hidden: dict[Text, Hidden] = {}
+    while left:
+        group = [left.popleft() for _ in range(min(len(left), max(1, tokens_per_call() // width)))]
+        texts = dict.fromkeys(text for text, _ in group)
+        # Adapters may have come or gone since the last call.
+        hidden = {t: states for t, states in hidden.items() if t in texts and states.layer == runner.shared}
+        new = [text for text in texts if text not in hidden]
+        if new:
+            states = runner.shared_hidden_states(new, width)
+            hidden |= {text: states[torch.tensor([i], device=states.states.device)] for i, text in enumerate(new)}
+        for term, value in _evaluate(runner, hidden, group, terms).items():
             found.setdefault((term.job, term.setting, term.choice), []).append(value)
+        if left:
+            yield []
     yield [_result(found, index, job) for index, job in enumerate(jobs)]
 
 
@@ -78,14 +89,9 @@ def _terms(jobs: Sequence[ScoreJob]) -> dict[Variant, list[_Term]]:
 
 
 def _evaluate(
-    runner: Runner,
-    hidden: Tensor,
-    texts: list[tuple[int, ...]],
-    group: list[Variant],
-    terms: dict[Variant, list[_Term]],
+    runner: Runner, hidden: dict[Text, Hidden], group: list[Variant], terms: dict[Variant, list[_Term]]
 ) -> dict[_Term, float]:
     """The log-probability of every term of a group of variants, by one model call."""
-    text_index = {text: i for i, text in enumerate(texts)}
     asked = [
         (term, (row, at), token)
         for row, variant in enumerate(group)
@@ -94,8 +100,7 @@ def _evaluate(
     ]
     spots = list(dict.fromkeys(spot for _, spot, _ in asked))  # rows and tokens after which logits are needed
     logits = runner.continue_from(
-        hidden,
-        [text_index[text] for text, _ in group],
+        Hidden.cat([hidden[text] for text, _ in group]),
         [dict(steer) for _, steer in group],
         ([row for row, _ in spots], [at for _, at in spots]),
     )

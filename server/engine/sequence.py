@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 from array import array
 from hashlib import blake2b
+from itertools import count
 
 from .base import GenerationRequest, Row, SamplingParams, TokenLogprob, TokenOut
+
+_arrivals = count()
 
 
 class Job:
@@ -37,6 +40,7 @@ class Sequence:
 
     def __init__(self, job: Job, index: int, spec: Row, sampling: SamplingParams) -> None:
         self.job = job
+        self.arrival = next(_arrivals)
         self.index = index
         self.spec = spec
         self.sampling = sampling
@@ -69,4 +73,6 @@ class Sequence:
     def waits(self) -> None:
         """Hold nothing in the cache. Sequences of equal `text_key` have the same tokens to read."""
         self.slot, self.cached = None, 0
+        if not self.generated:
+            self.prompt_logprobs = []  # they are read again
         self.text_key = blake2b(array("q", self.tokens).tobytes()).digest()

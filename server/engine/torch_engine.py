@@ -16,8 +16,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import torch
 
 from ipissa.adapter import Adapter
-from ipissa.errors import IpissaError
+from ipissa.errors import ConfigError, IpissaError
 from ipissa.evaluate.scoring import ChoiceScore, find_choices
 from ipissa.models import end_token_ids, load_model
 from ipissa.steering import attach
@@ -90,6 +90,7 @@ class TorchEngine(Engine):
         self.max_cache_tokens = max_cache_tokens
         self._max_queue = max_queue
         self._requests = 0  # waiting or running; counted on the event loop
+        self._in_use: Counter[str] = Counter()  # and how many of them name each adapter
         self._generated_tokens = 0
         self._wake = threading.Condition()  # guards the four below
         self._calls: deque[_Call] = deque()
@@ -110,7 +111,9 @@ class TorchEngine(Engine):
     # --- called from the event loop -----------------------------------------------------------
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
-        with self._counted():
+        if len(request.rows) > self.max_batch:
+            raise ConfigError(f"{len(request.rows)} rows are more than the {self.max_batch} that can run at a time.")
+        with self._counted(row.steer for row in request.rows):
             job = Job(request, asyncio.get_running_loop())
             texts = [TextOut(self.tokenizer, row, request.sampling) for row in request.rows]
             self._submit(self._arrived, job)
@@ -129,7 +132,7 @@ class TorchEngine(Engine):
                 job.cancel()
 
     async def score(self, request: ScoreRequest) -> list[ChoiceScore]:
-        with self._counted():
+        with self._counted(request.steers):
             # The first call reads the whole vocabulary, which must not hold up the event loop.
             choices = await asyncio.to_thread(find_choices, self.tokenizer, request.choices)
             job = ScoreJob(request, choices, asyncio.get_running_loop())
@@ -160,17 +163,20 @@ class TorchEngine(Engine):
         self._worker.join()
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Counts a request as waiting or running, or refuses it."""
+    def _counted(self, steers: Iterable[Steer]) -> Iterator[None]:
+        """Counts a request, and the adapters it names, as waiting or running, or refuses it."""
         if self._requests >= self._max_queue:
             raise OverloadedError(
                 f"{self._requests} requests are waiting or running, the most this server takes; try again."
             )
+        names = {name for steer in steers for name in steer}
         self._requests += 1
+        self._in_use.update(names)
         try:
             yield
         finally:
             self._requests -= 1
+            self._in_use.subtract(names)
 
     def _submit(self, queue: deque[T], item: T) -> None:
         with self._wake:
@@ -196,9 +202,14 @@ class TorchEngine(Engine):
         while self._wait_for_work():
             self._take_calls()
             self._score()
-            self._admit()
-            self._prefill()
-            self._decode()
+            try:
+                self._admit()
+                self._prefill()
+                self._decode()
+            except Exception as error:  # in no batch of its own, such as no memory left for the cache
+                self._report(error)
+                for job in dict.fromkeys(sequence.job for sequence in self._scheduler.abandon()):
+                    _fail(job, error)
         self._end_everything()
 
     def _load(self, adapters: Mapping[str, Adapter], *, device: str, dtype: str, max_model_len: int | None) -> None:
@@ -210,9 +221,12 @@ class TorchEngine(Engine):
         self._end_ids = end_token_ids(model, self.tokenizer)
         cache = SlotCache(self.max_cache_tokens)
         self._runner = Runner(self._steered, cache)
+        for adapter in adapters.values():
+            self._runner.check(adapter)
         self._scheduler = Scheduler(cache, self.max_batch)
         self._pace = Pace()
         self._scoring: Iterator[None] | None = None
+        self._scoring_jobs: list[ScoreJob] = []
 
     def _wait_for_work(self) -> bool:
         with self._wake:
@@ -238,20 +252,18 @@ class TorchEngine(Engine):
         if self._scoring is None and self._scores:
             jobs = [self._scores.popleft() for _ in range(len(self._scores))]
             jobs = [job for job in jobs if not job.cancelled and self._adapters_are_there(job, job.request.steers)]
-            self._scoring = self._score_together(jobs)
+            self._scoring, self._scoring_jobs = self._score_together(jobs), jobs
         if self._scoring is not None and next(self._scoring, "done") == "done":
-            self._scoring = None
+            self._scoring, self._scoring_jobs = None, []
 
     def _score_together(self, jobs: list[ScoreJob]) -> Iterator[None]:
         """Scores of similar lengths share a batch; yields after every model call."""
+        jobs = sorted(jobs, key=lambda job: job.tokens)
         while jobs:
-            budget = self._pace.tokens(decoding=bool(self._scheduler.decoding))
-            jobs.sort(key=lambda job: job.tokens)
             together = [job for job in jobs if job.tokens <= max(2 * jobs[0].tokens, 64)]
             jobs = jobs[len(together) :]
-            width = together[-1].tokens
             try:
-                for results in score_batch(self._runner, together, max(1, budget // width)):
+                for results in score_batch(self._runner, together, self._budget):
                     for job, result in zip(together, results, strict=False):
                         _call_soon(job.loop, _finish, job.result, result)
                     if all(job.cancelled for job in together):
@@ -261,6 +273,10 @@ class TorchEngine(Engine):
                 self._report(error)
                 for job in together:
                     _call_soon(job.loop, _finish, job.result, error)
+
+    def _budget(self) -> int:
+        """Tokens that the next prefill or score call may have."""
+        return self._pace.tokens(decoding=bool(self._scheduler.decoding))
 
     def _admit(self) -> None:
         while self._arrived:
@@ -273,7 +289,7 @@ class TorchEngine(Engine):
 
     def _prefill(self) -> None:
         scheduler = self._scheduler
-        chunks = scheduler.next_chunks(self._pace.tokens(decoding=bool(scheduler.decoding)))
+        chunks = scheduler.next_chunks(self._budget())
         if not chunks:
             return
         sequences = [sequence for chunk in chunks for sequence in chunk.sequences]
@@ -349,6 +365,7 @@ class TorchEngine(Engine):
     def _add(self, name: str, adapter: Adapter) -> None:
         if name in self.adapters:
             raise AdapterExistsError(f"An adapter named {name!r} is loaded already; choose another name.")
+        self._runner.check(adapter)
         self._steered.add(name, adapter)
         self._runner.find_shared_layers()
 
@@ -358,7 +375,8 @@ class TorchEngine(Engine):
         waiting = [sequence for sequences in self._scheduler.waiting for sequence in sequences]
         arrived = [sequence for job in self._arrived for sequence in job.sequences]
         live = [each for each in (*self._scheduler.running, *waiting, *arrived) if not each.ended]
-        if any(name in sequence.spec.steer for sequence in live) or self._scoring is not None:
+        scores = [steer for job in (*self._scoring_jobs, *self._scores) for steer in job.request.steers]
+        if self._in_use[name] or any(name in steer for steer in (*(each.spec.steer for each in live), *scores)):
             raise AdapterInUseError(f"The adapter {name!r} steers requests that are still running; try again later.")
         self._steered.remove(name)
         self._runner.find_shared_layers()
@@ -386,7 +404,7 @@ class TorchEngine(Engine):
             _call_soon(call.loop, _finish, call.result, error)
         waiting = [sequence for sequences in self._scheduler.waiting for sequence in sequences]
         jobs = dict.fromkeys(sequence.job for sequence in (*self._scheduler.running, *waiting))
-        left: list[Job | ScoreJob] = [*jobs, *self._arrived, *self._scores]
+        left: list[Job | ScoreJob] = [*jobs, *self._arrived, *self._scoring_jobs, *self._scores]
         for job in left:
             _fail(job, error)
 

@@ -1,0 +1,226 @@
+"""What an engine does when memory ends, adapters come, slots are taken away, or it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_model
+from engines import adapters_of, engine_for, run
+from ipissa_server.engine import cache
+from ipissa_server.engine.base import (
+    AdapterInUseError,
+    GenerationRequest,
+    OverloadedError,
+    Row,
+    SamplingParams,
+    ScoreRequest,
+)
+from ipissa_server.engine.pace import Pace
+from ipissa_server.engine.scheduler import Scheduler
+from ipissa_server.engine.torch_engine import TorchEngine
+
+from ipissa.adapter import Adapter
+from ipissa.errors import ConfigError
+
+WAIT = 60  # seconds; far more than anything here takes
+SWEEP = [{"honest": i / 100} for i in range(200)]
+
+
+def request(tokens: int, max_tokens: int = 3) -> GenerationRequest:
+    return GenerationRequest(
+        [Row([5, 6, 7] * tokens, {})], SamplingParams(max_tokens=max_tokens, temperature=0, logit_bias={2: -100})
+    )
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty tokens per prefill or score call, so that there are many."""
+    monkeypatch.setattr(Pace, "tokens", lambda self, decoding: 20)
+
+
+async def within(seconds: float, condition: Callable[[], Any]) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+async def outcome(work: Any) -> Any:
+    """The result, or the error."""
+    try:
+        return await asyncio.wait_for(work, WAIT)
+    except Exception as error:
+        return error
+
+
+async def drained(stream: Any) -> None:
+    async for _ in stream:
+        pass
+
+
+@pytest.mark.parametrize("newcomer", [True, False])  # memory ends as somebody is admitted, or as a stream grows
+def test_without_memory_for_the_cache_running_requests_fail_and_the_next_are_served(
+    newcomer: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, armed = cache._resized, []
+
+    def resized(old: torch.Tensor, slots: int, length: int) -> torch.Tensor:
+        if armed:
+            armed.clear()
+            raise torch.OutOfMemoryError("no memory")
+        return whole(old, slots, length)
+
+    monkeypatch.setattr(cache, "_resized", resized)
+
+    async def scenario(engine: TorchEngine) -> None:
+        stream = engine.generate(request(1, 2000))
+        await anext(stream)
+        armed.append(True)
+        if newcomer:
+            assert isinstance(await outcome(run(engine, request(100))), torch.OutOfMemoryError)
+        assert isinstance(await outcome(drained(stream)), torch.OutOfMemoryError)
+        assert len((await run(engine, request(1)))[0]) == 0  # no log-probabilities were asked for
+        assert len(await engine.score(ScoreRequest([5], ["Yes", "No"], [{}]))) == 1
+        assert (engine.stats()["active_rows"], engine.stats()["queued"]) == (0, 0)
+
+    with engine_for(tiny, max_model_len=4096) as engine:
+        asyncio.run(scenario(engine))
+
+
+def test_stopping_answers_everybody(tiny: Path, small_steps: None) -> None:
+    async def scenario(engine: TorchEngine) -> list[Any]:
+        waiting = [
+            asyncio.ensure_future(outcome(work))
+            for work in (engine.score(ScoreRequest([5, 6, 7], ["Yes", "No"], SWEEP)), run(engine, request(1, 3000)))
+        ]
+        await within(WAIT, lambda: engine._scoring is not None and engine.stats()["active_rows"])
+        waiting.append(asyncio.ensure_future(outcome(engine.score(ScoreRequest([5, 6], ["Yes", "No"], SWEEP)))))
+        await within(WAIT, lambda: engine.stats()["queued"])
+        await asyncio.to_thread(engine.close)
+        return await asyncio.gather(*waiting)
+
+    with engine_for(tiny) as engine:
+        assert [type(each) for each in asyncio.run(scenario(engine))] == [OverloadedError] * 3
+
+
+def of_layers(adapter: Adapter, *layers: int) -> Adapter:
+    modules = {n: f for n, f in adapter.modules.items() if any(f".layers.{i}." in n for i in layers)}
+    return replace(adapter, config=replace(adapter.config, modules=tuple(modules)), modules=modules)
+
+
+def test_an_adapter_that_comes_during_a_sweep_does_not_change_it(tiny: Path, small_steps: None) -> None:
+    """It moves the first steered layer down, while hidden states that are in use stopped higher up."""
+    adapters = adapters_of(tiny)
+    above = {"honest": of_layers(adapters["honest"], 2, 3)}
+
+    async def sweep(engine: TorchEngine, *, add: bool) -> list[float]:
+        scores = asyncio.ensure_future(engine.score(ScoreRequest([5, 6, 7], ["Yes", "No"], SWEEP)))
+        if add:
+            await within(WAIT, lambda: engine._scoring is not None)
+            await engine.add_adapter("kind", adapters["kind"])
+            assert not scores.done()
+        return [score.log_odds for score in await scores]
+
+    found = []
+    for add in (False, True):
+        with engine_for(tiny, above) as engine:
+            found.append(asyncio.run(sweep(engine, add=add)))
+    assert found[1] == pytest.approx(found[0], abs=1e-4)
+
+
+def test_an_adapter_that_a_waiting_score_names_stays_and_others_may_go(tiny: Path, small_steps: None) -> None:
+    async def scenario(engine: TorchEngine) -> None:
+        scores = asyncio.ensure_future(engine.score(ScoreRequest([5, 6, 7], ["Yes", "No"], SWEEP)))
+        await within(WAIT, lambda: engine._scoring is not None)
+        with pytest.raises(AdapterInUseError):
+            await engine.remove_adapter("honest")
+        await engine.remove_adapter("kind")
+        assert len(await scores) == len(SWEEP)
+        await engine.remove_adapter("honest")
+
+    with engine_for(tiny) as engine:
+        asyncio.run(scenario(engine))
+
+
+def test_a_prompt_that_loses_its_slot_half_read_is_echoed_whole(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "tokens", lambda self, decoding: 1 if decoding else 8)
+    half_read = []
+    grow = Scheduler.grow
+
+    def growing(self: Scheduler) -> Any:
+        before = {sequence: len(sequence.prompt_logprobs) for sequence in self.running}
+        evicted = grow(self)
+        half_read.extend(before[sequence] for sequence in evicted)
+        return evicted
+
+    monkeypatch.setattr(Scheduler, "grow", growing)
+    rng = random.Random(0)
+    text = [
+        rng.randrange(3, 900) for _ in range(1104)
+    ]  # more chunks than the other stream has steps before it needs the room
+    echo = GenerationRequest([Row(text, {})], SamplingParams(1, temperature=0, top_logprobs=0, echo=True))
+
+    async def scenario(engine: TorchEngine) -> list[Any]:
+        other = engine.generate(request(367, 300))
+        await anext(other)
+
+        rest = asyncio.ensure_future(drained(other))
+        (entries,) = await run(engine, echo)
+        await rest
+        return entries
+
+    with engine_for(tiny, max_batch=4, max_cache_tokens=2 * 1235, max_model_len=1600) as engine:
+        entries = asyncio.run(scenario(engine))
+    assert any(half_read), "no prompt was taken away half read, so nothing was tested"
+    assert [entry.token_id for entry in entries[:-1]] == text
+
+
+def test_score_calls_keep_to_the_pace_while_somebody_streams(tiny: Path, small_steps: None) -> None:
+    calls: list[tuple[int, int]] = []
+
+    async def scenario(engine: TorchEngine) -> None:
+        runner = engine._runner
+        shared, rest = runner.shared_hidden_states, runner.continue_from
+        runner.shared_hidden_states = lambda texts, width: (calls.append((len(texts), width)), shared(texts, width))[1]
+        runner.continue_from = lambda hidden, steers, picks: (
+            calls.append((len(steers), hidden.states.shape[1])),
+            rest(hidden, steers, picks),
+        )[1]
+        choices = [f"choice number {i}" for i in range(16)]
+        await engine.score(ScoreRequest(list(range(3, 9)), choices, SWEEP[:3]))
+
+    with engine_for(tiny) as engine:
+        asyncio.run(scenario(engine))
+    assert len(calls) > 8
+    assert max(rows * width for rows, width in calls) <= 20
+
+
+@pytest.fixture
+def head_adapter(tiny: Path) -> Adapter:
+    adapter = adapters_of(tiny)["honest"]
+    name = next(iter(adapter.modules))
+    model = tiny_model("llama", vocab_size=49152)
+    U, S, vh = torch.linalg.svd(model.lm_head.weight.detach(), full_matrices=False)
+    r = adapter.modules[name].S.numel()
+    factors = replace(adapter.modules[name], U=U[:, :r], S=S[:r], V=vh[:r].T)
+    return replace(adapter, config=replace(adapter.config, modules=("lm_head",)), modules={"lm_head": factors})
+
+
+def test_an_adapter_outside_the_decoder_layers_is_refused(tiny: Path, head_adapter: Adapter) -> None:
+    with pytest.raises(ConfigError, match="lm_head, outside the decoder layers"), engine_for(tiny, {"h": head_adapter}):
+        pass
+    with engine_for(tiny) as engine:
+        with pytest.raises(ConfigError, match="outside the decoder layers"):
+            asyncio.run(engine.add_adapter("h", head_adapter))
+        assert "h" not in engine.adapters
+
+
+def test_more_rows_than_slots_are_refused(tiny: Path) -> None:
+    with engine_for(tiny, max_batch=2) as engine, pytest.raises(ConfigError, match="3 rows are more than the 2"):
+        asyncio.run(run(engine, replace(request(1), rows=[Row([5], {})] * 3)))
