@@ -39,7 +39,13 @@ def train(
     model: Annotated[str | None, typer.Option(help="Demo model name, hub id, folder or GGUF file.")] = None,
     prompts: Annotated[str | None, typer.Option(help="Text file, one prompt per line. Default: bundled.")] = None,
     max_prompts: Annotated[int | None, typer.Option(help="Training prompts, at most.")] = None,
-    objective: Annotated[str | None, typer.Option(help="guided or told: what the student distils.")] = None,
+    suffixes: Annotated[
+        str | None, typer.Option(help="Unfinished answers for contrastive pairs, one per line or a JSON list.")
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(help="guided, told, contrastive, antiparallel, or a sum such as guided=1,contrastive=0.1."),
+    ] = None,
     selection: Annotated[
         str | None, typer.Option(help="Rule that chooses the singular triples, such as top or cho_var_snorm.")
     ] = None,

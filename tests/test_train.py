@@ -272,7 +272,7 @@ def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path: Path) -> No
         folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         if whole:
-            (folder / "trainer_state.json").write_text("{}")
+            (folder / "objective.json").write_text("{}")
     assert newest_checkpoint(tmp_path).name == "checkpoint-8"
 
 
@@ -302,6 +302,12 @@ class Worsening:
     def loss(self, model: Any, batch: dict[str, Any], progress: float) -> tuple[torch.Tensor, dict]:
         anchor = 0 * next(p for p in model.parameters() if p.requires_grad).sum()
         return anchor + (1 - progress if model.training else 1 + progress), {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
 
 
 def test_training_stops_when_validation_worsens_and_keeps_the_best(tokenizer: Any, tmp_path: Path) -> None:

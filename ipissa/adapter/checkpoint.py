@@ -91,9 +91,30 @@ class Adapter:
         """What to call the adapter when the user gives no name: the positive pole's words."""
         return self.trait["positive"].removeprefix("an ").removeprefix("a ")
 
+    def flipped(self) -> Adapter:
+        """The adapter that does at α what this one does at -α, exactly, in every rotation and scale mode."""
+
+        def negated(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else -tensor
+
+        modules = {
+            name: replace(
+                factors,
+                rotation_v=-factors.rotation_v,
+                rotation_u=negated(factors.rotation_u),
+                delta_s=negated(factors.delta_s),
+            )
+            for name, factors in self.modules.items()
+        }
+        return replace(self, modules=modules, digest=None)
+
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
-    """Write the adapter to one `.safetensors` file, whole or not at all; returns it with its digest."""
+    """Write the adapter to one `.safetensors` file, whole or not at all; returns it with its digest.
+
+    Raises:
+        AdapterFileError: the disk is full or the folder cannot be written.
+    """
     path = Path(path)
     tensors = {
         f"{module}.{name}": value.detach().to("cpu", torch.float32).contiguous()
@@ -111,16 +132,21 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
         "evaluation": json.dumps(adapter.evaluation),
         "license": adapter.license,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
     try:
-        save_file(tensors, temporary, metadata=metadata)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise AdapterFileError(
+            f"{path} cannot be written ({error}); make room there or choose another path."
+        ) from error
     return replace(adapter, digest=_sha256(path))
 
 

@@ -58,12 +58,13 @@ def openings_from_continuations(continuations: Sequence[Continuation], *, seed: 
     return [Opening(prompt, tokens) for prompt, tokens in cut]
 
 
-def load_openings(path: Path, tokenizer: Any, prompts: Sequence[str], *, seed: int) -> list[Opening]:
-    """A user's own openings, from a text file with one per line or a JSON list, each put to some prompt.
+def read_suffixes(path: str | Path) -> list[str]:
+    """Unfinished answers from a text file with one per line, or a JSON list.
 
     Raises:
         ConfigError: the file cannot be read or holds no text.
     """
+    path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
         lines = json.loads(text) if path.suffix == ".json" else text.splitlines()
@@ -73,8 +74,17 @@ def load_openings(path: Path, tokenizer: Any, prompts: Sequence[str], *, seed: i
         raise ConfigError(
             f"The suffixes file {path} cannot be read ({error}); give UTF-8 text with one per line, or a JSON list."
         ) from error
-    encoded = [tokenizer.encode(line, add_special_tokens=False) for line in lines if line.strip()]
-    if not encoded:
+    suffixes = [line for line in lines if line.strip()]
+    if not suffixes:
         raise ConfigError(f"The suffixes file {path} holds no text; write the beginning of an answer on each line.")
+    return suffixes
+
+
+def openings_from_suffixes(
+    tokenizer: Any, suffixes: Sequence[str], prompts: Sequence[str], *, seed: int
+) -> list[Opening]:
+    """A user's own unfinished answers, each put to some prompt."""
     rng = random.Random(seed)  # noqa: S311
-    return [Opening(rng.choice(list(prompts)), tokens) for tokens in encoded]
+    return [
+        Opening(rng.choice(list(prompts)), tokenizer.encode(suffix, add_special_tokens=False)) for suffix in suffixes
+    ]

@@ -104,6 +104,19 @@ def measure_yardsticks(
     return Yardsticks(alpha=alpha, prompts=len(prompts), positive=poles[1], negative=poles[-1])
 
 
+def pole_preference(
+    steered: SteeredModel, tokenizer: Any, trait: Trait, continuations: Sequence[Continuation]
+) -> float:
+    """Nats per token by which texts of each pole are likelier at their own α = ±1 than at the other."""
+    total = 0.0
+    for pole in (1, -1):
+        own = [c for c in continuations if c.pole == pole]
+        settings = {"own": _Setting(None, pole), "other": _Setting(None, -pole)}
+        lp = _log_likelihoods(steered, tokenizer, trait, own, settings, label=f"sign {'+' if pole > 0 else '-'}")
+        total += (lp["own"].sum() - lp["other"].sum()) / sum(len(c.tokens) for c in own)
+    return total
+
+
 @torch.no_grad()
 def _log_likelihoods(
     steered: SteeredModel,

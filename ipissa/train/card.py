@@ -11,7 +11,7 @@ from typing import Any
 
 from ipissa.adapter.checkpoint import Adapter
 from ipissa.train.config import OPTIONS, TrainConfig
-from ipissa.train.trainer import TrainResult
+from ipissa.train.result import TrainResult
 
 # Options whose values are always worth showing in the training command.
 ALWAYS_SHOWN = ("positive", "negative", "model")

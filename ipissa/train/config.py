@@ -14,10 +14,10 @@ from ipissa.adapter.config import InnerPissaConfig, one_of
 from ipissa.adapter.model import RESIDUAL_WRITERS
 from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
-from ipissa.train.objectives.distill import KINDS
+from ipissa.train.objectives.build import antiparallel_config, contrastive_config, objective_weights
+from ipissa.train.objectives.sites import site_blocks
 from ipissa.train.selection import SELECTIONS
 
-OBJECTIVES = dict.fromkeys(KINDS)
 # Settings with an option of their own on the command line; the others go through --set NAME=VALUE.
 OPTIONS = (
     "positive",
@@ -25,6 +25,7 @@ OPTIONS = (
     "model",
     "prompts",
     "max_prompts",
+    "suffixes",
     "objective",
     "selection",
     "rank",
@@ -66,8 +67,12 @@ class TrainConfig:
         model: Base model: demo model name, hub id, folder or GGUF file.
         prompts: Text file with one prompt per line, or None for the bundled list.
         max_prompts: Training prompts used, at most; None for all.
-        objective: `guided` or `told`: what the student distils.
-        strengths: The |α| to train at; only 1 for `told`.
+        objective: `guided` or `told` (persona distillation), `contrastive` (as published), `antiparallel` (its
+            successor), or a weighted sum such as `guided=1,contrastive=0.1`.
+        strengths: The |α| to distil at; only 1 for `told`.
+        contrastive, antiparallel: Settings of those objectives (`ContrastiveConfig`, `AntiparallelConfig`).
+        suffixes: Text file with one unfinished answer per line, or a JSON list, for the pairs that
+            contrastive objectives and selection rules compare; None cuts the sampled answers.
         rank: Singular triples per module.
         selection: Rule that chooses the triples, one of `ipissa.train.selection.SELECTIONS`.
         depth_start, depth_end: Adapted blocks as fractions of the depth, [start, end).
@@ -95,6 +100,9 @@ class TrainConfig:
     max_prompts: int | None = None
     objective: str = "guided"
     strengths: tuple[float, ...] = (1.0,)
+    contrastive: dict[str, Any] = field(default_factory=dict)
+    antiparallel: dict[str, Any] = field(default_factory=dict)
+    suffixes: str | None = None
     rank: int = 32
     selection: str = "top"
     rotation: str = "cayley"
@@ -133,7 +141,9 @@ class TrainConfig:
         for name in POSITIVE:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} {getattr(self, name)} is not positive.")
-        one_of(self.objective, OBJECTIVES, name="objective")
+        weights = objective_weights(self.objective)
+        contrastive_config(self.contrastive)
+        antiparallel_config(self.antiparallel)
         one_of(self.selection, SELECTIONS, name="selection")
         if not math.isfinite(self.epochs) or not math.isfinite(self.lr):
             raise ConfigError(f"epochs {self.epochs} and lr {self.lr} must be finite numbers.")
@@ -149,7 +159,7 @@ class TrainConfig:
             raise ConfigError(f"warmup {self.warmup} is not a fraction between 0 and 1.")
         if not self.strengths or any(not 0 < s < math.inf for s in self.strengths):
             raise ConfigError(f"strengths {list(self.strengths)} must be positive numbers, such as 1.")
-        if self.objective == "told" and self.strengths != (1.0,):
+        if "told" in weights and self.strengths != (1.0,):
             raise ConfigError("strengths other than 1 need objective 'guided': a persona prompt has one strength.")
 
     @classmethod
@@ -170,10 +180,15 @@ class TrainConfig:
     def adapter_config(self, num_layers: int) -> InnerPissaConfig:
         """The PEFT configuration for a model of `num_layers` blocks."""
         first, last = int(self.depth_start * num_layers), int(self.depth_end * num_layers)
+        blocks = [block for block in range(first, max(last, first + 1)) if block not in self.loss_blocks(num_layers)]
+        if not blocks:
+            raise ConfigError(
+                f"Every block of depth {self.depth_start:g} to {self.depth_end:g} is a loss block; adapt others."
+            )
         return InnerPissaConfig(
             r=self.rank,
             target_modules=list(self.target_modules),
-            layers_to_transform=list(range(first, max(last, first + 1))),
+            layers_to_transform=blocks,
             rotation=self.rotation,
             scale_mode=self.scale_mode,
             rotate_v=self.rotate_v,
@@ -182,6 +197,12 @@ class TrainConfig:
             max_rotation=self.max_rotation,
             task_type="CAUSAL_LM",
         )
+
+    def loss_blocks(self, num_layers: int) -> list[int]:
+        """Blocks that the contrastive objective looks at, which are not adapted."""
+        if "contrastive" not in objective_weights(self.objective):
+            return []
+        return site_blocks(contrastive_config(self.contrastive).depths, num_layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML."""
@@ -209,6 +230,8 @@ def _typed(name: str, value: Any, annotation: Any) -> Any:
         return None
     kind = annotation.removesuffix(" | None")
     try:
+        if value is None:
+            raise ValueError
         if kind.startswith("tuple"):
             item = float if "float" in kind else str
             return tuple(item(each) for each in (value if isinstance(value, (list, tuple)) else [value]))

@@ -6,6 +6,7 @@ Trainer's own; here are only the loss, the schedule and what is shown.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from ipissa.train.objectives.base import Batch, Objective
 MIN_SCHEDULE = 10  # steps; one-cycle has no shape below
 SHOWN = 20  # steps whose mean the progress bar shows
 CHECKPOINTS = "checkpoints"
+OBJECTIVE_STATE = "objective.json"
 History = list[dict[str, float]]
 
 
@@ -59,6 +61,8 @@ def fit(
         callbacks=list(callbacks),
     )
     found = newest_checkpoint(folder) if resume else None
+    if found is not None:
+        objective.load_state_dict(json.loads((found / OBJECTIVE_STATE).read_text()))
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
     model.eval()
     return [record for record in trainer.state.log_history if "loss" in record or "eval_loss" in record]
@@ -66,8 +70,8 @@ def fit(
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the highest step, if any was written whole."""
-    # The Trainer writes its state last, so a checkpoint without it was cut off.
-    whole = [path.parent for path in (folder / CHECKPOINTS).glob("checkpoint-*/trainer_state.json")]
+    # The objective's state is written last, so a checkpoint without it was cut off.
+    whole = [path.parent for path in (folder / CHECKPOINTS).glob(f"checkpoint-*/{OBJECTIVE_STATE}")]
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
@@ -93,6 +97,7 @@ class _SteeringTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(_Progress())
+        self.add_callback(_KeepObjective(self._objective))
         if self.args.load_best_model_at_end:
             self.add_callback(EarlyStoppingCallback(config.patience))
 
@@ -132,6 +137,18 @@ class _SteeringTrainer(Trainer):
             logs |= {name: float(torch.stack([f[name] for f in self._figures]).nanmean()) for name in names}
             self._figures.clear()
         super().log(logs, start_time)
+
+
+class _KeepObjective(TrainerCallback):
+    """Writes the objective's state into every checkpoint."""
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / OBJECTIVE_STATE
+            path.write_text(json.dumps(self._objective.state_dict()))
 
 
 class _Progress(ProgressCallback):

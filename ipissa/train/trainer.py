@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +19,43 @@ from ipissa.adapter.model import layer_alpha
 from ipissa.base import describe_base
 from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Continuation, Sampling, generate_ids, sample_continuations
-from ipissa.data.pairs import contrastive_pairs, openings_from_continuations
+from ipissa.data.pairs import (
+    ContrastivePair,
+    contrastive_pairs,
+    openings_from_continuations,
+    openings_from_suffixes,
+    read_suffixes,
+)
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError
-from ipissa.evaluate.yardsticks import Yardsticks, measure_yardsticks
+from ipissa.evaluate.yardsticks import measure_yardsticks, pole_preference
 from ipissa.models import load_model
 from ipissa.steering import attach
 from ipissa.train.activations import select_triples
-from ipissa.train.calibration import Calibration, calibrate
+from ipissa.train.calibration import calibrate
+from ipissa.train.card import write_card
 from ipissa.train.config import TrainConfig
+from ipissa.train.elicitation import check_targets, elicitation
 from ipissa.train.fit import History, fit
+from ipissa.train.objectives.antiparallel import Antiparallel
+from ipissa.train.objectives.base import Objective
+from ipissa.train.objectives.build import (
+    antiparallel_config,
+    build_objective,
+    contrastive_config,
+    objective_weights,
+)
+from ipissa.train.objectives.contrastive import Contrastive
 from ipissa.train.objectives.distill import Distillation, Target, build_targets
 from ipissa.train.plots import plot_history
+from ipissa.train.result import Samples, TrainResult
 from ipissa.train.run_folder import RunFolder
 
 SAMPLE_PROMPTS = 4
 SAMPLE_TOKENS = 40
 CALIBRATION_PROMPTS = 24
 SELECTION_PAIRS = 256
-Samples = dict[str, dict[str, str]]  # prompt -> α -> text
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run produced, besides the file."""
-
-    adapter: Adapter
-    yardsticks: Yardsticks
-    calibration: Calibration
-    samples_before: Samples
-    samples_after: Samples
-    history: History
-    seconds: float
 
 
 def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool = False) -> TrainResult:
@@ -72,6 +76,7 @@ def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool =
     trait = Trait.from_words(config.positive, config.negative)
     training_prompts, held_out = load_prompts(config.prompts)
     training_prompts, held_out = training_prompts[: config.max_prompts], held_out[: config.held_out]
+    suffixes = None if config.suffixes is None else read_suffixes(config.suffixes)
     model, tokenizer = load_model(config.model, device=config.device, dtype=config.dtype)
     base_model = describe_base(model, config.model)
     adapter_config = config.adapter_config(model.config.get_text_config().num_hidden_layers)
@@ -90,25 +95,19 @@ def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool =
         ),
         [Continuation],
     )
-    targets = run.once("targets", lambda: _targets(model, tokenizer, trait, continuations, config), [Target])
-    objective = Distillation(targets, pad_id=tokenizer.pad_token_id)
+    elicited = elicitation(model, tokenizer, trait)
+    pairs = _pairs(tokenizer, trait, training_prompts, continuations, suffixes, config)
+    objective = _objective(model, tokenizer, trait, continuations, pairs, config, run)
 
     peft_model = _wrap(model, adapter_config)
     if config.selection != "top":
-        openings = openings_from_continuations(continuations, seed=config.seed)[:SELECTION_PAIRS]
-        pairs = contrastive_pairs(tokenizer, trait, openings)
-        select_triples(peft_model, tokenizer, pairs, rule=config.selection)
+        select_triples(peft_model, tokenizer, pairs[:SELECTION_PAIRS], rule=config.selection)
     samples_before = _peft_samples(peft_model, tokenizer, trait, held_out)
     history = fit(peft_model, objective, config, run.path, resume=resume)
     adapter = from_peft_model(peft_model, base_model=base_model, trait=trait.to_metadata())
 
     # From here on the adapter runs as users will run it: from its tensors, in phase form.
     model = peft_model.unload()
-    steered = attach(model, adapter)
-    samples_after = _samples(steered.alpha, model, tokenizer, trait, held_out)
-    calibration = calibrate(
-        steered, tokenizer, trait, held_out[:CALIBRATION_PROMPTS], seed=config.seed, sampling=sampling
-    )
     test_set = sample_continuations(
         model,
         tokenizer,
@@ -118,6 +117,12 @@ def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool =
         sampling=sampling,
         seed=config.seed + 1,
     )
+    adapter, flipped = _right_way_round(model, adapter, tokenizer, trait, test_set)
+    steered = attach(model, adapter)
+    samples_after = _samples(steered.alpha, model, tokenizer, trait, held_out)
+    calibration = calibrate(
+        steered, tokenizer, trait, held_out[:CALIBRATION_PROMPTS], seed=config.seed, sampling=sampling
+    )
     yardsticks = measure_yardsticks(steered, tokenizer, trait, test_set)
     steered.detach()
 
@@ -125,32 +130,93 @@ def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool =
     evaluation = {
         "yardsticks": yardsticks.to_dict(),
         "calibration": calibration.to_dict(),
+        "elicitation": asdict(elicited),
         "samples": samples_after,
-        "training": {**config.to_dict(), "seconds": round(seconds), "final_loss": _final_loss(history)},
+        "training": {
+            **config.to_dict(),
+            "seconds": round(seconds),
+            "final_loss": _final_loss(history),
+            "flipped": flipped,
+        },
     }
     calibrated = replace(adapter, alpha_range=(calibration.low, calibration.high), evaluation=evaluation)
     result = TrainResult(
         save_adapter(calibrated, output), yardsticks, calibration, samples_before, samples_after, history, seconds
     )
+    write_card(result, output)
     run.write_history(history)
     plot_history(history, run.path / "losses.png")
     run.complete()
     return result
 
 
-def _targets(
-    model: Any, tokenizer: Any, trait: Trait, continuations: Sequence[Continuation], config: TrainConfig
-) -> list[Target]:
-    return build_targets(
-        model,
-        tokenizer,
-        trait,
-        continuations,
-        top_k=config.teacher_top_k,
-        kind=config.objective,
-        strengths=config.strengths,
-        seed=config.seed,
+def _pairs(
+    tokenizer: Any,
+    trait: Trait,
+    prompts: Sequence[str],
+    continuations: Sequence[Continuation],
+    suffixes: Sequence[str] | None,
+    config: TrainConfig,
+) -> list[ContrastivePair]:
+    """Contrastive pairs on the user's own openings, or on the sampled answers, cut short."""
+    openings = (
+        openings_from_continuations(continuations, seed=config.seed)
+        if suffixes is None
+        else openings_from_suffixes(tokenizer, suffixes, prompts, seed=config.seed)
     )
+    return contrastive_pairs(tokenizer, trait, openings)
+
+
+def _objective(
+    model: Any,
+    tokenizer: Any,
+    trait: Trait,
+    continuations: Sequence[Continuation],
+    pairs: Sequence[ContrastivePair],
+    config: TrainConfig,
+    run: RunFolder,
+) -> Objective:
+    """What the settings ask for, with everything the base model has to say computed now."""
+    pad_id = tokenizer.pad_token_id
+
+    def distillation(kind: str) -> Distillation:
+        def compute() -> list[Target]:
+            return build_targets(
+                model,
+                tokenizer,
+                trait,
+                continuations,
+                top_k=config.teacher_top_k,
+                kind=kind,
+                strengths=config.strengths,
+                seed=config.seed,
+            )
+
+        targets = run.once(f"targets-{kind}", compute, [Target])
+        check_targets(targets, trait)
+        return Distillation(targets, pad_id=pad_id)
+
+    return build_objective(
+        objective_weights(config.objective),
+        {
+            "guided": lambda: distillation("guided"),
+            "told": lambda: distillation("told"),
+            "contrastive": lambda: Contrastive(model, pairs, contrastive_config(config.contrastive), pad_id=pad_id),
+            "antiparallel": lambda: Antiparallel(model, pairs, antiparallel_config(config.antiparallel), pad_id=pad_id),
+        },
+    )
+
+
+def _right_way_round(
+    model: Any, adapter: Adapter, tokenizer: Any, trait: Trait, test_set: Sequence[Continuation]
+) -> tuple[Adapter, bool]:
+    """The adapter, or its mirror image if that follows the labelled held-out texts, and whether it is that."""
+    prompts = list(dict.fromkeys(c.prompt for c in test_set))[:CALIBRATION_PROMPTS]
+    labelled = [c for c in test_set if c.prompt in prompts]
+    steered = attach(model, adapter)
+    preference = pole_preference(steered, tokenizer, trait, labelled)
+    steered.detach()
+    return (adapter.flipped(), True) if preference < 0 else (adapter, False)
 
 
 def _final_loss(history: History) -> float:

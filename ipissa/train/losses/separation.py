@@ -10,7 +10,7 @@ Every loss falls as p_π grows. The published `tanh_sym` lacks its minus sign; h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -97,7 +97,11 @@ class SignFlip:
             seen = {"": sum(seen.values()) / len(seen)}
         for key, value in seen.items():
             self.evidence[key] = self.decay * self.evidence.get(key, 0.0) + (1 - self.decay) * value
-        return {name: -1 if self.evidence[name if self.per_layer else ""] < 0 else 1 for name in positive}
+        return self.signs(positive)
+
+    def signs(self, names: Iterable[str]) -> dict[str, int]:
+        """The sign of every layer as decided so far."""
+        return {name: -1 if self.evidence.get(name if self.per_layer else "", 0.0) < 0 else 1 for name in names}
 
     def state_dict(self) -> dict[str, float]:
         """What a resumed run needs."""

@@ -27,6 +27,14 @@ class Objective(Protocol):
         """The scalar to minimise and the figures to log, after the fraction `progress` of training."""
         ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the examples; plain values."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        ...
+
 
 class WeightedSum:
     """Several objectives on one adapter; an epoch is one pass over the longest of them."""
@@ -55,3 +63,12 @@ class WeightedSum:
             losses.append(weight * loss)
             figures |= {f"{name}/{figure}": value for figure, value in own.items()}
         return sum(losses[1:], losses[0]), figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of every part by name."""
+        return {name: objective.state_dict() for name, (_, objective) in self.parts.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        for name, (_, objective) in self.parts.items():
+            objective.load_state_dict(state[name])

@@ -147,6 +147,13 @@ class Distillation:
         figures = {"kl": rows.mean(), "kl_positive": rows[positive].mean(), "kl_negative": rows[~positive].mean()}
         return (rows * batch["weight"]).mean(), figures
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing beside the examples."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to go on from."""
+
 
 def distillation_loss(logprobs: Tensor, top_ids: Tensor, top_logprobs: Tensor, mask: Tensor) -> Tensor:
     """KL(target || student) per row in nats per token, tail mass as one class; (rows,).

@@ -1,0 +1,233 @@
+"""The successor's objective (arXiv 2601.07473): shifts at the two poles oppose each other in one small subspace.
+
+The residual stream after one block in the middle is compared for persona pairs; adapters are below it.
+What counts is its part in a frozen subspace: where the personas differ, where blocks write what later
+blocks erase, and where the adapted modules can write (`losses/subspaces.py`). A barrier on the total
+variation of next-token distributions keeps text as it was where the model is sure, and a monotonic
+hinge orders the poles; both ramp up at the beginning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ipissa.adapter.model import RESIDUAL_WRITERS, layer_alpha
+from ipissa.data.pairs import ContrastivePair
+from ipissa.errors import ConfigError
+from ipissa.sequences import PaddedBatch, continuation_logprobs, pad_batch, target_logprobs
+from ipissa.train.losses.antiparallel import antiparallel_loss
+from ipissa.train.losses.constraints import monotonic_hinge, ramp, sparse_total_variation_barrier
+from ipissa.train.losses.separation import masked_mean
+from ipissa.train.losses.subspaces import intersect, suppressed_subspace, task_subspace, writable_subspace
+from ipissa.train.objectives.base import Batch
+from ipissa.train.objectives.sites import last_mask, last_tokens, site_blocks
+
+PAIRS_PER_BATCH = 16
+MARGIN_SLOPE, MARGIN_OFFSET = 0.5, 0.04  # the hinge's margin is 0.5 √H + 0.04 nats
+BASIS_POOL = 32  # directions of each subspace before they are intersected
+
+
+@dataclass(frozen=True)
+class AntiparallelConfig:
+    """Choices of the antiparallel objective.
+
+    Args:
+        depth: Block whose output is compared, as a fraction; adapted blocks must be at most that one.
+        rank: Dimensions of the subspace.
+        last_tokens: States and predictions that count, from the end of every opening.
+        teacher_top_k: Reference probabilities kept per token for the barrier.
+        barrier: Weight inside the total-variation barrier.
+        monotonic: Weight of the ordering term.
+        ramp: Fraction of training over which both constraints rise to their weight.
+    """
+
+    depth: float = 0.5
+    rank: int = 4
+    last_tokens: int = 3
+    teacher_top_k: int = 256
+    barrier: float = 10.0
+    monotonic: float = 30.0
+    ramp: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.depth < 1:
+            raise ConfigError(f"depth {self.depth} is not a fraction in [0, 1).")
+        if self.rank < 1 or self.last_tokens < 2:
+            raise ConfigError(f"rank {self.rank} and last_tokens {self.last_tokens} must be at least 1 and 2.")
+
+
+@dataclass(frozen=True)
+class AntiparallelExample:
+    """A pair and what the base model does on it; every tensor chosen first.
+
+    Args:
+        pair: The two contexts and the opening.
+        reference: Mean state of chosen minus rejected, (d,).
+        logp: Log-probabilities of the opening's tokens, (2, tokens).
+        top_ids, top_logprobs: Likeliest next tokens before each token of the opening, (2, tokens, k).
+        entropy: Of those predictions in nats, (2, tokens).
+    """
+
+    pair: ContrastivePair
+    reference: Tensor
+    logp: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+    entropy: Tensor
+
+
+class Antiparallel:
+    """The objective. `examples` and the subspace are computed with the base model, once.
+
+    Raises:
+        ConfigError: the three subspaces have nothing in common.
+    """
+
+    def __init__(
+        self, model: Any, pairs: Sequence[ContrastivePair], config: AntiparallelConfig, *, pad_id: int
+    ) -> None:
+        self.config, self.pad_id = config, pad_id
+        layers = model.get_decoder().layers
+        (block,) = site_blocks([config.depth], len(layers))
+        self._layer: nn.Module = layers[block]
+        self.examples: Sequence[Any]
+        self.examples, stream = self._reference(model, pairs, block)
+        self.basis = self._subspace(model, layers[: block + 1], stream)
+
+    def collate(self, examples: Sequence[AntiparallelExample]) -> Batch:
+        """Rows chosen and rejected at +1, then chosen and rejected at -1."""
+        pairs = [example.pair for example in examples]
+        padded = pad_batch(
+            [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)] * 2,
+            [pair.opening for pair in pairs] * 4,
+            pad_id=self.pad_id,
+            device=torch.device("cpu"),
+        )
+        width = padded.targets.shape[1]
+
+        def stacked(name: str, padding: float = 0.0) -> Tensor:
+            """(2, pairs, tokens, ..), chosen first."""
+            whole = []
+            for value in (getattr(example, name) for example in examples):
+                missing = value.new_full((2, width - value.shape[1], *value.shape[2:]), padding)
+                whole.append(torch.cat([value, missing], dim=1))
+            return torch.stack(whole, dim=1)
+
+        return {
+            **vars(padded),
+            "alpha": torch.tensor([1.0, -1.0]).repeat_interleave(2 * len(pairs)),
+            "reference": torch.stack([example.reference for example in examples]),
+            "logp": stacked("logp"),
+            "top_ids": stacked("top_ids").long(),
+            "top_logprobs": stacked("top_logprobs", -torch.inf).float(),
+            "entropy": stacked("entropy"),
+        }
+
+    def loss(self, model: Any, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Antiparallel separation plus ramped barrier and order; the figures hold each part."""
+        config = self.config
+        padded = PaddedBatch(*(batch[name] for name in PaddedBatch.__dataclass_fields__))
+        with layer_alpha(model, batch["alpha"]), output_of(self._layer) as seen:
+            logprobs = continuation_logprobs(model, padded)
+        pairs, tokens = len(batch["reference"]), padded.targets.shape[1]
+        states = last_tokens(seen[0], padded, config.last_tokens).mean(1).view(4, pairs, -1)
+        positive, negative = states[0] - states[1], states[2] - states[3]
+        antiparallel = antiparallel_loss(positive, negative, batch["reference"], self.basis.to(states)).mean()
+
+        mask = last_mask(padded, config.last_tokens - 1)
+        top_ids, top_logprobs, entropy = (
+            torch.cat([batch[name].flatten(0, 1)] * 2) for name in ("top_ids", "top_logprobs", "entropy")
+        )
+        barrier = sparse_total_variation_barrier(
+            logprobs, top_ids, top_logprobs, entropy, mask, weight=config.barrier
+        ).mean()
+        change = target_logprobs(logprobs, padded).view(2, 2, pairs, tokens) - batch["logp"]  # (pole, side, ..)
+        own = mask.view(4, pairs, tokens)[0]
+        gaps = [masked_mean(change[pole, 0] - change[pole, 1], own) for pole in (1, 0)]
+        margin = MARGIN_SLOPE * masked_mean(batch["entropy"].mean(0), own).sqrt() + MARGIN_OFFSET
+        order = monotonic_hinge(*gaps, margin=margin, weight=config.monotonic)
+
+        risen = ramp(int(1000 * progress), 1000, fraction=config.ramp)
+        figures = {"antiparallel": antiparallel, "barrier": barrier, "order": order}
+        return antiparallel + risen * (barrier + order), figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing beside the examples."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to go on from."""
+
+    @torch.no_grad()
+    def _reference(
+        self, model: Any, pairs: Sequence[ContrastivePair], block: int
+    ) -> tuple[list[AntiparallelExample], Tensor]:
+        """Examples, and the residual stream of chosen rows after every block, (blocks, pairs, d)."""
+        examples: list[AntiparallelExample] = []
+        streams = []
+        for start in tqdm(range(0, len(pairs), PAIRS_PER_BATCH), desc="references", unit="batch"):
+            batch = pairs[start : start + PAIRS_PER_BATCH]
+            contexts = [pair.chosen for pair in batch] + [pair.rejected for pair in batch]
+            padded = pad_batch(
+                contexts,
+                [pair.opening for pair in batch] * 2,
+                pad_id=self.pad_id,
+                device=next(model.parameters()).device,
+            )
+            with ExitStack() as hooks:
+                stream = [hooks.enter_context(output_of(layer)) for layer in model.get_decoder().layers]
+                logprobs = continuation_logprobs(model, padded)
+            after = [last_tokens(seen[0], padded, 1)[: len(batch), 0] for seen in stream]
+            streams.append(torch.stack(after).cpu())
+            states = last_tokens(stream[block][0], padded, self.config.last_tokens).mean(1).cpu()
+            logp = target_logprobs(logprobs, padded).cpu()
+            entropy = -(logprobs.exp() * logprobs).sum(-1).cpu()
+            top = logprobs.topk(min(self.config.teacher_top_k, logprobs.shape[-1]), dim=-1)
+            ids, values = top.indices.to("cpu", torch.int32), top.values.to("cpu", torch.float16)
+            for i, pair in enumerate(batch):
+                n, rows = len(pair.opening), [i, i + len(batch)]
+                examples.append(
+                    AntiparallelExample(
+                        pair,
+                        states[rows[0]] - states[rows[1]],
+                        *(each[rows, :n] for each in (logp, ids, values, entropy)),
+                    )
+                )
+        return examples, torch.cat(streams, dim=1)
+
+    def _subspace(self, model: Any, layers: Sequence[nn.Module], stream: Tensor) -> Tensor:
+        differences = torch.stack([example.reference for example in self.examples])
+        width = differences.shape[1]
+        pool = min(BASIS_POOL, width // 2, len(differences))
+        unembedding = model.get_output_embeddings().weight.detach().float().cpu()
+        writers = [
+            module.weight.detach().cpu()
+            for layer in layers
+            for name, module in layer.named_modules()
+            if name.endswith(tuple(RESIDUAL_WRITERS))
+        ]
+        both = intersect(task_subspace(differences, pool), suppressed_subspace(stream, unembedding, pool))
+        basis = intersect(both, writable_subspace(writers, width // 2)) if both.shape[1] else both
+        if not basis.shape[1]:
+            raise ConfigError(
+                "The personas differ in no direction that blocks both write and erase; use another objective or depth."
+            )
+        return basis[:, : self.config.rank]
+
+
+@contextmanager
+def output_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what a decoder layer gives out."""
+    seen: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    try:
+        yield seen
+    finally:
+        handle.remove()

@@ -1,0 +1,268 @@
+"""The contrastive and antiparallel objectives against brute force on a tiny model, without padding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from conftest import tiny_model
+from torch import Tensor
+
+from ipissa.adapter import InnerPissaConfig
+from ipissa.adapter.model import layer_alpha
+from ipissa.data.continuations import Continuation
+from ipissa.data.pairs import (
+    ContrastivePair,
+    Opening,
+    contrastive_pairs,
+    openings_from_continuations,
+    openings_from_suffixes,
+    read_suffixes,
+)
+from ipissa.data.personas import Trait
+from ipissa.errors import ConfigError, TrainingError
+from ipissa.train import TrainConfig
+from ipissa.train.activations import pair_activations, select_triples
+from ipissa.train.elicitation import check_targets
+from ipissa.train.fit import fit
+from ipissa.train.losses.separation import separation_loss, symlog
+from ipissa.train.objectives.antiparallel import Antiparallel, AntiparallelConfig
+from ipissa.train.objectives.build import objective_weights
+from ipissa.train.objectives.contrastive import Contrastive, ContrastiveConfig
+from ipissa.train.objectives.distill import Target
+from ipissa.train.selection import SELECTIONS
+
+TRAIT = Trait.from_words("kind", "angry")
+SITE = "model.layers.2.mlp.up_proj"
+N = 3  # last tokens
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizer: Any) -> list[ContrastivePair]:
+    texts = ["I think that we", "Let me tell you about", "No, and", "It is a question of", "The best way is to", "Well"]
+    openings = [Opening("How are you?", tokenizer.encode(text)) for text in texts]
+    return contrastive_pairs(tokenizer, TRAIT, openings)
+
+
+def fresh(tokenizer: Any, **settings: Any) -> tuple[Any, Any]:
+    """(base model, the same object wrapped) with a new adapter on blocks 0 and 1."""
+    torch.manual_seed(0)
+    model = tiny_model("llama", vocab_size=len(tokenizer)).requires_grad_(False)
+    config = {"r": 8, "target_modules": ["o_proj", "down_proj"], "layers_to_transform": [0, 1], "init_std": 0.05}
+    return model, lambda: peft.get_peft_model(model, InnerPissaConfig(**(config | settings)))
+
+
+def seen_alone(model: Any, alpha: float, context: list[int], opening: list[int], name: str, side: str) -> tuple:
+    """(what the module reads or writes at the last tokens, log-probabilities of the opening), one row, no padding."""
+    module = model.get_submodule(name if name.startswith("base_model") else f"base_model.model.{name}")
+    states: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _, args, out: states.append(args[0] if side == "V" else out))
+    with layer_alpha(model, alpha), torch.no_grad():
+        logits = model(input_ids=torch.tensor([context + opening])).logits[0].log_softmax(-1)
+    handle.remove()
+    logp = torch.stack([logits[len(context) - 1 + i, token] for i, token in enumerate(opening)])
+    return states[0][0, -N:], logp
+
+
+@pytest.mark.parametrize("side", ["V", "U"])
+@pytest.mark.parametrize("loss", ["raw", "tanh_sym"])
+def test_the_contrastive_loss_equals_its_definition_pair_by_pair(
+    side: str, loss: str, tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    model, wrap = fresh(tokenizer)
+    settings = ContrastiveConfig(loss=loss, direction="mean", side=side, depths=(0.5,), last_tokens=N, flip="none")
+    objective = Contrastive(model, pairs, settings, pad_id=tokenizer.pad_token_id)
+    (site,) = objective.sites
+    assert site.name == SITE
+    wrapped = wrap()
+    with torch.no_grad():
+        _, figures = objective.loss(wrapped, objective.collate(objective.examples), 0.5)
+
+    # The definition, one row at a time. All tokens of the persona contexts are real, so nothing is padded.
+    def p(alpha: float, pair: ContrastivePair) -> tuple[Tensor, Tensor, Tensor]:
+        chosen, logp_c = seen_alone(wrapped, alpha, pair.chosen, pair.opening, SITE, side)
+        rejected, logp_r = seen_alone(wrapped, alpha, pair.rejected, pair.opening, SITE, side)
+        return ((chosen - rejected) @ site.basis @ u).mean(), logp_c, logp_r
+
+    last = [
+        [
+            seen_alone(wrapped, 0.0, c, pair.opening, SITE, side)[0][-1] @ site.basis
+            for c in (pair.chosen, pair.rejected)
+        ]
+        for pair in pairs
+    ]
+    difference = torch.stack([c - r for c, r in last]).mean(0)
+    u = difference / difference.norm()
+    expected = {"separation_positive": [], "separation_negative": [], "coherence_positive": [], "gap": []}
+    for pair in pairs:
+        (p0, c0, r0), (up, cu, ru), (down, cd, rd) = (p(alpha, pair) for alpha in (0.0, 1.0, -1.0))
+        expected["separation_positive"].append(separation_loss(up, p0, pole=1, kind=loss))
+        expected["separation_negative"].append(separation_loss(down, p0, pole=-1, kind=loss))
+        kept = slice(max(0, len(pair.opening) - (N - 1)), None)
+        excess = torch.relu(c0[kept] - cu[kept] - 0.5)
+        expected["coherence_positive"].append((40 * excess.log1p()).mean())
+        expected["gap"].append(torch.stack([(cd - rd - c0 + r0)[kept].mean(), (cu - ru - c0 + r0)[kept].mean()]))
+    for name in ("separation_positive", "separation_negative"):
+        assert figures[name].item() == pytest.approx(torch.stack(expected[name]).mean().item(), abs=1e-3)
+    if loss == "raw":  # tanh_sym bounds the term
+        assert figures["coherence_positive"].item() == pytest.approx(
+            torch.stack(expected["coherence_positive"]).mean().item(), abs=1e-3
+        )
+    down, up = torch.stack(expected["gap"]).T
+    forward = (torch.relu(down + 0.05) + torch.relu(0.05 - up)).mean()
+    backward = (torch.relu(0.05 - down) + torch.relu(up + 0.05)).mean()
+    assert figures["order"].item() == pytest.approx(100 * min(forward, backward).item(), abs=1e-2)
+
+
+def test_an_adapter_that_does_nothing_has_the_losses_of_the_reference(
+    tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    model, wrap = fresh(tokenizer, init_std=0.0, scale_mode="none")
+    settings = ContrastiveConfig(direction="mean", depths=(0.5,), flip="none")
+    objective = Contrastive(model, pairs, settings, pad_id=tokenizer.pad_token_id)
+    with torch.no_grad():
+        _, figures = objective.loss(wrap(), objective.collate(objective.examples), 0.0)
+    reference = torch.stack([example.reference[0] for example in objective.examples])
+    assert figures["separation_positive"].item() == pytest.approx(
+        (symlog(reference.abs()) - symlog(reference)).mean().item(), abs=1e-4
+    )
+    assert figures["coherence_positive"].item() == figures["coherence_negative"].item() == 0
+    assert figures["order"].item() == pytest.approx(10, abs=1e-2)  # both margins of 0.05, times 100
+
+
+def mean_of(history: list[dict[str, float]], name: str) -> float:
+    return sum(record[name] for record in history) / len(history)
+
+
+@pytest.mark.parametrize("flip", ["global", "per_layer"])
+def test_contrastive_training_separates_both_poles(
+    flip: str, tokenizer: Any, pairs: list[ContrastivePair], tmp_path: Path
+) -> None:
+    model, wrap = fresh(tokenizer)
+    settings = ContrastiveConfig(direction="mean", depths=(0.5, 0.8), modules=("up_proj", "q_proj"), flip=flip)
+    objective = Contrastive(model, pairs, settings, pad_id=tokenizer.pad_token_id)
+    assert len(objective.sites) == 4
+    config = TrainConfig("kind", "angry", epochs=20, batch_size=6, lr=2e-2, checkpoint_every=10)
+    history = fit(wrap(), objective, config, tmp_path)
+    assert len(history) == 40
+    assert mean_of(history[-10:], "loss") < mean_of(history[:10], "loss")
+    saved = objective.state_dict()
+    assert set(saved) == ({""} if flip == "global" else {site.name for site in objective.sites})
+
+
+def test_antiparallel_training_opposes_the_poles_within_the_barrier(
+    tokenizer: Any, pairs: list[ContrastivePair], tmp_path: Path
+) -> None:
+    model, wrap = fresh(tokenizer)
+    objective = Antiparallel(model, pairs, AntiparallelConfig(rank=2), pad_id=tokenizer.pad_token_id)
+    assert objective.basis.shape[1] <= 2
+    assert (objective.basis.T @ objective.basis - torch.eye(objective.basis.shape[1])).abs().max() < 1e-5
+    config = TrainConfig("kind", "angry", epochs=20, batch_size=6, lr=1e-2)
+    history = fit(wrap(), objective, config, tmp_path)
+    assert mean_of(history[-10:], "antiparallel") < min(-1.0, mean_of(history[:5], "antiparallel"))
+
+
+def test_an_antiparallel_adapter_that_does_nothing_pays_only_the_margins(
+    tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    model, wrap = fresh(tokenizer, init_std=0.0, scale_mode="none")
+    objective = Antiparallel(model, pairs, AntiparallelConfig(), pad_id=tokenizer.pad_token_id)
+    with torch.no_grad():
+        _, figures = objective.loss(wrap(), objective.collate(objective.examples), 1.0)
+    assert figures["barrier"].item() < 1e-3  # the reference is kept in float16
+    assert figures["order"].item() > 0
+
+
+@pytest.mark.parametrize("rule", SELECTIONS)
+def test_selected_triples_are_the_weights_own_and_leave_the_base_alone(
+    rule: str, tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    model, wrap = fresh(tokenizer)
+    ids = torch.tensor([[5, 6, 7]])
+    before = model(input_ids=ids).logits
+    wrapped = wrap()
+    select_triples(wrapped, tokenizer, pairs, rule=rule)
+    layer = wrapped.base_model.model.model.layers[1].mlp.down_proj
+    U, S, V = (part["default"] for part in (layer.innerpissa_U, layer.innerpissa_S, layer.innerpissa_V))
+    assert S.numel() == 8
+    assert (S.diff() <= 0).all()
+    assert (layer.base_linear().weight @ V - U * S).abs().max() < 1e-4
+    with layer_alpha(wrapped, 0.0), torch.no_grad():
+        assert torch.equal(wrapped(input_ids=ids).logits, before)
+
+
+def test_activations_are_those_at_the_last_token_of_every_opening(tokenizer: Any, pairs: list[ContrastivePair]) -> None:
+    model, _ = fresh(tokenizer)
+    name = "model.layers.1.mlp.down_proj"
+    found = pair_activations(model, tokenizer, pairs, {name: model.get_submodule(name)})
+    with torch.no_grad():
+        for i, pair in enumerate(pairs):
+            for side, context in enumerate((pair.chosen, pair.rejected)):
+                inputs: list[Tensor] = []
+                handle = model.get_submodule(name).register_forward_pre_hook(
+                    lambda _, args, inputs=inputs: inputs.append(args[0])
+                )
+                output = model(input_ids=torch.tensor([context + pair.opening]), output_hidden_states=True)
+                handle.remove()
+                assert (found.inputs[name][side, i] - inputs[0][0, -1]).abs().max() < 1e-4
+                for block, states in enumerate(output.hidden_states):
+                    assert (found.stream[block, side, i] - states[0, -1]).abs().max() < 1e-4
+
+
+def test_pairs_differ_only_in_the_persona_words(tokenizer: Any, pairs: list[ContrastivePair]) -> None:
+    for pair in pairs:
+        chosen, rejected = (tokenizer.decode(side) for side in (pair.chosen, pair.rejected))
+        assert chosen.replace("a kind", "an angry") == rejected
+
+
+def test_openings_are_the_beginnings_of_the_answers_and_the_same_for_one_seed() -> None:
+    continuations = [Continuation("Why?", 1, list(range(10, 30))), Continuation("Who?", -1, list(range(5)))]
+    openings = openings_from_continuations(continuations, seed=3)
+    assert openings == openings_from_continuations(continuations, seed=3)
+    for opening, whole in zip(openings, continuations, strict=True):
+        assert 2 <= len(opening.tokens) < len(whole.tokens)
+        assert whole.tokens[: len(opening.tokens)] == opening.tokens
+
+
+@pytest.mark.parametrize("name", ["mine.txt", "mine.json"])
+def test_a_users_suffixes_are_read_from_text_or_json(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text('["I think", "Well,"]' if name.endswith("json") else "I think\n\nWell,\n")
+    assert read_suffixes(path) == ["I think", "Well,"]
+    openings = openings_from_suffixes(tokenizer, read_suffixes(path), ["Why?"], seed=0)
+    assert openings == [Opening("Why?", tokenizer.encode(text)) for text in ("I think", "Well,")]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b'{"a": 1}', b"[1, 2]", b"[]", None])
+def test_unreadable_suffixes_are_refused(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match="suffixes file"):
+        read_suffixes(path)
+
+
+def test_objectives_are_named_with_weights() -> None:
+    assert objective_weights("guided") == {"guided": 1.0}
+    assert objective_weights("guided=1, contrastive=0.1") == {"guided": 1.0, "contrastive": 0.1}
+    for bad in ("magic", "guided=-1", "guided=much", ""):
+        with pytest.raises(ConfigError, match="objective"):
+            objective_weights(bad)
+
+
+def test_loss_blocks_are_not_adapted() -> None:
+    config = TrainConfig("kind", "angry", objective="contrastive", contrastive={"depths": [0.3, 0.8]})
+    adapted = config.adapter_config(30).layers_to_transform
+    assert set(adapted) == set(range(6, 27)) - {9, 24}
+
+
+def test_personas_that_elicit_nothing_are_refused() -> None:
+    def target(pole: int, untrained: float) -> Target:
+        return Target(pole, [0], [0], torch.zeros(1, 1).int(), torch.zeros(1, 1), untrained)
+
+    assert check_targets([target(1, 0.1), target(-1, 0.2)], TRAIT) == {1: 0.1, -1: 0.2}
+    with pytest.raises(TrainingError, match="Told to be an angry person"):
+        check_targets([target(1, 0.1), target(-1, 0.0001)], TRAIT)

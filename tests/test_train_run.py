@@ -1,0 +1,219 @@
+"""Whole training runs on a tiny model: what they leave behind, and how they survive being broken off."""
+
+from __future__ import annotations
+
+import csv
+import errno
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import TrainerCallback
+from typer.testing import CliRunner
+
+import ipissa
+from ipissa.adapter import Adapter, checkpoint
+from ipissa.cli import app
+from ipissa.errors import AdapterFileError, ConfigError
+from ipissa.train import TrainConfig, train, trainer
+from ipissa.train.config import OPTIONS
+from ipissa.train.fit import fit
+from ipissa.train.presets import PRESETS, preset_settings
+
+
+@pytest.fixture
+def config(tiny: Path, tmp_path: Path) -> TrainConfig:
+    """Seconds of training on the tiny model."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"Tell me about the number {i}." for i in range(16)))
+    return TrainConfig(
+        "kind",
+        "angry",
+        model=str(tiny / "model"),
+        prompts=str(prompts),
+        rank=4,
+        max_new_tokens=6,
+        teacher_top_k=32,
+        epochs=3,
+        batch_size=8,
+        lr=1e-3,
+        checkpoint_every=4,
+        held_out=3,
+        device="cpu",
+        dtype="float32",
+    )
+
+
+def difference(one: Adapter, other: Adapter) -> float:
+    return max(
+        float((value - other.modules[module].tensors()[name]).abs().max())
+        for module, factors in one.modules.items()
+        for name, value in factors.tensors().items()
+    )
+
+
+class KilledError(Exception):
+    """Stands for the power going out."""
+
+
+@pytest.fixture
+def killed_at(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make the next runs die after that many steps; 0 lets them live."""
+    at = [0]
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == at[0]:
+                raise KilledError
+
+    monkeypatch.setattr(trainer, "fit", lambda *args, **settings: fit(*args, **settings, callbacks=[Kill()]))
+    return lambda step: at.__setitem__(0, step)
+
+
+def test_a_run_leaves_an_adapter_its_card_and_what_it_takes_to_train_again(config: TrainConfig, tmp_path: Path) -> None:
+    output = tmp_path / "kind.safetensors"
+    result = train(config, output)
+    assert ipissa.load_adapter(output).digest == result.adapter.digest
+    run = tmp_path / "kind.run"
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "history.csv", "losses.png"]
+    assert TrainConfig.from_dict(yaml.safe_load((run / "config.yaml").read_text())) == config
+    with (run / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(result.history) == 18  # 12 prompts in 2 contexts, 4 pairs a step, 3 epochs
+    assert float(rows[-1]["loss"]) == result.history[-1]["loss"]
+    assert (run / "losses.png").read_bytes().startswith(b"\x89PNG")
+    card = (tmp_path / "kind.md").read_text()
+    assert "## Yardsticks on 3 held-out prompts" in card
+    assert "--set checkpoint_every=4" in card
+
+
+def test_a_killed_run_goes_on_to_the_same_adapter(config: TrainConfig, tmp_path: Path, killed_at: Any) -> None:
+    unbroken = train(config, tmp_path / "unbroken.safetensors").adapter
+    output = tmp_path / "broken.safetensors"
+    killed_at(6)
+    with pytest.raises(KilledError):
+        train(config, output)
+    assert not output.exists()
+    with pytest.raises(ConfigError, match="holds an unfinished run; go on with --resume"):
+        train(config, output)
+    with pytest.raises(ConfigError, match="The settings differ"):
+        train(replace(config, lr=2e-3), output, resume=True)
+    killed_at(0)
+    resumed = train(config, output, resume=True).adapter
+    assert difference(unbroken, resumed) < 1e-5
+
+
+def test_a_full_disk_at_the_end_loses_nothing(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    output = tmp_path / "kind.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        with pytest.raises(AdapterFileError, match=r"No space left on device.*make room"):
+            train(config, output)
+    assert [path.name for path in tmp_path.glob("*kind*")] == ["kind.run"]
+    monkeypatch.setattr(trainer, "build_targets", full)  # neither sampled nor computed again
+    assert train(config, output, resume=True).adapter.digest
+
+
+def test_other_objectives_and_selections_run_to_the_end(config: TrainConfig, tmp_path: Path) -> None:
+    settings = {
+        "objective": "guided=1,contrastive=0.01",
+        "contrastive": {"depths": [0.8], "flip": "per_layer"},
+        "selection": "wanda_trip",
+        "strengths": (0.5, 1.0),
+        "validation": 0.2,
+    }
+    result = train(replace(config, **settings), tmp_path / "both.safetensors")
+    assert {"guided/kl", "contrastive/order", "eval_loss"} <= {name for record in result.history for name in record}
+
+
+def test_an_adapter_that_learnt_the_wrong_way_round_is_mirrored(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = train(config, tmp_path / "straight.safetensors")
+    monkeypatch.setattr(trainer, "pole_preference", lambda *args: -1.0)
+    mirrored = train(config, tmp_path / "mirrored.safetensors")
+    assert mirrored.adapter.evaluation["training"]["flipped"] is True
+    assert difference(straight.adapter.flipped(), mirrored.adapter) == 0
+
+
+def test_every_preset_makes_a_config() -> None:
+    for name in PRESETS:
+        TrainConfig.from_dict({"positive": "kind", "negative": "angry"} | preset_settings(name))
+    with pytest.raises(ConfigError, match="preset 'huge' is unknown"):
+        preset_settings("huge")
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"batchsize": 8}, "setting 'batchsize' is unknown"),
+        ({"epochs": "many"}, "epochs 'many' is not of type float"),
+        ({"rank": 2.5}, "rank 2.5 is not of type int"),
+        ({"rotate_u": "yes"}, "rotate_u 'yes' is not of type bool"),
+        ({"positive": None}, "positive"),
+        ({"contrastive": {"losss": "raw"}}, "contrastive setting 'losss' is unknown"),
+        ({"strengths": [0.5], "objective": "told"}, "strengths other than 1"),
+        ({"trainer": {"no_such": 1}}, None),
+    ],
+)
+def test_settings_of_a_wrong_name_or_type_are_refused(given: dict[str, Any], says: str | None) -> None:
+    values = {"positive": "kind", "negative": "angry"} | given
+    if says is None:
+        TrainConfig.from_dict(values)  # transformers' own settings are checked when training begins
+        return
+    with pytest.raises(ConfigError, match=says):
+        TrainConfig.from_dict(values)
+
+
+def test_plain_values_become_the_fields_types_and_come_back() -> None:
+    config = TrainConfig.from_dict({"positive": "kind", "negative": "angry", "lr": "1e-3", "strengths": [0.5, 1]})
+    assert (config.lr, config.strengths) == (1e-3, (0.5, 1.0))
+    assert TrainConfig.from_dict(config.to_dict()) == config
+
+
+def test_the_command_line_puts_options_over_the_file_and_the_file_over_the_preset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[TrainConfig] = []
+
+    def training(config: TrainConfig, output: Path, *, resume: bool) -> None:
+        seen.append(config)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr("ipissa.cli.run_training", training)
+    (tmp_path / "run.yaml").write_text("positive: kind\nnegative: angry\nepochs: 7\nrank: 8\n")
+    arguments = ["train", "--output", "a.safetensors", "--quick", "--config", str(tmp_path / "run.yaml")]
+    CliRunner().invoke(app, [*arguments, "--rank", "16", "--set", "rotation=matrix_exp", "--set", "strengths=[0.5, 1]"])
+    (config,) = seen
+    assert (config.max_prompts, config.epochs, config.rank) == (PRESETS["quick"]["max_prompts"], 7, 16)
+    assert (config.rotation, config.strengths) == ("matrix_exp", (0.5, 1.0))
+
+
+def test_every_option_of_the_command_line_is_a_setting() -> None:
+    (command,) = [c for c in app.registered_commands if c.callback is not None and c.callback.__name__ == "train"]
+    assert command.callback is not None
+    parameters = set(command.callback.__annotations__)
+    assert set(OPTIONS) <= parameters
+    assert set(OPTIONS) <= set(TrainConfig.__dataclass_fields__)
+    assert parameters - set(OPTIONS) == {"output", "config", "preset", "set", "quick", "resume", "return"}
+
+
+def test_flipping_twice_gives_the_adapter_back_and_once_exchanges_the_poles(make_adapter: Any, llama: Any) -> None:
+    adapter = make_adapter(llama)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for one, other, alpha in ((adapter, adapter.flipped(), 0.7), (adapter, adapter.flipped().flipped(), -0.7)):
+        found = []
+        for each, at in ((one, alpha), (other, -alpha if alpha > 0 else alpha)):
+            steered = ipissa.attach(llama, each)
+            with steered.alpha(at), torch.no_grad():
+                found.append(llama(input_ids=ids).logits)
+            steered.detach()
+        assert (found[0] - found[1]).abs().max() < 1e-5
