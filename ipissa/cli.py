@@ -19,6 +19,7 @@ from ipissa.train import train as run_training
 from ipissa.train.card import describe
 from ipissa.train.config import OPTIONS, read_settings
 from ipissa.train.presets import preset_settings
+from ipissa.train.sweep import read_grid, run_sweep
 
 app = typer.Typer(
     help="Steer a language model from the inside: make, inspect, export and serve adapters.",
@@ -81,6 +82,17 @@ def train(
     card = output.with_suffix(".md")
     typer.echo(card.read_text(encoding="utf-8"))
     typer.echo(f"Wrote {output} and {card} in {result.seconds / 60:.1f} minutes.")
+
+
+@app.command()
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="YAML file with `base`, shared settings, and `grid`, lists to combine.")],
+    output: Annotated[Path, typer.Option(help="Folder for results.csv, summary.csv and the adapters.")],
+) -> None:
+    """Train over a grid of settings and seeds; begun again, it goes on where it was."""
+    results = run_sweep(read_grid(grid), output, run_training)
+    typer.echo((output / "summary.csv").read_text(encoding="utf-8"))
+    typer.echo(f"Wrote {results}.")
 
 
 def _assignments(pairs: list[str]) -> dict[str, Any]:

@@ -1,0 +1,150 @@
+"""Many runs over a grid of settings: one CSV row each, resumable, summed up over seeds.
+
+A grid file has the settings all runs share and the lists to combine:
+
+    base: {positive: kind, negative: angry, model: smollm2-135m}
+    grid: {lr: [0.001, 0.003], seed: [0, 1, 2]}
+
+One seed proves nothing: identical settings differ from seed to seed by more than most choices matter.
+The summary therefore gives medians with their counts, and marks what rests on fewer than three.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ipissa.errors import ConfigError, TrainingError
+from ipissa.train.config import TrainConfig, read_settings
+from ipissa.train.result import TrainResult
+from ipissa.train.run_folder import write_whole
+
+ENOUGH_SEEDS = 3
+FIGURES = tuple(
+    f"{figure}_{pole}" for figure in ("trait_gain", "plain_gain", "contrast") for pole in ("positive", "negative")
+)
+COLUMNS = ("run", "varied", "seed", *FIGURES, "low", "high", "final_loss", "seconds", "error")
+Row = dict[str, str]
+Train = Callable[..., TrainResult]
+
+
+def read_grid(path: Path) -> list[TrainConfig]:
+    """The configs of a grid file, in the order of their combinations.
+
+    Raises:
+        ConfigError: the file is not of that form, or a combination is unusable.
+    """
+    values = read_settings(path)
+    base, grid = values.get("base"), values.get("grid")
+    if not isinstance(base, dict) or not isinstance(grid, dict) or set(values) != {"base", "grid"}:
+        raise ConfigError(f"The grid {path} needs two mappings, base and grid, and nothing else.")
+    for name, options in grid.items():
+        if not isinstance(options, list) or not options:
+            raise ConfigError(f"grid setting {name!r} is {options!r}; give a list of values.")
+    return [
+        TrainConfig.from_dict(base | dict(zip(grid, chosen, strict=True)))
+        for chosen in itertools.product(*grid.values())
+    ]
+
+
+def run_sweep(configs: Sequence[TrainConfig], folder: Path, train: Train) -> Path:
+    """Train every config that has no row yet; returns the CSV.
+
+    A run that ends with an error gets a row that says so, and the sweep goes on. A run that was broken
+    off is resumed.
+
+    Args:
+        folder: Gets `results.csv`, `summary.csv` and an adapter per run.
+        train: `ipissa.train.train`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    results = folder / "results.csv"
+    rows = _read(results)
+    varied = _varied([config.to_dict() for config in configs])
+    for config in configs:
+        name = run_name(config)
+        if name not in {row["run"] for row in rows}:
+            rows.append(_run(config, name, varied, folder, train))
+            write_whole(results, lambda path: _write(path, COLUMNS, rows))
+        write_whole(folder / "summary.csv", lambda path: _write(path, _SUMMARY, summary(rows)))
+    return results
+
+
+def run_name(config: TrainConfig) -> str:
+    """A short name that changes with any setting."""
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
+
+
+_SUMMARY = ("varied", "runs", "failed", "enough_seeds", *FIGURES)
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """Medians over seeds for every combination of the other settings that vary."""
+    found = []
+    for varied in dict.fromkeys(row["varied"] for row in rows):
+        group = [row for row in rows if row["varied"] == varied]
+        done = [row for row in group if not row["error"]]
+        seeds = {row["seed"] for row in done}
+        found.append(
+            {
+                "varied": varied,
+                "runs": str(len(group)),
+                "failed": str(len(group) - len(done)),
+                "enough_seeds": "yes" if len(seeds) >= ENOUGH_SEEDS else "no",
+                **{
+                    figure: f"{statistics.median(float(row[figure]) for row in done):.4f}" if done else ""
+                    for figure in FIGURES
+                },
+            }
+        )
+    return found
+
+
+def _run(config: TrainConfig, name: str, varied: Sequence[str], folder: Path, train: Train) -> Row:
+    settings = config.to_dict()
+    row = dict.fromkeys(COLUMNS, "") | {
+        "run": name,
+        "varied": json.dumps({key: settings[key] for key in varied if key != "seed"}, ensure_ascii=False),
+        "seed": str(config.seed),
+    }
+    try:
+        result = train(config, folder / f"{name}.safetensors", resume=True)
+    except TrainingError as error:  # this run's settings do not work; others may
+        return row | {"error": str(error)}
+    return row | {key: str(value) for key, value in _figures(result).items()}
+
+
+def _figures(result: TrainResult) -> Mapping[str, float]:
+    yardsticks = result.yardsticks.to_dict()
+    figures = {
+        f"{figure}_{pole}": yardsticks[pole][figure]["value"]
+        for figure in ("trait_gain", "plain_gain", "contrast")
+        for pole in ("positive", "negative")
+    }
+    low, high = result.adapter.alpha_range
+    final = result.adapter.evaluation["training"]["final_loss"]
+    return figures | {"low": low, "high": high, "final_loss": final, "seconds": round(result.seconds)}
+
+
+def _varied(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [name for name in settings[0] if len({json.dumps(each[name]) for each in settings}) > 1]
+
+
+def _read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)

@@ -1,0 +1,92 @@
+"""Sweeps: one row per run, resumable, medians that say how many seeds they rest on."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ipissa.errors import ConfigError, TrainingError
+from ipissa.train import TrainConfig
+from ipissa.train.sweep import read_grid, run_name, run_sweep
+
+GRID = "base: {positive: kind, negative: angry}\ngrid: {lr: [0.001, 0.003], seed: [0, 1, 2]}\n"
+
+
+class Trainer:
+    """Stands for training: gains that depend on the settings, and a count of runs."""
+
+    def __init__(self) -> None:
+        self.trained: list[TrainConfig] = []
+        self.fails = False
+
+    def __call__(self, config: TrainConfig, output: Path, *, resume: bool) -> Any:
+        assert resume
+        self.trained.append(config)
+        if self.fails and config.seed == 1:
+            raise TrainingError("it does not work.")
+        gain = {"value": config.lr * 100 + config.seed}
+        pole = {"trait_gain": gain, "plain_gain": gain, "contrast": gain}
+        return SimpleNamespace(
+            yardsticks=SimpleNamespace(to_dict=lambda: {"positive": pole, "negative": pole}),
+            adapter=SimpleNamespace(alpha_range=(-1.0, 2.0), evaluation={"training": {"final_loss": 0.1}}),
+            seconds=12.3,
+        )
+
+
+def configs(tmp_path: Path, text: str = GRID) -> list[TrainConfig]:
+    (tmp_path / "grid.yaml").write_text(text)
+    return read_grid(tmp_path / "grid.yaml")
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_combination_is_trained_once_and_summed_up_over_seeds(tmp_path: Path) -> None:
+    train = Trainer()
+    grid = configs(tmp_path)
+    assert [(c.lr, c.seed) for c in grid] == [(lr, seed) for lr in (0.001, 0.003) for seed in (0, 1, 2)]
+    rows = read(run_sweep(grid, tmp_path / "out", train))
+    assert [row["run"] for row in rows] == [run_name(config) for config in grid]
+    summary = read(tmp_path / "out" / "summary.csv")
+    assert [(row["varied"], row["runs"], row["enough_seeds"]) for row in summary] == [
+        ('{"lr": 0.001}', "3", "yes"),
+        ('{"lr": 0.003}', "3", "yes"),
+    ]
+    assert float(summary[0]["trait_gain_positive"]) == pytest.approx(1.1)  # the median seed is 1
+
+
+def test_a_sweep_begun_again_trains_only_what_is_missing(tmp_path: Path) -> None:
+    first, second = Trainer(), Trainer()
+    grid = configs(tmp_path)
+    run_sweep(grid[:4], tmp_path / "out", first)
+    run_sweep(grid, tmp_path / "out", second)
+    assert second.trained == grid[4:]
+
+
+def test_a_run_that_fails_has_a_row_that_says_so_and_does_not_count(tmp_path: Path) -> None:
+    train = Trainer()
+    train.fails = True
+    rows = read(run_sweep(configs(tmp_path), tmp_path / "out", train))
+    assert [row["error"] for row in rows] == ["", "it does not work.", ""] * 2
+    assert [(r["failed"], r["enough_seeds"]) for r in read(tmp_path / "out" / "summary.csv")] == [("1", "no")] * 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("grid: {lr: [1]}", "needs two mappings"),
+        ("base: {positive: a, negative: b}\ngrid: {lr: 1}", "give a list of values"),
+        ("base: {positive: a, negative: b}\ngrid: {speed: [1]}", "'speed' is unknown"),
+        ("- 1", "is not a mapping"),
+        ("base: {", "cannot be read"),
+    ],
+)
+def test_grids_that_mean_nothing_are_refused(text: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=says):
+        configs(tmp_path, text)
