@@ -13,6 +13,7 @@ import ipissa
 from ipissa.adapter import InnerPissaConfig, InnerPissaLayer, layer_alpha
 from ipissa.adapter.config import PEFT_TYPE
 from ipissa.adapter.convert import from_peft_folder, from_peft_model, to_peft_folder
+from ipissa.adapter.dial import add_dial
 from ipissa.base import describe_base
 from ipissa.errors import ConfigError
 
@@ -161,3 +162,32 @@ def test_the_layers_alpha_is_restored_after_an_exception() -> None:
 def test_unusable_configurations_are_refused(bad: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         InnerPissaConfig(**bad)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_lora_and_dora_have_the_same_dial_and_train_under_the_same_objective(dora: bool) -> None:
+    """α = 1 is the tuned layer, 0 the base, -1 its mirror image; rows of one batch have their own."""
+    model = tiny_model("llama").requires_grad_(False)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    base = logits_of(model, ids)
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(
+        r=4, lora_alpha=4, target_modules=["o_proj"], layers_to_transform=[3], init_lora_weights=False, use_dora=dora
+    )
+    wrapped = peft.get_peft_model(model, lora)
+    tuned = logits_of(wrapped, ids)
+    add_dial(wrapped)
+    layer = wrapped.base_model.model.model.layers[3].self_attn.o_proj
+    x = torch.randn(3, 2, layer.in_features)
+    with layer_alpha(wrapped, torch.tensor([1.0, 0.0, -1.0])), torch.no_grad():
+        one, zero, minus = layer(x[:1].expand(3, -1, -1))
+    assert torch.equal(logits_of(wrapped, ids), tuned)
+    assert (one - zero + minus - zero).abs().max() < 1e-5
+    assert (one - zero).abs().max() > 1e-3
+    with layer_alpha(wrapped, 0.0):
+        assert (logits_of(wrapped, ids) - base).abs().max() < 1e-6
+    with layer_alpha(wrapped, torch.tensor([-1.0])):
+        wrapped(input_ids=ids).logits.sum().backward()
+    gradients = [p.grad for p in wrapped.parameters() if p.requires_grad]
+    assert gradients
+    assert all(g is not None and g.isfinite().all() for g in gradients)

@@ -10,7 +10,7 @@ from peft.mapping import (
     PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from ipissa.adapter.config import PEFT_TYPE, InnerPissaConfig
@@ -53,9 +53,10 @@ class InnerPissaModel(BaseTuner):
 def layer_alpha(model: nn.Module, alpha: float | Tensor) -> Iterator[None]:
     """Run a PEFT-wrapped model at α, a number or one value per batch row, and restore the old α after.
 
-    The layers' parameters are untouched, and gradients flow to them.
+    The layers' parameters are untouched, and gradients flow to them. Layers of other tuners follow if
+    `add_dial` gave them an α.
     """
-    layers = [module for module in model.modules() if isinstance(module, InnerPissaLayer)]
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer) and hasattr(module, "alpha")]
     before = [layer.alpha for layer in layers]
     try:
         for layer in layers:
