@@ -11,12 +11,12 @@ from conftest import random_adapter, tiny_model
 
 import ipissa
 from ipissa.data.chat import chat_ids
-from ipissa.data.continuations import Continuation
+from ipissa.data.continuations import Continuation, Sampling, generate_ids
 from ipissa.data.personas import Trait
 from ipissa.errors import ConfigError
 from ipissa.evaluate.scoring import choice_scores, find_choices, score_choices
-from ipissa.evaluate.yardsticks import bootstrap_ratio, measure_yardsticks
-from ipissa.train.calibration import CalibrationPoint, _end_of_range, distinct_share
+from ipissa.evaluate.yardsticks import bootstrap_ratio, measure_yardsticks, pole_preference, response_curve
+from ipissa.train.calibration import CalibrationPoint, _end_of_range, calibrate, distinct_share
 
 TRAIT = Trait.from_words("kind", "angry")
 
@@ -28,16 +28,67 @@ def log_likelihood(model: Any, context: list[int], tokens: list[int]) -> float:
     return float(sum(logits[len(context) - 1 + i, token] for i, token in enumerate(tokens)))
 
 
-def test_yardsticks_equal_their_definition(tokenizer: Any) -> None:
+@pytest.fixture
+def steered(tokenizer: Any) -> Any:
     model = tiny_model("llama", vocab_size=len(tokenizer))
-    adapter = random_adapter(model, suffixes=("o_proj",))
+    return ipissa.attach(model, random_adapter(model, suffixes=("o_proj",)))
+
+
+@pytest.fixture
+def continuations() -> list[Continuation]:
     generator = torch.Generator().manual_seed(0)
-    continuations = [
+    return [
         Continuation(f"Prompt {i}", pole, torch.randint(100, 9000, (3 + i,), generator=generator).tolist())
         for i in range(4)
         for pole in (1, -1)
     ]
-    steered = ipissa.attach(model, adapter)
+
+
+def test_response_and_preference_equal_their_definition(
+    steered: Any, continuations: list[Continuation], tokenizer: Any
+) -> None:
+    def lp(pole: int, alpha: float) -> float:
+        own = [c for c in continuations if c.pole == pole]
+        with steered.alpha(alpha):
+            total = sum(
+                log_likelihood(steered.model, chat_ids(tokenizer, TRAIT.messages(c.prompt, None)), c.tokens)
+                for c in own
+            )
+        return total / sum(len(c.tokens) for c in own)
+
+    curve = response_curve(steered, tokenizer, TRAIT, continuations, alphas=(-0.5, 1.0))
+    assert [point.alpha for point in curve] == [-0.5, 0.0, 1.0]
+    for point in curve:
+        assert point.positive == pytest.approx(lp(1, point.alpha) - lp(1, 0), abs=1e-4)
+        assert point.negative == pytest.approx(lp(-1, point.alpha) - lp(-1, 0), abs=1e-4)
+    preference = pole_preference(steered, tokenizer, TRAIT, continuations)
+    assert preference == pytest.approx(lp(1, 1) - lp(1, -1) + lp(-1, -1) - lp(-1, 1), abs=1e-4)
+
+
+def test_the_shift_per_token_is_the_total_variation_of_what_was_written(steered: Any, tokenizer: Any) -> None:
+    prompts = ["Hello there", "Why?"]
+    sampling = Sampling(max_new_tokens=5)
+    found = calibrate(steered, tokenizer, TRAIT, prompts, seed=0, sampling=sampling, grid=(0.05, 0.1))
+    by_alpha = {point.alpha: point.variation for point in found.points}
+    assert by_alpha[0.0] == 0
+    assert 0 < by_alpha[0.05] < by_alpha[0.1] < 1
+    contexts = [chat_ids(tokenizer, TRAIT.messages(prompt, None)) for prompt in prompts]
+    with torch.random.fork_rng(), steered.alpha(0.1):
+        torch.manual_seed(0)
+        answers = generate_ids(steered.model, tokenizer, contexts, **sampling.settings())
+    variations = []
+    for context, answer in zip(contexts, answers, strict=True):
+        p = []
+        for alpha in (0.0, 0.1):
+            with steered.alpha(alpha), torch.no_grad():
+                logits = steered.model(input_ids=torch.tensor([context + answer])).logits[0, len(context) - 1 : -1]
+            p.append(logits.softmax(-1))
+        variations += ((p[0] - p[1]).abs().sum(-1) / 2).tolist()
+    assert by_alpha[0.1] == pytest.approx(np.mean(variations), abs=1e-4)
+
+
+def test_yardsticks_equal_their_definition(steered: Any, continuations: list[Continuation], tokenizer: Any) -> None:
+    model = steered.model
     found = measure_yardsticks(steered, tokenizer, TRAIT, continuations, alpha=0.5)
 
     def lp(pole: int, persona: int | None, alpha: float) -> float:
@@ -74,7 +125,7 @@ def test_t_is_that_of_a_one_sample_test() -> None:
 
 def test_the_range_ends_before_the_first_alpha_at_which_text_falls_apart() -> None:
     points = [
-        CalibrationPoint(alpha, 1.0, 1.0, holds)
+        CalibrationPoint(alpha, 1.0, 1.0, 0.0, holds)
         for alpha, holds in [(-2, True), (-1, False), (-0.5, True), (0, True), (0.5, True), (1, True), (2, False)]
     ]
     assert (_end_of_range(points, -1), _end_of_range(points, 1)) == (-0.5, 1)

@@ -32,6 +32,7 @@ from ipissa.steering import SteeredModel
 
 ROWS_PER_BATCH = 32
 RESAMPLES = 2000
+RESPONSE_ALPHAS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,35 @@ def measure_yardsticks(
         lp = _log_likelihoods(steered, tokenizer, trait, own, settings, label=label)
         poles[pole] = _pole_yardsticks(lp, own, prompts, seed=seed)
     return Yardsticks(alpha=alpha, prompts=len(prompts), positive=poles[1], negative=poles[-1])
+
+
+@dataclass(frozen=True)
+class ResponsePoint:
+    """What one α does to texts of either pole, in nats per token against α = 0, without personas."""
+
+    alpha: float
+    positive: float
+    negative: float
+
+
+def response_curve(
+    steered: SteeredModel,
+    tokenizer: Any,
+    trait: Trait,
+    continuations: Sequence[Continuation],
+    *,
+    alphas: Sequence[float] = RESPONSE_ALPHAS,
+) -> list[ResponsePoint]:
+    """How held-out texts of both poles become likelier or less likely as the dial turns."""
+    gains = {}
+    for pole in (1, -1):
+        own = [c for c in continuations if c.pole == pole]
+        settings = {f"{alpha:g}": _Setting(None, alpha) for alpha in sorted({0.0, *alphas})}
+        label = f"response {'+' if pole > 0 else '-'}"
+        lp = _log_likelihoods(steered, tokenizer, trait, own, settings, label=label)
+        tokens = sum(len(c.tokens) for c in own)
+        gains[pole] = {name: float((sums - lp["0"]).sum() / tokens) for name, sums in lp.items()}
+    return [ResponsePoint(float(name), gains[1][name], gains[-1][name]) for name in gains[1]]
 
 
 def pole_preference(

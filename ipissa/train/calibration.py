@@ -6,6 +6,8 @@ The base model then reads those answers. Text holds together at α while both ho
     fluency     its mean log-likelihood per token under the base model is at most
                 MAX_EXCESS_NATS below that of the answers at α = 0
     repetition  the share of distinct 3-grams is at least MIN_DISTINCT of that at α = 0
+    shift       the total variation between the steered and the base model's next-token
+                distributions, averaged over its tokens, is at most MAX_VARIATION
 
 and the calibrated range ends at the largest |α| on each side up to which every grid point holds.
 """
@@ -29,6 +31,7 @@ from ipissa.steering import SteeredModel
 GRID = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 MAX_EXCESS_NATS = 0.5
 MIN_DISTINCT = 0.9
+MAX_VARIATION = 0.5
 NGRAM = 3
 
 
@@ -39,6 +42,7 @@ class CalibrationPoint:
     alpha: float
     base_nats: float  # mean -log p per token under the base model
     distinct: float  # share of distinct 3-grams
+    variation: float  # total variation per token, from 0 to 1
     holds: bool
 
 
@@ -73,15 +77,18 @@ def calibrate(
     contexts = [chat_ids(tokenizer, trait.messages(prompt, None)) for prompt in prompts]
     alphas = sorted({0.0, *grid, *(-a for a in grid)})
     read = {alpha: _read_back(steered, tokenizer, contexts, alpha, seed, sampling) for alpha in alphas}
-    nats_0, distinct_0 = read[0.0]
+    nats_0, distinct_0, _ = read[0.0]
     points = [
         CalibrationPoint(
             alpha=alpha,
             base_nats=nats,
             distinct=distinct,
-            holds=nats <= nats_0 + MAX_EXCESS_NATS and distinct >= MIN_DISTINCT * distinct_0,
+            variation=variation,
+            holds=nats <= nats_0 + MAX_EXCESS_NATS
+            and distinct >= MIN_DISTINCT * distinct_0
+            and variation <= MAX_VARIATION,
         )
-        for alpha, (nats, distinct) in read.items()
+        for alpha, (nats, distinct, variation) in read.items()
     ]
     low, high = _end_of_range(points, -1), _end_of_range(points, 1)
     if not low < 0 < high:
@@ -93,15 +100,24 @@ def calibrate(
 
 def _read_back(
     steered: SteeredModel, tokenizer: Any, contexts: list[list[int]], alpha: float, seed: int, sampling: Sampling
-) -> tuple[float, float]:
-    """(nats per token under the base model, distinct share) of answers sampled at α."""
+) -> tuple[float, float, float]:
+    """(nats per token under the base model, distinct share, total variation) of answers sampled at α."""
     with torch.random.fork_rng(devices=[]), steered.alpha(alpha):
         torch.manual_seed(seed)
         answers = generate_ids(steered.model, tokenizer, contexts, **sampling.settings())
     batch = pad_batch(contexts, answers, pad_id=tokenizer.pad_token_id, device=steered.model.device)
-    with steered.alpha(0.0), torch.no_grad():
-        logprobs = target_logprobs(continuation_logprobs(steered.model, batch), batch)
-    return float(-logprobs.sum() / batch.mask.sum()), float(np.mean([distinct_share(answer) for answer in answers]))
+    with torch.no_grad():
+        with steered.alpha(0.0):
+            base = continuation_logprobs(steered.model, batch)
+        with steered.alpha(alpha):
+            shifted = continuation_logprobs(steered.model, batch)
+    variation = (base.exp() - shifted.exp()).abs().sum(-1) / 2  # (batch, tokens)
+    tokens = batch.mask.sum()
+    return (
+        float(-target_logprobs(base, batch).sum() / tokens),
+        float(np.mean([distinct_share(answer) for answer in answers])),
+        float((variation * batch.mask).sum() / tokens),
+    )
 
 
 def distinct_share(tokens: Sequence[int]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ def describe(adapter: Adapter) -> str:
     sections = [table]
     if "yardsticks" in adapter.evaluation:
         sections.append(_yardsticks(adapter.evaluation["yardsticks"]))
+    if "response" in adapter.evaluation:
+        sections.append(_response(adapter.evaluation["response"]))
     if "calibration" in adapter.evaluation:
         sections.append(_calibration(adapter.evaluation["calibration"]))
     return "\n\n".join(sections)
@@ -80,16 +82,32 @@ def _yardsticks(yardsticks: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _response(points: Sequence[Mapping[str, float]]) -> str:
+    lines = [
+        "## Response",
+        "",
+        "Nats per token by which held-out texts become likelier than at α = 0, without personas.",
+        "",
+        "| α | texts of the positive pole | of the negative pole |",
+        "|-|-|-|",
+        *(f"| {p['alpha']:+g} | {p['positive']:+.4f} | {p['negative']:+.4f} |" for p in points),
+    ]
+    return "\n".join(lines)
+
+
 def _calibration(calibration: Mapping[str, Any]) -> str:
     lines = [
         "## Text written at each α",
         "",
-        "| α | nats per token, read by the base model | distinct 3-grams | holds |",
+        "| α | nats per token, read by the base model | distinct 3-grams | shift per token | holds |",
     ]
-    lines.append("|-|-|-|-|")
+    lines.append("|-|-|-|-|-|")
     for point in calibration["points"]:
         verdict = "yes" if point["holds"] else "no"
-        lines.append(f"| {point['alpha']:+g} | {point['base_nats']:.2f} | {point['distinct']:.3f} | {verdict} |")
+        shift = f"{point['variation']:.3f}" if "variation" in point else ""  # files before 0.2 lack it
+        lines.append(
+            f"| {point['alpha']:+g} | {point['base_nats']:.2f} | {point['distinct']:.3f} | {shift} | {verdict} |"
+        )
     return "\n".join(lines)
 
 

@@ -29,7 +29,7 @@ from ipissa.data.pairs import (
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError
-from ipissa.evaluate.yardsticks import measure_yardsticks, pole_preference
+from ipissa.evaluate.yardsticks import measure_yardsticks, pole_preference, response_curve
 from ipissa.models import load_model
 from ipissa.steering import attach
 from ipissa.train.activations import select_triples
@@ -55,6 +55,7 @@ from ipissa.train.run_folder import RunFolder
 SAMPLE_PROMPTS = 4
 SAMPLE_TOKENS = 40
 CALIBRATION_PROMPTS = 24
+RESPONSE_PROMPTS = 40
 SELECTION_PAIRS = 256
 
 
@@ -124,12 +125,14 @@ def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool =
         steered, tokenizer, trait, held_out[:CALIBRATION_PROMPTS], seed=config.seed, sampling=sampling
     )
     yardsticks = measure_yardsticks(steered, tokenizer, trait, test_set)
+    response = response_curve(steered, tokenizer, trait, _of_first_prompts(test_set, RESPONSE_PROMPTS))
     steered.detach()
 
     seconds = time.monotonic() - started
     evaluation = {
         "yardsticks": yardsticks.to_dict(),
         "calibration": calibration.to_dict(),
+        "response": [asdict(point) for point in response],
         "elicitation": asdict(elicited),
         "samples": samples_after,
         "training": {
@@ -211,12 +214,16 @@ def _right_way_round(
     model: Any, adapter: Adapter, tokenizer: Any, trait: Trait, test_set: Sequence[Continuation]
 ) -> tuple[Adapter, bool]:
     """The adapter, or its mirror image if that follows the labelled held-out texts, and whether it is that."""
-    prompts = list(dict.fromkeys(c.prompt for c in test_set))[:CALIBRATION_PROMPTS]
-    labelled = [c for c in test_set if c.prompt in prompts]
+    labelled = _of_first_prompts(test_set, CALIBRATION_PROMPTS)
     steered = attach(model, adapter)
     preference = pole_preference(steered, tokenizer, trait, labelled)
     steered.detach()
     return (adapter.flipped(), True) if preference < 0 else (adapter, False)
+
+
+def _of_first_prompts(continuations: Sequence[Continuation], count: int) -> list[Continuation]:
+    prompts = list(dict.fromkeys(c.prompt for c in continuations))[:count]
+    return [c for c in continuations if c.prompt in prompts]
 
 
 def _final_loss(history: History) -> float:
