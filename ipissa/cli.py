@@ -82,6 +82,8 @@ def train(
     card = output.with_suffix(".md")
     typer.echo(card.read_text(encoding="utf-8"))
     typer.echo(f"Wrote {output} and {card} in {result.seconds / 60:.1f} minutes.")
+    for sentence in result.yardsticks.shortcomings():
+        typer.echo(f"Warning: {sentence}", err=True)
 
 
 @app.command()

@@ -15,7 +15,15 @@ from ipissa.data.continuations import Continuation, Sampling, generate_ids
 from ipissa.data.personas import Trait
 from ipissa.errors import ConfigError
 from ipissa.evaluate.scoring import choice_scores, find_choices, score_choices
-from ipissa.evaluate.yardsticks import bootstrap_ratio, measure_yardsticks, pole_preference, response_curve
+from ipissa.evaluate.yardsticks import (
+    Estimate,
+    PoleYardsticks,
+    Yardsticks,
+    bootstrap_ratio,
+    measure_yardsticks,
+    pole_preference,
+    response_curve,
+)
 from ipissa.train.calibration import CalibrationPoint, _end_of_range, calibrate, distinct_share
 
 TRAIT = Trait.from_words("kind", "angry")
@@ -85,6 +93,21 @@ def test_the_shift_per_token_is_the_total_variation_of_what_was_written(steered:
             p.append(logits.softmax(-1))
         variations += ((p[0] - p[1]).abs().sum(-1) / 2).tolist()
     assert by_alpha[0.1] == pytest.approx(np.mean(variations), abs=1e-4)
+
+
+def test_adapters_that_do_not_work_say_so() -> None:
+    def pole(trait: float, t: float, plain: float) -> PoleYardsticks:
+        gain = Estimate(trait, 0, 0, t)
+        return PoleYardsticks(gain, Estimate(plain, 0, 0, 0), gain)
+
+    def said(positive: PoleYardsticks, negative: PoleYardsticks) -> str:
+        return " ".join(Yardsticks(1.0, 100, positive, negative).shortcomings())
+
+    assert said(pole(0.3, 4, 0.01), pole(0.2, 2.5, 0.02)) == ""
+    assert "At α = -1 the trait gain is 0.10 (t 1.2)" in said(pole(0.3, 4, 0.01), pole(0.1, 1.2, 0.01))
+    saddle = said(pole(-0.3, -4, -0.2), pole(-0.2, -3, -0.1))
+    assert saddle.startswith("Both poles make their own texts less likely")
+    assert saddle.count("trait gain") == 2
 
 
 def test_yardsticks_equal_their_definition(steered: Any, continuations: list[Continuation], tokenizer: Any) -> None:

@@ -1,5 +1,6 @@
 """InnerPiSSA as a PEFT tuner: one table of configurations drives forward, save, load, disable and merge."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import ipissa
 from ipissa.adapter import InnerPissaConfig, InnerPissaLayer, layer_alpha
 from ipissa.adapter.config import PEFT_TYPE
 from ipissa.adapter.convert import from_peft_folder, from_peft_model, to_peft_folder
+from ipissa.adapter.delta import delta_core
 from ipissa.adapter.dial import add_dial
 from ipissa.base import describe_base
 from ipissa.errors import ConfigError
+from ipissa.rotation import CLAMPS
+from ipissa.train import TrainConfig
 
 IDS = torch.tensor([[5, 9, 33, 71, 12, 40], [7, 7, 80, 2, 19, 55]])
 CONFIGS = {
@@ -191,3 +195,47 @@ def test_lora_and_dora_have_the_same_dial_and_train_under_the_same_objective(dor
     gradients = [p.grad for p in wrapped.parameters() if p.requires_grad]
     assert gradients
     assert all(g is not None and g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize(
+    ("modules", "per_block"), [(("residual",), 2), (("attention",), 4), (("mlp",), 3), (("all",), 7), (("q_proj",), 1)]
+)
+def test_module_sets_name_the_layers_they_say(modules: tuple[str, ...], per_block: int) -> None:
+    """The example of the sources: 30 blocks, depth 0.3 to 27, one loss block: 18 blocks, 36 residual writers."""
+    config = TrainConfig("a", "b", target_modules=modules, depth_start=0.3, objective="contrastive")
+    adapted = config.adapter_config(30)
+    assert adapted.layers_to_transform == [block for block in range(9, 27) if block != 24]
+    assert len(adapted.target_modules) == per_block
+
+
+def test_the_adapter_has_a_square_per_rotated_side_and_a_vector_for_scaling() -> None:
+    for sides, scale, expected in ((1, "add2", 64 + 8), (2, "add2", 2 * 64 + 8), (1, "none", 64)):
+        config = InnerPissaConfig(r=8, target_modules=["o_proj"], rotate_u=sides == 2, scale_mode=scale)
+        wrapped = peft.get_peft_model(tiny_model("llama").requires_grad_(False), config)
+        layers = wrapped.base_model.model.config.num_hidden_layers
+        assert sum(p.numel() for p in wrapped.parameters() if p.requires_grad) == layers * expected
+
+
+def test_what_both_poles_share_is_of_second_order_and_grows_with_the_clamp() -> None:
+    """D(α) + D(-α) = α² V (I - X²)⁻¹ [A² S + 2 A d] Uᵀ with X = α A / 2: how far the dial is from odd.
+
+    Relative to S and to D itself, for entries clamped at 0.1, 0.3, 0.5 and not at all.
+    """
+    generator = torch.Generator().manual_seed(0)
+    s = torch.linspace(9, 1, 12).double()
+    d = 0.1 * torch.randn(12, generator=generator).double()
+    p = torch.randn(12, 12, generator=generator).double()
+    shares = []
+    for clamp in (0.1, 0.3, 0.5, math.inf):
+        A = (p - p.T) if clamp == math.inf else CLAMPS["entries"](p - p.T, clamp, "cayley")
+        for alpha in (0.5, 1.0):
+            poles = delta_core(
+                s, A, None, d, torch.tensor([alpha, -alpha]).double(), rotation="cayley", scale_mode="add2"
+            )
+            X = alpha * A / 2
+            inverse = torch.linalg.inv(torch.eye(12).double() - X @ X)
+            expected = alpha**2 * inverse @ (A @ A * s + 2 * A * d)
+            assert (poles.sum(0) - expected).abs().max() < 1e-10
+        shares.append((float(poles.sum(0).norm() / s.norm()), float(poles.sum(0).norm() / poles[0].norm())))
+    assert shares == sorted(shares)
+    assert shares[0][1] < 0.5 < shares[2][1]

@@ -18,6 +18,12 @@ from ipissa.adapter.layer import InnerPissaLayer, Linear
 
 # The residual writers: the two projections of a block that add to the residual stream.
 RESIDUAL_WRITERS = ["o_proj", "down_proj"]
+MODULE_SETS = {
+    "residual": RESIDUAL_WRITERS,
+    "attention": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "mlp": ["gate_proj", "up_proj", "down_proj"],
+    "all": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
 
 
 class InnerPissaModel(BaseTuner):

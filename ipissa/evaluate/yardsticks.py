@@ -32,6 +32,7 @@ from ipissa.steering import SteeredModel
 
 ROWS_PER_BATCH = 32
 RESAMPLES = 2000
+MIN_T = 2.0
 RESPONSE_ALPHAS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 
 
@@ -66,6 +67,21 @@ class Yardsticks:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+    def shortcomings(self) -> list[str]:
+        """What a user must know before relying on the adapter, one sentence each; empty if it works."""
+        found = []
+        poles = {"+": self.positive, "-": self.negative}
+        if all(pole.plain_gain.value <= 0 for pole in poles.values()):
+            found.append("Both poles make their own texts less likely than no steering does: it only breaks text.")
+        for sign, pole in poles.items():
+            gain = pole.trait_gain
+            if gain.value <= 0 or gain.t < MIN_T:
+                found.append(
+                    f"At α = {sign}{self.alpha:g} the trait gain is {gain.value:.2f} (t {gain.t:.1f}), "
+                    "which is not distinguishable from nothing."
+                )
+        return found
 
 
 @dataclass(frozen=True)

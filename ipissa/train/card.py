@@ -21,7 +21,13 @@ def write_card(result: TrainResult, output: str | os.PathLike[str]) -> Path:
     """Write the card of a freshly trained adapter beside its file."""
     path = Path(output)
     card = path.with_suffix(".md")
-    parts = [f"# {path.stem}", describe(result.adapter), _command(result.adapter, path), _samples(result)]
+    parts = [
+        f"# {path.stem}",
+        *(f"**{sentence}**" for sentence in result.yardsticks.shortcomings()),
+        describe(result.adapter),
+        _command(result.adapter, path),
+        _samples(result),
+    ]
     card.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return card
 

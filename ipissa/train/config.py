@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ipissa.adapter.config import InnerPissaConfig, one_of
-from ipissa.adapter.model import RESIDUAL_WRITERS
+from ipissa.adapter.model import MODULE_SETS
 from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
 from ipissa.train.objectives.build import antiparallel_config, contrastive_config, objective_weights
@@ -75,6 +75,7 @@ class TrainConfig:
             contrastive objectives and selection rules compare; None cuts the sampled answers.
         rank: Singular triples per module.
         selection: Rule that chooses the triples, one of `ipissa.train.selection.SELECTIONS`.
+        target_modules: Names of linear layers, or of sets of them: residual, attention, mlp, all.
         depth_start, depth_end: Adapted blocks as fractions of the depth, [start, end).
         continuations: Sampled continuations per prompt and pole.
         max_new_tokens: Length of a continuation in tokens.
@@ -111,7 +112,7 @@ class TrainConfig:
     rotate_u: bool = False
     clamp: str = "entries"
     max_rotation: float = 0.3
-    target_modules: tuple[str, ...] = tuple(RESIDUAL_WRITERS)
+    target_modules: tuple[str, ...] = ("residual",)
     depth_start: float = 0.2
     depth_end: float = 0.9
     continuations: int = 1
@@ -187,7 +188,7 @@ class TrainConfig:
             )
         return InnerPissaConfig(
             r=self.rank,
-            target_modules=list(self.target_modules),
+            target_modules=[module for name in self.target_modules for module in MODULE_SETS.get(name, [name])],
             layers_to_transform=blocks,
             rotation=self.rotation,
             scale_mode=self.scale_mode,

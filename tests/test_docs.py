@@ -1,0 +1,24 @@
+"""Documents that name code must name code that exists."""
+
+from __future__ import annotations
+
+import re
+
+from conftest import ROOT
+
+
+def test_every_test_that_the_feature_rows_name_exists() -> None:
+    written = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    defined = set(re.findall(r"def (test_\w+)", written))
+    rows = (ROOT / "docs" / "feature-rows.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(test_\w+)`", rows))
+    assert named
+    assert named <= defined
+    numbers = [int(n) for n in re.findall(r"^\| (\d+) \|", rows, re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_every_file_that_the_architecture_names_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:ipissa|server|ui|tests|benchmarks|docs)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
