@@ -45,7 +45,7 @@ def train(
     ] = None,
     objective: Annotated[
         str | None,
-        typer.Option(help="guided, told, contrastive, antiparallel, or a sum such as guided=1,contrastive=0.1."),
+        typer.Option(help="guided, odd, told, contrastive, antiparallel, or a sum such as guided=1,contrastive=0.1."),
     ] = None,
     selection: Annotated[
         str | None, typer.Option(help="Rule that chooses the singular triples, such as top or cho_var_snorm.")

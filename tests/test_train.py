@@ -181,6 +181,9 @@ def test_guided_targets_at_other_strengths_scale_the_trait_part_and_told_ones_ar
         expected = (dense(k) + 0.5 * (dense(1) - dense(0))).softmax(-1)
         assert target.alpha == 0.5
         assert (probabilities(target) - expected).abs().max() < 1e-3
+    for target, k in zip(built(kind="odd"), (None, 0), strict=True):
+        expected = (dense(k) + (dense(1) - dense(-1)) / 2).softmax(-1)
+        assert (probabilities(target) - expected).abs().max() < 1e-3
     for target in built(kind="told"):
         assert (probabilities(target) - dense(1).exp()).abs().max() < 1e-3
 

@@ -67,7 +67,7 @@ class TrainConfig:
         model: Base model: demo model name, hub id, folder or GGUF file.
         prompts: Text file with one prompt per line, or None for the bundled list.
         max_prompts: Training prompts used, at most; None for all.
-        objective: `guided` or `told` (persona distillation), `contrastive` (as published), `antiparallel` (its
+        objective: `guided`, `odd` or `told` (persona distillation), `contrastive` (as published), `antiparallel` (its
             successor), or a weighted sum such as `guided=1,contrastive=0.1`.
         strengths: The |α| to distil at; only 1 for `told`.
         contrastive, antiparallel: Settings of those objectives (`ContrastiveConfig`, `AntiparallelConfig`).

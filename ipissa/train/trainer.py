@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from ipissa.train.objectives.build import (
     objective_weights,
 )
 from ipissa.train.objectives.contrastive import Contrastive
-from ipissa.train.objectives.distill import Distillation, Target, build_targets
+from ipissa.train.objectives.distill import KINDS, Distillation, Target, build_targets
 from ipissa.train.plots import plot_history
 from ipissa.train.result import Samples, TrainResult
 from ipissa.train.run_folder import RunFolder
@@ -202,8 +203,7 @@ def _objective(
     return build_objective(
         objective_weights(config.objective),
         {
-            "guided": lambda: distillation("guided"),
-            "told": lambda: distillation("told"),
+            **{kind: partial(distillation, kind) for kind in KINDS},
             "contrastive": lambda: Contrastive(model, pairs, contrastive_config(config.contrastive), pad_id=pad_id),
             "antiparallel": lambda: Antiparallel(model, pairs, antiparallel_config(config.antiparallel), pad_id=pad_id),
         },

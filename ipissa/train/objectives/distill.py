@@ -2,15 +2,18 @@
 
 The base model under a persona is the teacher; the steered model without that persona is the student.
 For a continuation c written under the persona P_s of pole s, in a student context k that is either
-plain or carries the neutral persona P_0, there are two kinds of target:
+plain or carries the neutral persona P_0, there are three kinds of target:
 
     told    log q(· | c_<t) = log p(· | P_s, c_<t)
     guided  log q_k(· | c_<t) = log p(· | k, c_<t) + |α| (log p(· | P_s, c_<t) - log p(· | P_0, c_<t)) + const
+    odd     log q_k(· | c_<t) = log p(· | k, c_<t) + |α| (log p(· | P_s, c_<t) - log p(· | P_-s, c_<t)) / 2 + const
 
 and the loss is mean_t KL(q || p_α(· | k, c_<t)) with α = s |α|. In the neutral context and at |α| = 1
-both are the persona's own prediction. In the plain one, guided targets leave out the shift that any
-persona line causes: that shift has the same sign at both poles, so a dial cannot follow it and
-should not. Guided targets also exist between and beyond the poles, which makes α a strength.
+the first two are the persona's own prediction. In the plain one, guided targets leave out the shift
+that any persona line causes: that shift has the same sign at both poles, so a dial cannot follow it
+and should not. Odd targets leave out everything the two personas share, such as talking about the
+trait, and keep what tells them apart, which is what a dial that is nearly odd in α can do. Guided and
+odd targets also exist between and beyond the poles, which makes α a strength.
 
 Teachers never change. Their targets are computed once and kept as the top-k log-probabilities per
 token plus the mass of the tail, which bounds the exact KL from below and equals it for k = vocab.
@@ -38,7 +41,7 @@ TEACHER_BATCH = 16
 STUDENT_CONTEXTS: tuple[int | None, ...] = (None, 0)  # plain, neutral persona
 MIN_TAIL = 1e-6
 MIN_STRENGTH = 1e-4  # nats per token; a persona that does nothing must not get all the weight
-KINDS = ("guided", "told")
+KINDS = ("guided", "odd", "told")
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def build_targets(
     """One target per continuation and student context; `model` is the base model.
 
     Args:
-        kind: `guided` or `told`.
+        kind: One of `KINDS`.
         strengths: The |α| to train, drawn evenly; `told` knows only 1.
         seed: Of that draw.
     """
@@ -85,14 +88,16 @@ def build_targets(
         contexts = {
             pole: [chat_ids(tokenizer, trait.messages(c.prompt, pole)) for c in batch] for pole in STUDENT_CONTEXTS
         }
-        told = _logprobs(
-            model, tokenizer, [chat_ids(tokenizer, trait.messages(c.prompt, c.pole)) for c in batch], batch
+        own, opposite = (
+            [chat_ids(tokenizer, trait.messages(c.prompt, sign * c.pole)) for c in batch] for sign in (1, -1)
         )
+        told = _logprobs(model, tokenizer, own, batch)
         plain = {pole: _logprobs(model, tokenizer, rows, batch) for pole, rows in contexts.items()}
+        part = (told - _logprobs(model, tokenizer, opposite, batch)) / 2 if kind == "odd" else told - plain[0]
         for pole, rows in contexts.items():
             draw = torch.randint(len(strengths), (len(batch),), generator=generator)
             strength = torch.tensor(strengths)[draw].to(told.device)
-            trait_part = strength[:, None, None] * (told - plain[0])  # (batch, tokens, vocab)
+            trait_part = strength[:, None, None] * part  # (batch, tokens, vocab)
             target = told if kind == "told" else (plain[pole] + trait_part).log_softmax(-1)
             divergence = (target.exp() * (target - plain[pole])).sum(-1)  # (batch, tokens)
             top = target.topk(min(top_k, target.shape[-1]), dim=-1)
