@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import oracle
 import pytest
 import torch
 import yaml
@@ -21,6 +23,7 @@ from ipissa.errors import AdapterFileError, ConfigError
 from ipissa.train import TrainConfig, train, trainer
 from ipissa.train.config import OPTIONS
 from ipissa.train.fit import fit
+from ipissa.train.layers import layer_changes
 from ipissa.train.presets import PRESETS, preset_settings
 
 
@@ -69,7 +72,10 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Any:
             if state.global_step == at[0]:
                 raise KilledError
 
-    monkeypatch.setattr(trainer, "fit", lambda *args, **settings: fit(*args, **settings, callbacks=[Kill()]))
+    def dying(*args: Any, callbacks: Any, **settings: Any) -> Any:
+        return fit(*args, **settings, callbacks=[*callbacks, Kill()])
+
+    monkeypatch.setattr(trainer, "fit", dying)
     return lambda step: at.__setitem__(0, step)
 
 
@@ -78,13 +84,22 @@ def test_a_run_leaves_an_adapter_its_card_and_what_it_takes_to_train_again(confi
     result = train(config, output)
     assert ipissa.load_adapter(output).digest == result.adapter.digest
     run = tmp_path / "kind.run"
-    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "history.csv", "losses.png"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        "config.yaml",
+        "history.csv",
+        "layers.csv",
+        "losses.png",
+        "samples.md",
+    ]
     assert TrainConfig.from_dict(yaml.safe_load((run / "config.yaml").read_text())) == config
     with (run / "history.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(result.history) == 18  # 12 prompts in 2 contexts, 4 pairs a step, 3 epochs
     assert float(rows[-1]["loss"]) == result.history[-1]["loss"]
     assert (run / "losses.png").read_bytes().startswith(b"\x89PNG")
+    with (run / "layers.csv").open() as file:
+        assert [row["module"] for row in csv.DictReader(file)] == list(result.adapter.modules)
+    assert "| α | before training | midway | after |" in (run / "samples.md").read_text()
     card = (tmp_path / "kind.md").read_text()
     assert "## Yardsticks on 3 held-out prompts" in card
     assert "--set checkpoint_every=4" in card
@@ -217,3 +232,14 @@ def test_flipping_twice_gives_the_adapter_back_and_once_exchanges_the_poles(make
                 found.append(llama(input_ids=ids).logits)
             steered.detach()
         assert (found[0] - found[1]).abs().max() < 1e-5
+
+
+def test_layer_changes_equal_dense_weights(make_adapter: Any, llama: Any) -> None:
+    adapter = make_adapter(llama)
+    for row in layer_changes(adapter):
+        factors = adapter.modules[row.module]
+        up, down = (oracle.delta_weight(factors, adapter.config, alpha) for alpha in (1.0, -1.0))
+        assert row.change == pytest.approx(np.linalg.norm(up) / np.linalg.norm(factors.S), rel=1e-4)
+        assert row.even == pytest.approx(np.linalg.norm(up + down) / np.linalg.norm(up), rel=1e-4)
+        turned = np.linalg.eigvals(oracle.rotation(factors.rotation_v.double().numpy(), 1.0, adapter.config.rotation))
+        assert row.largest_angle == pytest.approx(np.degrees(np.abs(np.angle(turned)).max()), abs=1e-3)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ipissa.adapter.checkpoint import Adapter
 from ipissa.train.config import OPTIONS, TrainConfig
-from ipissa.train.result import TrainResult
+from ipissa.train.result import Samples, TrainResult
 
 # Options whose values are always worth showing in the training command.
 ALWAYS_SHOWN = ("positive", "negative", "model")
@@ -26,7 +26,7 @@ def write_card(result: TrainResult, output: str | os.PathLike[str]) -> Path:
         *(f"**{sentence}**" for sentence in result.yardsticks.shortcomings()),
         describe(result.adapter),
         _command(result.adapter, path),
-        _samples(result),
+        samples_table({"before training": result.samples_before, "after": result.samples_after}),
     ]
     card.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return card
@@ -133,12 +133,14 @@ def _command(adapter: Adapter, path: Path) -> str:
     return f"## How it was made\n\n```\n{command}\n```\n\nThis took {training['seconds'] / 60:.0f} minutes."
 
 
-def _samples(result: TrainResult) -> str:
+def samples_table(stages: Mapping[str, Samples]) -> str:
+    """What the model wrote at each α, one column per stage of training."""
+    stages = {stage: samples for stage, samples in stages.items() if samples}
     lines = ["## Samples (greedy)"]
-    for prompt, after in result.samples_after.items():
-        before = result.samples_before[prompt]
-        lines += ["", f"**{prompt}**", "", "| α | before training | after |", "|-|-|-|"]
-        lines += [f"| {alpha} | {_cell(before[alpha])} | {_cell(text)} |" for alpha, text in after.items()]
+    for prompt, texts in next(iter(stages.values())).items():
+        lines += ["", f"**{prompt}**", "", f"| α | {' | '.join(stages)} |", "|-|" + "-|" * len(stages)]
+        for alpha in texts:
+            lines.append(f"| {alpha} | {' | '.join(_cell(samples[prompt][alpha]) for samples in stages.values())} |")
     return "\n".join(lines)
 
 

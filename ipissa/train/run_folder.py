@@ -5,7 +5,7 @@
       state/             what was computed once: sampled texts, the objective's examples
       checkpoints/       written by the Trainer
       history.csv        figures per step          losses.png    the same, drawn
-      samples.md         texts before and after    *.safetensors, *.md   the adapter and its card
+      layers.csv         what changed per layer    samples.md    texts before, midway and after
 
 `state` and `checkpoints` are what a broken run resumes from; they go when the run is complete.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import csv
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import yaml
 
 from ipissa.errors import ConfigError
 from ipissa.train.config import TrainConfig
-from ipissa.train.fit import CHECKPOINTS, History
+from ipissa.train.fit import CHECKPOINTS
 
 STATE = "state"
 
@@ -74,17 +74,21 @@ class RunFolder:
         with torch.serialization.safe_globals(list(classes)):
             return torch.load(path, weights_only=True)
 
-    def write_history(self, history: History) -> None:
-        """One row per step, one column per figure."""
-        columns = list(dict.fromkeys(name for record in history for name in record))
+    def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A CSV file with one row per mapping and one column per name in any of them."""
+        columns = list(dict.fromkeys(column for row in rows for column in row))
 
         def write(path: Path) -> None:
             with path.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, columns)
                 writer.writeheader()
-                writer.writerows(history)
+                writer.writerows(rows)
 
-        write_whole(self.path / "history.csv", write)
+        write_whole(self.path / name, write)
+
+    def write_text(self, name: str, text: str) -> None:
+        """A text file."""
+        write_whole(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def complete(self) -> None:
         """Remove what only a broken run needs."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import torch
+from transformers import TrainerCallback
 
 from ipissa.adapter.checkpoint import Adapter, save_adapter
 from ipissa.adapter.config import InnerPissaConfig
@@ -35,10 +36,11 @@ from ipissa.models import load_model
 from ipissa.steering import attach
 from ipissa.train.activations import select_triples
 from ipissa.train.calibration import calibrate
-from ipissa.train.card import write_card
+from ipissa.train.card import samples_table, write_card
 from ipissa.train.config import TrainConfig
 from ipissa.train.elicitation import check_targets, elicitation
 from ipissa.train.fit import History, fit
+from ipissa.train.layers import layer_changes
 from ipissa.train.objectives.antiparallel import Antiparallel
 from ipissa.train.objectives.base import Objective
 from ipissa.train.objectives.build import (
@@ -105,7 +107,8 @@ def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool =
     if config.selection != "top":
         select_triples(peft_model, tokenizer, pairs[:SELECTION_PAIRS], rule=config.selection)
     samples_before = _peft_samples(peft_model, tokenizer, trait, held_out)
-    history = fit(peft_model, objective, config, run.path, resume=resume)
+    midway = _Midway(tokenizer, trait, held_out)
+    history = fit(peft_model, objective, config, run.path, resume=resume, callbacks=[midway])
     adapter = from_peft_model(peft_model, base_model=base_model, trait=trait.to_metadata())
 
     # From here on the adapter runs as users will run it: from its tensors, in phase form.
@@ -148,7 +151,10 @@ def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool =
         save_adapter(calibrated, output), yardsticks, calibration, samples_before, samples_after, history, seconds
     )
     write_card(result, output)
-    run.write_history(history)
+    run.write_table("history.csv", history)
+    run.write_table("layers.csv", [asdict(change) for change in layer_changes(adapter)])
+    stages = {"before training": samples_before, "midway": midway.samples, "after": samples_after}
+    run.write_text("samples.md", samples_table(stages))
     plot_history(history, run.path / "losses.png")
     run.complete()
     return result
@@ -240,6 +246,20 @@ def _wrap(model: Any, adapter_config: InnerPissaConfig) -> Any:
 
 def _peft_samples(peft_model: Any, tokenizer: Any, trait: Trait, prompts: Sequence[str]) -> Samples:
     return _samples(lambda alpha: layer_alpha(peft_model, torch.tensor(alpha)), peft_model, tokenizer, trait, prompts)
+
+
+class _Midway(TrainerCallback):
+    """Samples at half of the steps; none where a resumed run was past it."""
+
+    def __init__(self, tokenizer: Any, trait: Trait, prompts: Sequence[str]) -> None:
+        self._arguments = (tokenizer, trait, prompts)
+        self.samples: Samples = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == max(1, state.max_steps // 2):
+            model.eval()
+            self.samples = _peft_samples(model, *self._arguments)
+            model.train()
 
 
 def _samples(at_alpha: Any, model: Any, tokenizer: Any, trait: Trait, prompts: Sequence[str]) -> Samples:

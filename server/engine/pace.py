@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 STALL = 1.5  # other work between two decode steps may take this many of them
@@ -19,7 +19,8 @@ class Pace:
     for a token, on any machine.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, finish: Callable[[], None] = lambda: None) -> None:
+        self._finish = finish  # waits until the device is done, or launching would be all that is timed
         self._step: float | None = None  # seconds of a decode step
         self._token: float | None = None  # seconds per prefilled token
 
@@ -36,6 +37,7 @@ class Pace:
         """Times a decode step."""
         started = time.perf_counter()
         yield
+        self._finish()
         self._step = _smooth(self._step, time.perf_counter() - started)
 
     @contextmanager
@@ -43,6 +45,7 @@ class Pace:
         """Times a call that reads so many tokens."""
         started = time.perf_counter()
         yield
+        self._finish()
         self._token = _smooth(self._token, (time.perf_counter() - started) / tokens)
 
 

@@ -224,7 +224,7 @@ class TorchEngine(Engine):
         for adapter in adapters.values():
             self._runner.check(adapter)
         self._scheduler = Scheduler(cache, self.max_batch)
-        self._pace = Pace()
+        self._pace = Pace(torch.cuda.synchronize) if model.device.type == "cuda" else Pace()
         self._scoring: Iterator[None] | None = None
         self._scoring_jobs: list[ScoreJob] = []
 
