@@ -11,7 +11,8 @@ from typing import Any
 
 from ipissa.adapter.checkpoint import Adapter
 from ipissa.train.config import OPTIONS, TrainConfig
-from ipissa.train.result import Samples, TrainResult
+from ipissa.train.result import TrainResult
+from ipissa.train.samples import samples_table
 
 # Options whose values are always worth showing in the training command.
 ALWAYS_SHOWN = ("positive", "negative", "model")
@@ -131,18 +132,3 @@ def _command(adapter: Adapter, path: Path) -> str:
             )
     command = " \\\n    ".join(["ipissa train", *options, f"--output {path.name}"])
     return f"## How it was made\n\n```\n{command}\n```\n\nThis took {training['seconds'] / 60:.0f} minutes."
-
-
-def samples_table(stages: Mapping[str, Samples]) -> str:
-    """What the model wrote at each α, one column per stage of training."""
-    stages = {stage: samples for stage, samples in stages.items() if samples}
-    lines = ["## Samples (greedy)"]
-    for prompt, texts in next(iter(stages.values())).items():
-        lines += ["", f"**{prompt}**", "", f"| α | {' | '.join(stages)} |", "|-|" + "-|" * len(stages)]
-        for alpha in texts:
-            lines.append(f"| {alpha} | {' | '.join(_cell(samples[prompt][alpha]) for samples in stages.values())} |")
-    return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("\n", " ").replace("|", "\\|")

@@ -8,8 +8,7 @@ from ipissa.adapter.checkpoint import Adapter
 from ipissa.evaluate.yardsticks import Yardsticks
 from ipissa.train.calibration import Calibration
 from ipissa.train.fit import History
-
-Samples = dict[str, dict[str, str]]  # prompt -> α -> text
+from ipissa.train.samples import Samples
 
 
 @dataclass(frozen=True)

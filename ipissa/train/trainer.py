@@ -12,15 +12,12 @@ from typing import Any
 
 import peft
 import torch
-from transformers import TrainerCallback
 
 from ipissa.adapter.checkpoint import Adapter, save_adapter
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.convert import from_peft_model
-from ipissa.adapter.model import layer_alpha
 from ipissa.base import describe_base
-from ipissa.data.chat import chat_ids
-from ipissa.data.continuations import Continuation, Sampling, generate_ids, sample_continuations
+from ipissa.data.continuations import Continuation, Sampling, sample_continuations
 from ipissa.data.pairs import (
     ContrastivePair,
     contrastive_pairs,
@@ -36,7 +33,7 @@ from ipissa.models import load_model
 from ipissa.steering import attach
 from ipissa.train.activations import select_triples
 from ipissa.train.calibration import calibrate
-from ipissa.train.card import samples_table, write_card
+from ipissa.train.card import write_card
 from ipissa.train.config import TrainConfig
 from ipissa.train.elicitation import check_targets, elicitation
 from ipissa.train.fit import History, fit
@@ -52,11 +49,10 @@ from ipissa.train.objectives.build import (
 from ipissa.train.objectives.contrastive import Contrastive
 from ipissa.train.objectives.distill import KINDS, Distillation, Target, build_targets
 from ipissa.train.plots import plot_history
-from ipissa.train.result import Samples, TrainResult
+from ipissa.train.result import TrainResult
 from ipissa.train.run_folder import RunFolder
+from ipissa.train.samples import MidwaySamples, peft_samples, samples_table, take_samples
 
-SAMPLE_PROMPTS = 4
-SAMPLE_TOKENS = 40
 CALIBRATION_PROMPTS = 24
 RESPONSE_PROMPTS = 40
 SELECTION_PAIRS = 256
@@ -106,8 +102,8 @@ def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool =
     peft_model = _wrap(model, adapter_config)
     if config.selection != "top":
         select_triples(peft_model, tokenizer, pairs[:SELECTION_PAIRS], rule=config.selection)
-    samples_before = _peft_samples(peft_model, tokenizer, trait, held_out)
-    midway = _Midway(tokenizer, trait, held_out)
+    samples_before = peft_samples(peft_model, tokenizer, trait, held_out)
+    midway = MidwaySamples(tokenizer, trait, held_out)
     history = fit(peft_model, objective, config, run.path, resume=resume, callbacks=[midway])
     adapter = from_peft_model(peft_model, base_model=base_model, trait=trait.to_metadata())
 
@@ -124,7 +120,7 @@ def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool =
     )
     adapter, flipped = _right_way_round(model, adapter, tokenizer, trait, test_set)
     steered = attach(model, adapter)
-    samples_after = _samples(steered.alpha, model, tokenizer, trait, held_out)
+    samples_after = take_samples(steered.alpha, model, tokenizer, trait, held_out)
     calibration = calibrate(
         steered, tokenizer, trait, held_out[:CALIBRATION_PROMPTS], seed=config.seed, sampling=sampling
     )
@@ -242,39 +238,6 @@ def _wrap(model: Any, adapter_config: InnerPissaConfig) -> Any:
         return peft.get_peft_model(model, adapter_config)
     except ValueError as error:
         raise ConfigError(f"The adapter cannot be put on this model: {error}") from error
-
-
-def _peft_samples(peft_model: Any, tokenizer: Any, trait: Trait, prompts: Sequence[str]) -> Samples:
-    return _samples(lambda alpha: layer_alpha(peft_model, torch.tensor(alpha)), peft_model, tokenizer, trait, prompts)
-
-
-class _Midway(TrainerCallback):
-    """Samples at half of the steps; none where a resumed run was past it."""
-
-    def __init__(self, tokenizer: Any, trait: Trait, prompts: Sequence[str]) -> None:
-        self._arguments = (tokenizer, trait, prompts)
-        self.samples: Samples = {}
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step == max(1, state.max_steps // 2):
-            model.eval()
-            self.samples = _peft_samples(model, *self._arguments)
-            model.train()
-
-
-def _samples(at_alpha: Any, model: Any, tokenizer: Any, trait: Trait, prompts: Sequence[str]) -> Samples:
-    """Greedy answers at α = -1, 0, +1, in one batch per prompt."""
-    alphas = [-1.0, 0.0, 1.0]
-    samples: Samples = {}
-    for prompt in prompts[:SAMPLE_PROMPTS]:
-        context = chat_ids(tokenizer, trait.messages(prompt, None))
-        with at_alpha(alphas):
-            answers = generate_ids(
-                model, tokenizer, [context] * len(alphas), max_new_tokens=SAMPLE_TOKENS, do_sample=False
-            )
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        samples[prompt] = {f"{alpha:+g}": text.strip() for alpha, text in zip(alphas, texts, strict=True)}
-    return samples
 
 
 def checked_output(output: str | os.PathLike[str]) -> Path:

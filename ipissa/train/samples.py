@@ -1,0 +1,80 @@
+"""What a model writes at -1, 0 and +1, before, during and after training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ipissa.adapter.model import layer_alpha
+from ipissa.data.chat import chat_ids
+from ipissa.data.continuations import generate_ids
+from ipissa.data.personas import Trait
+
+ALPHAS = [-1.0, 0.0, 1.0]
+SAMPLE_PROMPTS = 4
+SAMPLE_TOKENS = 40
+Samples = dict[str, dict[str, str]]  # prompt -> α -> text
+
+
+def take_samples(
+    at_alpha: Callable[[Any], AbstractContextManager[Any]],
+    model: Any,
+    tokenizer: Any,
+    trait: Trait,
+    prompts: Sequence[str],
+) -> Samples:
+    """Greedy answers to the first prompts at every α, in one batch per prompt.
+
+    Args:
+        at_alpha: Steers the model at one α per row, as a context manager.
+    """
+    samples: Samples = {}
+    for prompt in prompts[:SAMPLE_PROMPTS]:
+        context = chat_ids(tokenizer, trait.messages(prompt, None))
+        with at_alpha(ALPHAS):
+            answers = generate_ids(
+                model, tokenizer, [context] * len(ALPHAS), max_new_tokens=SAMPLE_TOKENS, do_sample=False
+            )
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        samples[prompt] = {f"{alpha:+g}": text.strip() for alpha, text in zip(ALPHAS, texts, strict=True)}
+    return samples
+
+
+def peft_samples(peft_model: Any, tokenizer: Any, trait: Trait, prompts: Sequence[str]) -> Samples:
+    """`take_samples` of an adapter in training."""
+    return take_samples(
+        lambda alpha: layer_alpha(peft_model, torch.tensor(alpha)), peft_model, tokenizer, trait, prompts
+    )
+
+
+class MidwaySamples(TrainerCallback):
+    """Takes samples at half of the steps; none where a resumed run was past it."""
+
+    def __init__(self, tokenizer: Any, trait: Trait, prompts: Sequence[str]) -> None:
+        self._arguments = (tokenizer, trait, prompts)
+        self.samples: Samples = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == max(1, state.max_steps // 2):
+            model.eval()
+            self.samples = peft_samples(model, *self._arguments)
+            model.train()
+
+
+def samples_table(stages: Mapping[str, Samples]) -> str:
+    """What the model wrote at each α, in Markdown, one column per stage of training."""
+    stages = {stage: samples for stage, samples in stages.items() if samples}
+    lines = ["## Samples (greedy)"]
+    for prompt, texts in next(iter(stages.values())).items():
+        lines += ["", f"**{prompt}**", "", f"| α | {' | '.join(stages)} |", "|-|" + "-|" * len(stages)]
+        for alpha in texts:
+            lines.append(f"| {alpha} | {' | '.join(_cell(samples[prompt][alpha]) for samples in stages.values())} |")
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("\n", " ").replace("|", "\\|")
