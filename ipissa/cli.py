@@ -13,6 +13,8 @@ from ipissa.adapter.convert import to_peft_folder
 from ipissa.adapter.lora import merge, new_folder
 from ipissa.cli_errors import run_cli
 from ipissa.errors import ConfigError
+from ipissa.evaluate.compare import METHODS, markdown
+from ipissa.evaluate.run import evaluate as run_evaluation
 from ipissa.models import load_model
 from ipissa.train import TrainConfig
 from ipissa.train import train as run_training
@@ -84,6 +86,35 @@ def train(
     typer.echo(f"Wrote {output} and {card} in {result.seconds / 60:.1f} minutes.")
     for sentence in result.yardsticks.shortcomings():
         typer.echo(f"Warning: {sentence}", err=True)
+
+
+@app.command(name="eval")
+def evaluate(
+    adapter: AdapterOption,
+    output: Annotated[Path, typer.Option(help="Folder for yardsticks.md and yardsticks.json.")],
+    baselines: Annotated[str, typer.Option(help="Other ways to steer, with commas; empty for none.")] = ",".join(
+        METHODS
+    ),
+    model: Annotated[str | None, typer.Option(help="Base model. Default: the one the adapter names.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Text file, one prompt per line. Default: bundled.")] = None,
+    held_out: Annotated[int, typer.Option(help="Held-out prompts, at most.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of sampling and of the random adapter.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+) -> None:
+    """Measure an adapter beside other ways to steer, on held-out texts."""
+    rows = run_evaluation(
+        adapter,
+        output,
+        baselines=[name.strip() for name in baselines.split(",") if name.strip()],
+        model_name=model,
+        prompts=prompts,
+        held_out=held_out,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+    )
+    typer.echo(markdown(rows))
 
 
 @app.command()

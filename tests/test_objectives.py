@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ipissa.adapter import InnerPissaConfig
 from ipissa.adapter.model import layer_alpha
+from ipissa.data.activations import pair_activations
 from ipissa.data.continuations import Continuation
 from ipissa.data.pairs import (
     ContrastivePair,
@@ -25,9 +26,9 @@ from ipissa.data.pairs import (
 from ipissa.data.personas import Trait
 from ipissa.errors import ConfigError, TrainingError
 from ipissa.train import TrainConfig
-from ipissa.train.activations import pair_activations, select_triples
 from ipissa.train.elicitation import check_targets
 from ipissa.train.fit import fit
+from ipissa.train.initialise import select_triples
 from ipissa.train.losses.separation import separation_loss, symlog
 from ipissa.train.objectives.antiparallel import Antiparallel, AntiparallelConfig
 from ipissa.train.objectives.build import objective_weights

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Continuation
 from ipissa.data.personas import Trait
+from ipissa.evaluate.dial import Dial
 from ipissa.sequences import continuation_logprobs, pad_batch, target_logprobs
-from ipissa.steering import SteeredModel
 
 ROWS_PER_BATCH = 32
 RESAMPLES = 2000
@@ -93,7 +93,7 @@ class _Setting:
 
 
 def measure_yardsticks(
-    steered: SteeredModel,
+    steered: Dial,
     tokenizer: Any,
     trait: Trait,
     continuations: Sequence[Continuation],
@@ -101,7 +101,7 @@ def measure_yardsticks(
     alpha: float = 1.0,
     seed: int = 0,
 ) -> Yardsticks:
-    """Measure the one attached adapter on held-out continuations of both poles."""
+    """Measure a dial on held-out continuations of both poles."""
     prompts = sorted({c.prompt for c in continuations})
     poles = {}
     for pole in (1, -1):
@@ -131,7 +131,7 @@ class ResponsePoint:
 
 
 def response_curve(
-    steered: SteeredModel,
+    steered: Dial,
     tokenizer: Any,
     trait: Trait,
     continuations: Sequence[Continuation],
@@ -150,9 +150,7 @@ def response_curve(
     return [ResponsePoint(float(name), gains[1][name], gains[-1][name]) for name in gains[1]]
 
 
-def pole_preference(
-    steered: SteeredModel, tokenizer: Any, trait: Trait, continuations: Sequence[Continuation]
-) -> float:
+def pole_preference(steered: Dial, tokenizer: Any, trait: Trait, continuations: Sequence[Continuation]) -> float:
     """Nats per token by which texts of each pole are likelier at their own α = ±1 than at the other."""
     total = 0.0
     for pole in (1, -1):
@@ -165,7 +163,7 @@ def pole_preference(
 
 @torch.no_grad()
 def _log_likelihoods(
-    steered: SteeredModel,
+    steered: Dial,
     tokenizer: Any,
     trait: Trait,
     continuations: Sequence[Continuation],

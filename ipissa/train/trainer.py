@@ -31,12 +31,12 @@ from ipissa.errors import ConfigError
 from ipissa.evaluate.yardsticks import measure_yardsticks, pole_preference, response_curve
 from ipissa.models import load_model
 from ipissa.steering import attach
-from ipissa.train.activations import select_triples
 from ipissa.train.calibration import calibrate
 from ipissa.train.card import write_card
 from ipissa.train.config import TrainConfig
 from ipissa.train.elicitation import check_targets, elicitation
 from ipissa.train.fit import History, fit
+from ipissa.train.initialise import select_triples
 from ipissa.train.layers import layer_changes
 from ipissa.train.objectives.antiparallel import Antiparallel
 from ipissa.train.objectives.base import Objective

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,11 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ipissa.adapter.layer import InnerPissaLayer
-from ipissa.adapter.model import RESIDUAL_WRITERS
 from ipissa.data.pairs import ContrastivePair
 from ipissa.sequences import PaddedBatch, pad_batch
-from ipissa.train.selection import TripleStatistics, select
 
 PAIRS_PER_BATCH = 16
 
@@ -60,23 +56,6 @@ def pair_activations(
         {name: torch.cat([_by_side(rows) for rows in found], dim=1) for name, found in inputs.items()},
         torch.cat([_by_side(rows, dim=1) for rows in streams], dim=2),
     )
-
-
-def select_triples(
-    peft_model: Any, tokenizer: Any, pairs: Sequence[ContrastivePair], *, rule: str, adapter_name: str = "default"
-) -> None:
-    """Give every adapted layer the triples that `rule` chooses on the pairs, in place, before training."""
-    layers = {name: module for name, module in peft_model.named_modules() if isinstance(module, InnerPissaLayer)}
-    with peft_model.disable_adapter():
-        found = pair_activations(peft_model, tokenizer, pairs, {n: layer.base_linear() for n, layer in layers.items()})
-    for name, layer in layers.items():
-        u, s, v = (factor.float().cpu() for factor in layer.svd())
-        block = int(re.findall(r"\.(\d+)\.", name)[-1])
-        own = found.inputs[name] @ v
-        writes = name.endswith(tuple(RESIDUAL_WRITERS))
-        stream = found.stream[block + 1] @ u if writes else found.stream[block] @ v
-        statistics = TripleStatistics(name, s, *own, *stream)
-        layer.keep_triples(adapter_name, select(rule, statistics, layer.innerpissa_S[adapter_name].numel()))
 
 
 def pad_pairs(pairs: Sequence[ContrastivePair], *, pad_id: int, device: torch.device) -> PaddedBatch:

@@ -1,0 +1,1 @@
+"""Other ways to steer, each with the same dial, measured beside an adapter in the same run."""

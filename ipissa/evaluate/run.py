@@ -1,0 +1,68 @@
+"""Evaluate an adapter file: sample held-out texts from its base model, and compare it with baselines on them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+from ipissa.adapter.checkpoint import load_adapter
+from ipissa.adapter.config import one_of
+from ipissa.data.continuations import Sampling, sample_continuations
+from ipissa.data.pairs import contrastive_pairs, openings_from_continuations
+from ipissa.data.personas import Trait
+from ipissa.data.prompts import load_prompts
+from ipissa.evaluate.compare import METHODS, Compared, compare, markdown
+from ipissa.models import load_model
+
+TUNING_PROMPTS = 24
+PAIR_PROMPTS = 96
+
+
+def evaluate(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    baselines: Sequence[str] = METHODS,
+    model_name: str | None = None,
+    prompts: str | None = None,
+    held_out: int = 100,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> list[Compared]:
+    """Write `yardsticks.json` and `yardsticks.md` to the folder `output`.
+
+    Vectors are computed from pairs of training prompts and scaled on a few of them; what is reported is
+    measured on held-out prompts, the same for all.
+
+    Raises:
+        AdapterFileError, BaseModelMismatchError, ConfigError: before anything is sampled.
+    """
+    for name in baselines:
+        one_of(name, dict.fromkeys(METHODS), name="baseline")
+    adapter = load_adapter(path)
+    trait = Trait(**{field.name: adapter.trait[field.name] for field in fields(Trait)})
+    training, test_prompts = load_prompts(prompts)
+    model, tokenizer = load_model(model_name or adapter.base_model["name"], device=device, dtype=dtype)
+
+    def sampled(some: Sequence[str], seed: int) -> list:
+        return sample_continuations(model, tokenizer, trait, some, per_prompt=1, sampling=Sampling(), seed=seed)
+
+    known = sampled(training[:PAIR_PROMPTS], seed)
+    tuning = [c for c in known if c.prompt in training[:TUNING_PROMPTS]]
+    pairs = contrastive_pairs(tokenizer, trait, openings_from_continuations(known, seed=seed))
+    test = sampled(test_prompts[:held_out], seed + 1)
+    rows = compare(model, tokenizer, trait, adapter, pairs, tuning, test, methods=baselines, seed=seed)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {
+        "adapter": adapter.digest,
+        "prompts": len(test_prompts[:held_out]),
+        "methods": [asdict(row) for row in rows],
+    }
+    (folder / "yardsticks.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    (folder / "yardsticks.md").write_text(markdown(rows) + "\n", encoding="utf-8")
+    return rows

@@ -1,0 +1,172 @@
+"""Other ways to steer against their definitions, with the same dial as adapters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import logits_of, random_adapter, tiny_model
+from torch import Tensor
+from typer.testing import CliRunner
+
+from ipissa.cli import app
+from ipissa.data.activations import pair_activations
+from ipissa.data.continuations import Continuation
+from ipissa.data.pairs import ContrastivePair, Opening, contrastive_pairs
+from ipissa.data.personas import Trait
+from ipissa.errors import AlphaError, ConfigError
+from ipissa.evaluate.baselines.random import random_like
+from ipissa.evaluate.baselines.sspace import SSpaceDial
+from ipissa.evaluate.baselines.vectors import VectorDial, first_components, mean_differences
+from ipissa.evaluate.compare import METHODS, SCALES, compare, markdown
+
+TRAIT = Trait.from_words("kind", "angry")
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Any) -> Any:
+    return tiny_model("llama", vocab_size=len(tokenizer))
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizer: Any) -> list[ContrastivePair]:
+    texts = ["I think that we", "Let me tell you", "No, and", "It is a question of", "The best way is to", "Well"]
+    return contrastive_pairs(tokenizer, TRAIT, [Opening("How are you?", tokenizer.encode(text)) for text in texts])
+
+
+def dials(model: Any, tokenizer: Any, pairs: list[ContrastivePair]) -> dict[str, Any]:
+    return {
+        "vector": VectorDial(model, mean_differences(model, tokenizer, pairs, [1, 2])),
+        "sspace": SSpaceDial(model, tokenizer, pairs, ["model.layers.1.mlp.down_proj"], rank=5),
+    }
+
+
+@pytest.mark.parametrize("kind", ["vector", "sspace"])
+def test_a_baseline_has_one_alpha_per_row_is_exact_at_zero_and_leaves_no_trace(
+    kind: str, model: Any, tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    base = logits_of(model, IDS)
+    all_dials = dials(model, tokenizer, pairs)
+    dial = all_dials.pop(kind)
+    for other in all_dials.values():
+        other.detach()
+    with dial.alpha([0.7, 0.0]):
+        rows = logits_of(model, IDS)
+    with dial.alpha(0.7):
+        alone = logits_of(model, IDS[:1])
+    assert (rows[0] - alone[0]).abs().max() < 1e-5
+    assert torch.equal(rows[1], base[1])
+    assert (rows[0] - base[0]).abs().max() > 1e-3
+    assert torch.equal(logits_of(model, IDS), base)
+    dial.scale = 0.5
+    with dial.alpha(1.4):
+        assert (logits_of(model, IDS[:1]) - alone).abs().max() < 1e-5
+    with pytest.raises(AlphaError, match="not finite"), dial.alpha(float("nan")):
+        pass
+    dial.detach()
+    with dial.alpha(0.7):
+        assert torch.equal(logits_of(model, IDS), base)
+
+
+def test_vectors_add_the_mean_difference_after_their_blocks(
+    model: Any, tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    stream = pair_activations(model, tokenizer, pairs, {}).stream
+    expected = (stream[2, 0] - stream[2, 1]).mean(0)
+    directions = mean_differences(model, tokenizer, pairs, [1])
+    assert torch.allclose(directions[1], expected)
+    outputs: list[Tensor] = []
+    handle = model.model.layers[2].register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
+    dial = VectorDial(model, directions)
+    logits_of(model, IDS)
+    with dial.alpha([2.0, -1.0]):
+        logits_of(model, IDS)
+    handle.remove()
+    dial.detach()
+    added = outputs[1] - outputs[0]
+    assert (added[0] - 2 * expected).abs().max() < 1e-5
+    assert (added[1] + expected).abs().max() < 1e-5
+
+
+def test_the_first_component_points_to_the_chosen_side_and_is_as_long_as_the_mean(
+    model: Any, tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    stream = pair_activations(model, tokenizer, pairs, {}).stream[3]
+    difference = stream[0] - stream[1]
+    (found,) = first_components(model, tokenizer, pairs, [2]).values()
+    assert found @ difference.mean(0) > 0
+    assert found.norm().item() == pytest.approx(difference.mean(0).norm().item(), rel=1e-4)
+    unit = found / found.norm()
+    _, vectors = torch.linalg.eigh(difference.T @ difference)
+    assert (vectors[:, -1] @ unit).abs().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_s_space_equals_its_formula(model: Any, tokenizer: Any, pairs: list[ContrastivePair]) -> None:
+    name, rank = "model.layers.1.mlp.down_proj", 5
+    layer = model.get_submodule(name)
+    inputs = pair_activations(model, tokenizer, pairs, {name: layer}).inputs[name]
+    W = layer.weight.detach()
+    U, S, vh = torch.linalg.svd(W, full_matrices=False)
+    Us, Vs = U[:, :rank] * S[:rank].sqrt(), vh[:rank].T * S[:rank].sqrt()
+    difference = ((inputs[0] - inputs[1]) @ W.T @ Us).mean(0)
+    x = torch.randn(2, 3, layer.in_features)
+    expected = -0.6 * ((x @ Vs) * (difference / difference.norm())) @ Us.T
+    dial = SSpaceDial(model, tokenizer, pairs, [name], rank=rank)
+    with torch.no_grad():
+        before = layer(x)
+        with dial.alpha(-0.6):
+            after = layer(x)
+    dial.detach()
+    assert (after - before - expected).abs().max() < 1e-5
+
+
+def test_a_random_adapter_turns_as_far_and_elsewhere(model: Any) -> None:
+    adapter = random_adapter(model, suffixes=("o_proj",))
+    other = random_like(adapter, seed=1)
+    for name, factors in adapter.modules.items():
+        found = other.modules[name]
+        assert torch.equal(found.U, factors.U)
+        for one, two in ((factors.rotation_v, found.rotation_v), (factors.delta_s, found.delta_s)):
+            assert two.norm().item() == pytest.approx(one.norm().item(), rel=1e-4)
+            assert (one - two).abs().max() > 0.1 * one.abs().max()
+        assert (found.rotation_v + found.rotation_v.T).abs().max() < 1e-6
+    again = random_like(adapter, seed=1)
+    assert all(torch.equal(again.modules[n].rotation_v, other.modules[n].rotation_v) for n in adapter.modules)
+
+
+def test_a_comparison_measures_all_methods_on_the_same_texts(
+    model: Any, tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    texts = [
+        Continuation(f"Prompt {i}", pole, torch.randint(100, 9000, (4,), generator=generator).tolist())
+        for i in range(4)
+        for pole in (1, -1)
+    ]
+    base = logits_of(model, IDS)
+    adapter = random_adapter(model, suffixes=("o_proj",))
+    rows = compare(model, tokenizer, TRAIT, adapter, pairs, texts[:4], texts[4:])
+    assert [row.method for row in rows] == ["adapter", *METHODS]
+    assert [row.scale in SCALES for row in rows] == [False, True, True, True, False]
+    assert {row.yardsticks.prompts for row in rows} == {2}
+    assert torch.equal(logits_of(model, IDS), base)
+    assert len(markdown(rows).splitlines()) == 2 + len(rows)
+
+
+def test_the_eval_command_writes_what_it_prints(tiny: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"Tell me about the number {i}." for i in range(16)))
+    output = tmp_path / "report"
+    arguments = ["eval", "--adapter", str(tiny / "adapters" / "honest.safetensors"), "--output", str(output)]
+    options = ["--model", str(tiny / "model"), "--prompts", str(prompts), "--baselines", "caa, random"]
+    result = CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
+    assert (output / "yardsticks.md").read_text() in result.stdout
+    report = json.loads((output / "yardsticks.json").read_text())
+    assert report["prompts"] == 4
+    assert [row["method"] for row in report["methods"]] == ["adapter", "caa", "random"]
+    with pytest.raises(ConfigError, match="baseline 'magic' is unknown"):
+        CliRunner().invoke(app, [*arguments, "--baselines", "magic"], catch_exceptions=False)
