@@ -75,7 +75,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         raise OSError("No space left on device")
 
     monkeypatch.setattr("ipissa.adapter.checkpoint.save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(AdapterFileError, match=r"No space left on device.*make room"):
         save_adapter(adapter, path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
