@@ -47,9 +47,9 @@ class Server:
         """Stream completions of all bodies at the same time, each as {"prompt": ..., "max_tokens": ...}."""
         return asyncio.run(self._streams(bodies))
 
-    def seconds_per_token(self, bodies: list[dict[str, Any]]) -> float:
-        """From the first request to the last token, per token."""
-        streams = self.streams(bodies)
+    def seconds_per_token(self, bodies: list[dict[str, Any]], *, at_once: bool = True) -> float:
+        """From the first request to the last token, per token; one request after the other if not at once."""
+        streams = self.streams(bodies) if at_once else [self.streams([body])[0] for body in bodies]
         tokens = sum(len(stream.arrivals) for stream in streams)
         asked = sum(body["max_tokens"] for body in bodies)
         if tokens < asked:  # an early end would time the prompt instead
