@@ -31,11 +31,6 @@ class Stream:
         """From request to first token."""
         return self.arrivals[0] - self.started
 
-    @property
-    def gaps(self) -> list[float]:
-        """Seconds between neighbouring tokens."""
-        return [b - a for a, b in zip(self.arrivals, self.arrivals[1:], strict=False)]
-
 
 class Server:
     """An OpenAI-compatible server, ours or another."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -19,6 +19,11 @@ class PaddedBatch:
     position_ids: Tensor  # (batch, length)
     targets: Tensor  # (batch, tokens) the continuations
     mask: Tensor  # (batch, tokens) True where a continuation has a token
+
+    @classmethod
+    def taken_from(cls, tensors: Mapping[str, Any]) -> PaddedBatch:
+        """The batch whose fields stand, by name, among other tensors."""
+        return cls(**{field.name: tensors[field.name] for field in fields(cls)})
 
 
 def pad_batch(

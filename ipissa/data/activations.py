@@ -58,10 +58,11 @@ def pair_activations(
     )
 
 
-def pad_pairs(pairs: Sequence[ContrastivePair], *, pad_id: int, device: torch.device) -> PaddedBatch:
-    """All chosen rows, then all rejected rows."""
+def pad_pairs(pairs: Sequence[ContrastivePair], *, pad_id: int, device: torch.device, times: int = 1) -> PaddedBatch:
+    """All chosen rows, then all rejected rows, and that so many times."""
     contexts = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    return pad_batch(contexts, [pair.opening for pair in pairs] * 2, pad_id=pad_id, device=device)
+    openings = [pair.opening for pair in pairs]
+    return pad_batch(contexts * times, openings * 2 * times, pad_id=pad_id, device=device)
 
 
 @contextmanager

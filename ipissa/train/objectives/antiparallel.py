@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipissa.adapter.model import RESIDUAL_WRITERS, layer_alpha
+from ipissa.data.activations import pad_pairs
 from ipissa.data.pairs import ContrastivePair
 from ipissa.errors import ConfigError
-from ipissa.sequences import PaddedBatch, continuation_logprobs, pad_batch, target_logprobs
+from ipissa.sequences import PaddedBatch, continuation_logprobs, target_logprobs
 from ipissa.train.losses.antiparallel import antiparallel_loss
 from ipissa.train.losses.constraints import monotonic_hinge, ramp, sparse_total_variation_barrier
 from ipissa.train.losses.separation import masked_mean
@@ -104,12 +105,7 @@ class Antiparallel:
     def collate(self, examples: Sequence[AntiparallelExample]) -> Batch:
         """Rows chosen and rejected at +1, then chosen and rejected at -1."""
         pairs = [example.pair for example in examples]
-        padded = pad_batch(
-            [*(pair.chosen for pair in pairs), *(pair.rejected for pair in pairs)] * 2,
-            [pair.opening for pair in pairs] * 4,
-            pad_id=self.pad_id,
-            device=torch.device("cpu"),
-        )
+        padded = pad_pairs(pairs, pad_id=self.pad_id, device=torch.device("cpu"), times=2)
         width = padded.targets.shape[1]
 
         def stacked(name: str, padding: float = 0.0) -> Tensor:
@@ -133,7 +129,7 @@ class Antiparallel:
     def loss(self, model: Any, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Antiparallel separation plus ramped barrier and order; the figures hold each part."""
         config = self.config
-        padded = PaddedBatch(*(batch[name] for name in PaddedBatch.__dataclass_fields__))
+        padded = PaddedBatch.taken_from(batch)
         with layer_alpha(model, batch["alpha"]), output_of(self._layer) as seen:
             logprobs = continuation_logprobs(model, padded)
         pairs, tokens = len(batch["reference"]), padded.targets.shape[1]
@@ -174,13 +170,7 @@ class Antiparallel:
         streams = []
         for start in tqdm(range(0, len(pairs), PAIRS_PER_BATCH), desc="references", unit="batch"):
             batch = pairs[start : start + PAIRS_PER_BATCH]
-            contexts = [pair.chosen for pair in batch] + [pair.rejected for pair in batch]
-            padded = pad_batch(
-                contexts,
-                [pair.opening for pair in batch] * 2,
-                pad_id=self.pad_id,
-                device=next(model.parameters()).device,
-            )
+            padded = pad_pairs(batch, pad_id=self.pad_id, device=next(model.parameters()).device)
             with ExitStack() as hooks:
                 stream = [hooks.enter_context(output_of(layer)) for layer in model.get_decoder().layers]
                 logprobs = continuation_logprobs(model, padded)

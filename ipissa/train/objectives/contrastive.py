@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from ipissa.adapter.config import one_of
 from ipissa.adapter.model import layer_alpha
+from ipissa.data.activations import pad_pairs
 from ipissa.data.pairs import ContrastivePair
 from ipissa.errors import ConfigError
-from ipissa.sequences import PaddedBatch, continuation_logprobs, pad_batch, target_logprobs
+from ipissa.sequences import PaddedBatch, continuation_logprobs, target_logprobs
 from ipissa.train.losses.constraints import adaptive_weights, coherence_penalty, monotonic_hinge
 from ipissa.train.losses.directions import DIRECTIONS, PairStates, snorm
 from ipissa.train.losses.separation import (
@@ -130,13 +131,7 @@ class Contrastive:
     def collate(self, examples: Sequence[ContrastiveExample]) -> Batch:
         """Rows chosen and rejected at +1, then chosen and rejected at -1."""
         pairs = [example.pair for example in examples]
-        rows = [[pair.chosen for pair in pairs], [pair.rejected for pair in pairs]] * 2
-        padded = pad_batch(
-            [context for side in rows for context in side],
-            [pair.opening for pair in pairs] * 4,
-            pad_id=self.pad_id,
-            device=torch.device("cpu"),
-        )
+        padded = pad_pairs(pairs, pad_id=self.pad_id, device=torch.device("cpu"), times=2)
         width = padded.targets.shape[1]
 
         def aligned(values: list[Tensor]) -> Tensor:
@@ -153,7 +148,7 @@ class Contrastive:
     def loss(self, model: Any, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Separation of both poles plus coherence and order; the figures hold each part."""
         config = self.config
-        padded = PaddedBatch(*(batch[name] for name in PaddedBatch.__dataclass_fields__))
+        padded = PaddedBatch.taken_from(batch)
         with layer_alpha(model, batch["alpha"]), recorded(self.sites) as seen:
             logp = target_logprobs(continuation_logprobs(model, padded), padded)
         rows = {pole: slice(i, i + 2) for pole, i in ((1, 0), (-1, 2))}
@@ -242,9 +237,8 @@ class Contrastive:
         logps: list[tuple[Tensor, Tensor]] = []
         for start in tqdm(range(0, len(pairs), PAIRS_PER_BATCH), desc="references", unit="batch"):
             batch = pairs[start : start + PAIRS_PER_BATCH]
-            contexts = [pair.chosen for pair in batch] + [pair.rejected for pair in batch]
             openings = [pair.opening for pair in batch]
-            padded = pad_batch(contexts, openings * 2, pad_id=self.pad_id, device=next(model.parameters()).device)
+            padded = pad_pairs(batch, pad_id=self.pad_id, device=next(model.parameters()).device)
             with recorded(self.sites) as seen:
                 logp = target_logprobs(continuation_logprobs(model, padded), padded).cpu()
             for site in self.sites:

@@ -144,7 +144,7 @@ class Distillation:
 
     def loss(self, model: Any, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted mean KL over rows, and the plain mean of either pole."""
-        padded = PaddedBatch(*(batch[name] for name in PaddedBatch.__dataclass_fields__))
+        padded = PaddedBatch.taken_from(batch)
         with layer_alpha(model, batch["alpha"]):
             logprobs = continuation_logprobs(model, padded)
         rows = distillation_loss(logprobs, batch["top_ids"], batch["top_logprobs"], padded.mask)
