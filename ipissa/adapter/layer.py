@@ -61,8 +61,7 @@ class InnerPissaLayer(BaseTunerLayer):
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """The thin SVD of the base weight in float32: U (d_out, k), S (k,) falling, V (d_in, k)."""
-        u, s, vh = torch.linalg.svd(dense_weight(self.base_linear()), full_matrices=False)
-        return u, s, vh.T
+        return thin_svd(self.base_linear())
 
     def keep_triples(self, adapter_name: str, indices: Tensor) -> None:
         """Adapt these singular triples (r,) instead of the largest; their values stay the weight's own."""
@@ -183,6 +182,12 @@ def dense_weight(linear: nn.Linear) -> Tensor:
     identity = torch.eye(linear.in_features, device=linear.weight.device)
     columns = linear(identity) - (0 if linear.bias is None else linear.bias)
     return columns.T.float()
+
+
+def thin_svd(linear: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
+    """The thin SVD of a layer's weight in float32: U (d_out, k), S (k,) falling, V (d_in, k)."""
+    u, s, vh = torch.linalg.svd(dense_weight(linear), full_matrices=False)
+    return u, s, vh.T
 
 
 def _initial_rotation(r: int, std: float) -> Tensor:

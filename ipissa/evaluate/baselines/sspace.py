@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from ipissa.adapter.layer import thin_svd
 from ipissa.data.activations import pair_activations
 from ipissa.data.pairs import ContrastivePair
 from ipissa.evaluate.dial import HookDial
@@ -28,15 +28,15 @@ class SSpaceDial(HookDial):
         self, model: Any, tokenizer: Any, pairs: Sequence[ContrastivePair], modules: Sequence[str], *, rank: int
     ) -> None:
         super().__init__(model)
-        layers: dict[str, nn.Module] = {name: model.get_submodule(name) for name in modules}
-        found = pair_activations(model, tokenizer, pairs, layers)
+        layers: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in modules}
+        found = pair_activations(model, tokenizer, pairs, dict(layers))
         for name, layer in layers.items():
-            weight = cast(Tensor, layer.weight).detach().float().cpu()
-            u, s, vh = (part[..., :rank] for part in _thin_svd(weight))
-            us, vs = u * s.sqrt(), vh * s.sqrt()
-            chosen, rejected = (side @ weight.T @ us for side in found.inputs[name])
+            u, s, v = (part[..., :rank].cpu() for part in thin_svd(layer))
+            us, vs = u * s.sqrt(), v * s.sqrt()
+            # y · U√S = x Wᵀ U√S = x V S √S
+            chosen, rejected = (side @ (vs * s) for side in found.inputs[name])
             delta = nn.functional.normalize((chosen - rejected).mean(0), dim=0)
-            self.handles.append(layer.register_forward_hook(self._adding(us.to(weight), vs * delta)))
+            self.handles.append(layer.register_forward_hook(self._adding(us, vs * delta)))
 
     def _adding(self, us: Tensor, vs: Tensor) -> Any:
         def add(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -47,9 +47,3 @@ class SSpaceDial(HookDial):
             return output + (self.per_row(x) * change).to(output.dtype)
 
         return add
-
-
-def _thin_svd(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (d_out, k), S (k,), V (d_in, k)."""
-    u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    return u, s, vh.T

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ipissa.adapter.layer import thin_svd
 from ipissa.errors import ConfigError
 from ipissa.sequences import PaddedBatch
 
@@ -52,8 +53,8 @@ def find_sites(model: Any, modules: Sequence[str], depths: Sequence[float], side
             and name.endswith(tuple(f".{m}" for m in modules))
             and any(w in name for w in wanted)
         ):
-            u, s, vh = torch.linalg.svd(module.weight.detach().float(), full_matrices=False)
-            found.append(Site(name, module, side, vh.T if side == "V" else u, s))
+            u, s, v = thin_svd(module)
+            found.append(Site(name, module, side, v if side == "V" else u, s))
     if len(found) < len(modules) * len(wanted):
         raise ConfigError(f"Loss modules {list(modules)} are not all in this model; {len(found)} were found.")
     return found
