@@ -12,16 +12,18 @@ from ipissa.adapter import load_adapter, to_lora
 from ipissa.adapter.convert import to_peft_folder
 from ipissa.adapter.lora import merge, new_folder
 from ipissa.cli_errors import run_cli
+from ipissa.data.prompts import load_prompts, spread
 from ipissa.errors import ConfigError
-from ipissa.evaluate.compare import METHODS, markdown
+from ipissa.evaluate.compare import METHODS, QUICK_METHODS, markdown
 from ipissa.evaluate.run import evaluate as run_evaluation
-from ipissa.models import load_model
+from ipissa.models import DEMO_MODEL, load_model
 from ipissa.train import TrainConfig
 from ipissa.train import train as run_training
 from ipissa.train.card import describe
 from ipissa.train.config import OPTIONS, read_settings
 from ipissa.train.presets import preset_settings
 from ipissa.train.sweep import read_grid, run_sweep
+from ipissa.train.words import HEADER, compare_words, split_pair
 
 app = typer.Typer(
     help="Steer a language model from the inside: make, inspect, export and serve adapters.",
@@ -88,13 +90,35 @@ def train(
         typer.echo(f"Warning: {sentence}", err=True)
 
 
+@app.command()
+def words(
+    pairs: Annotated[list[str], typer.Argument(help="Pairs to compare, each as 'kind, loving / angry, hateful'.")],
+    model: Annotated[str, typer.Option(help="Demo model name, hub id, folder or GGUF file.")] = DEMO_MODEL,
+    prompts: Annotated[str | None, typer.Option(help="Text file, one prompt per line. Default: bundled.")] = None,
+    max_prompts: Annotated[int, typer.Option(help="Prompts to sample answers to, at most.", min=1)] = 40,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+) -> None:
+    """Say, before training, how strong and how opposite two personas are on a model; a minute per pair.
+
+    Reach is the part of either persona's effect that a dial between the two can recover at best.
+    """
+    split = [split_pair(pair) for pair in pairs]
+    training, _ = load_prompts(prompts)
+    loaded, tokenizer = load_model(model, device=device, dtype=dtype)
+    typer.echo(HEADER)
+    for found in compare_words(loaded, tokenizer, split, spread(training, max_prompts), seed=seed):
+        typer.echo(found.row())
+
+
 @app.command(name="eval")
 def evaluate(
     adapter: AdapterOption,
     output: Annotated[Path, typer.Option(help="Folder for yardsticks.md and yardsticks.json.")],
-    baselines: Annotated[str, typer.Option(help="Other ways to steer, with commas; empty for none.")] = ",".join(
-        METHODS
-    ),
+    baselines: Annotated[
+        str, typer.Option(help=f"Other ways to steer, with commas, of {', '.join(METHODS)}; empty for none.")
+    ] = ",".join(QUICK_METHODS),
     model: Annotated[str | None, typer.Option(help="Base model. Default: the one the adapter names.")] = None,
     prompts: Annotated[str | None, typer.Option(help="Text file, one prompt per line. Default: bundled.")] = None,
     held_out: Annotated[int, typer.Option(help="Held-out prompts, at most.")] = 100,

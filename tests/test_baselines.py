@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,20 @@ from typer.testing import CliRunner
 
 from ipissa.cli import app
 from ipissa.data.activations import pair_activations
+from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Continuation
 from ipissa.data.pairs import ContrastivePair, Opening, contrastive_pairs
 from ipissa.data.personas import Trait
 from ipissa.errors import AlphaError, ConfigError
 from ipissa.evaluate.baselines.random import random_like
 from ipissa.evaluate.baselines.sspace import SSpaceDial
+from ipissa.evaluate.baselines.tuners import training_config
 from ipissa.evaluate.baselines.vectors import VectorDial, first_components, mean_differences
-from ipissa.evaluate.compare import METHODS, SCALES, compare, markdown
+from ipissa.evaluate.compare import METHODS, SCALES, Materials, compare, markdown
+from ipissa.evaluate.yardsticks import measure_persona_prompt
+from ipissa.steering import attach
+from ipissa.train.config import TrainConfig
+from ipissa.train.objectives.distill import Target, build_targets
 
 TRAIT = Trait.from_words("kind", "angry")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -149,12 +156,46 @@ def test_a_comparison_measures_all_methods_on_the_same_texts(
     ]
     base = logits_of(model, IDS)
     adapter = random_adapter(model, suffixes=("o_proj",))
-    rows = compare(model, tokenizer, TRAIT, adapter, pairs, texts[:4], texts[4:])
+    config = TrainConfig("kind", "angry", rank=4, epochs=1, batch_size=4, target_modules=("o_proj",), lr=1e-2)
+
+    def learn() -> tuple[TrainConfig, list[Target]]:
+        return config, build_targets(model, tokenizer, TRAIT, texts[:4], top_k=32)
+
+    materials = Materials(model, tokenizer, TRAIT, adapter, pairs, texts[:4], texts[4:], learn)
+    rows = list(compare(materials, methods=METHODS))
     assert [row.method for row in rows] == ["adapter", *METHODS]
-    assert [row.scale in SCALES for row in rows] == [False, True, True, True, False]
+    assert [row.method for row in rows if row.scale in SCALES] == ["caa", "repeng", "sspace"]
     assert {row.yardsticks.prompts for row in rows} == {2}
     assert torch.equal(logits_of(model, IDS), base)
     assert len(markdown(rows).splitlines()) == 2 + len(rows)
+    told = rows[1].yardsticks
+    for pole in (told.positive, told.negative):
+        assert (pole.trait_gain.value, pole.contrast.value) == (1.0, 1.0)
+    gains = [(row.yardsticks.positive.trait_gain.value, row.yardsticks.negative.plain_gain.value) for row in rows]
+    assert len(set(gains)) == len(gains)  # no two methods are the same thing under two names
+
+
+def test_the_plain_gain_of_a_persona_prompt_equals_its_definition(model: Any, tokenizer: Any) -> None:
+    def logp(text: Continuation, persona: int | None) -> float:
+        context = chat_ids(tokenizer, TRAIT.messages(text.prompt, persona))
+        logprobs = logits_of(model, torch.tensor([context + text.tokens]))[0].double().log_softmax(-1)
+        return sum(float(logprobs[len(context) - 1 + i, token]) for i, token in enumerate(text.tokens))
+
+    own = [Continuation("How are you?", 1, [11, 12, 13]), Continuation("Who is it?", 1, [14, 15])]
+    others = [Continuation(text.prompt, -1, [16, 17]) for text in own]
+    found = measure_persona_prompt(attach(model, random_adapter(model)), tokenizer, TRAIT, own + others)
+    expected = sum(logp(text, 1) - logp(text, None) for text in own) / 5
+    assert found.positive.plain_gain.value == pytest.approx(expected, abs=1e-5)
+
+
+def test_tuners_need_an_adapter_that_says_how_it_was_trained(model: Any) -> None:
+    adapter = random_adapter(model, suffixes=("o_proj",))
+    with pytest.raises(ConfigError, match="does not say how it was trained"):
+        training_config(replace(adapter, evaluation={}))
+    how = {"positive": "kind", "negative": "angry", "seconds": 3}
+    assert training_config(replace(adapter, evaluation={"training": how})).positive == "kind"
+    with pytest.raises(ConfigError, match="trained with objective 'contrastive'"):
+        training_config(replace(adapter, evaluation={"training": how | {"objective": "contrastive"}}))
 
 
 def test_the_eval_command_writes_what_it_prints(tiny: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -28,3 +29,9 @@ def load_prompts(path: str | Path | None = None) -> tuple[list[str], list[str]]:
         raise ConfigError(f"{path} holds {len(prompts)} prompts; give at least {MIN_PROMPTS}, one per line.")
     held_out = prompts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     return [prompt for i, prompt in enumerate(prompts) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1], held_out
+
+
+def spread(prompts: Sequence[str], count: int) -> list[str]:
+    """At most `count` prompts at even distances, so that every part of a list is seen."""
+    count = min(count, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,16 @@ from ipissa.data.pairs import ContrastivePair
 from ipissa.data.personas import Trait
 from ipissa.evaluate.baselines.random import random_like
 from ipissa.evaluate.baselines.sspace import SSpaceDial
+from ipissa.evaluate.baselines.tuners import TUNERS, trained_tuner
 from ipissa.evaluate.baselines.vectors import VectorDial, first_components, mean_differences
 from ipissa.evaluate.dial import Dial, HookDial
-from ipissa.evaluate.yardsticks import Yardsticks, measure_yardsticks
+from ipissa.evaluate.yardsticks import Yardsticks, measure_persona_prompt, measure_yardsticks
 from ipissa.steering import attach
+from ipissa.train.config import TrainConfig
+from ipissa.train.objectives.distill import Target
 
-METHODS = ("caa", "repeng", "sspace", "random")
+METHODS = ("prompt", "caa", "repeng", "sspace", "random", *TUNERS)
+QUICK_METHODS = METHODS[: -len(TUNERS)]  # those that need no training
 SCALES = (0.03, 0.1, 0.3, 1.0)
 VECTOR_DEPTH = (1 / 3, 2 / 3)  # blocks that get a vector, as fractions of the depth
 
@@ -32,42 +36,60 @@ class Compared:
     yardsticks: Yardsticks
 
 
-def compare(
-    model: Any,
-    tokenizer: Any,
-    trait: Trait,
-    adapter: Adapter,
-    pairs: Sequence[ContrastivePair],
-    tuning: Sequence[Continuation],
-    test: Sequence[Continuation],
-    *,
-    methods: Sequence[str] = METHODS,
-    seed: int = 0,
-) -> list[Compared]:
-    """Measure the adapter and each method at |α| = 1.
-
-    Methods without a natural unit are given the scale, of `SCALES`, whose smaller trait gain over the two
-    poles is largest on `tuning`, so that each is seen at its best.
+@dataclass(frozen=True)
+class Materials:
+    """What methods are made from, and what they are measured on.
 
     Args:
         pairs: Contrastive pairs that vectors are computed from.
-        tuning: Labelled continuations of training prompts.
+        tuning: Labelled continuations of training prompts, to choose scales on.
         test: Labelled continuations of held-out prompts.
+        learn: The adapter's training settings and targets, for methods that are trained as it was.
     """
-    with _attached(model, adapter) as dial:
-        found = [Compared("adapter", None, measure_yardsticks(dial, tokenizer, trait, test))]
+
+    model: Any
+    tokenizer: Any
+    trait: Trait
+    adapter: Adapter
+    pairs: Sequence[ContrastivePair]
+    tuning: Sequence[Continuation]
+    test: Sequence[Continuation]
+    learn: Callable[[], tuple[TrainConfig, Sequence[Target]]]
+    seed: int = 0
+
+    def measured(self, dial: Dial) -> Yardsticks:
+        """The yardsticks of a dial on the test texts."""
+        return measure_yardsticks(dial, self.tokenizer, self.trait, self.test)
+
+
+def compare(materials: Materials, *, methods: Sequence[str] = QUICK_METHODS) -> Iterator[Compared]:
+    """Measure the adapter and then each method at |α| = 1, on the same texts.
+
+    Methods without a natural unit are given the scale, of `SCALES`, whose smaller trait gain over the two
+    poles is largest on the tuning texts, so that each is seen at its best.
+    """
+    with _attached(materials.model, materials.adapter) as dial:
+        yield Compared("adapter", None, materials.measured(dial))
     for method in methods:
-        if method == "random":
-            with _attached(model, random_like(adapter, seed=seed)) as dial:
-                found.append(Compared(method, None, measure_yardsticks(dial, tokenizer, trait, test)))
-            continue
-        other = _baseline(method, model, tokenizer, adapter, pairs)
-        try:
-            other.scale = max(SCALES, key=lambda scale: _worse_gain(other, scale, tokenizer, trait, tuning))
-            found.append(Compared(method, other.scale, measure_yardsticks(other, tokenizer, trait, test)))
-        finally:
-            other.detach()
-    return found
+        yield _compared(method, materials)
+
+
+def _compared(method: str, m: Materials) -> Compared:
+    if method == "prompt":
+        with _attached(m.model, m.adapter) as dial:
+            return Compared(method, None, measure_persona_prompt(dial, m.tokenizer, m.trait, m.test))
+    if method == "random":
+        with _attached(m.model, random_like(m.adapter, seed=m.seed)) as dial:
+            return Compared(method, None, m.measured(dial))
+    if method in TUNERS:
+        with trained_tuner(method, m.model, m.tokenizer, *m.learn()) as tuned:
+            return Compared(method, None, m.measured(tuned))
+    other = _baseline(method, m)
+    try:
+        other.scale = max(SCALES, key=lambda scale: _worse_gain(other, scale, m))
+        return Compared(method, other.scale, m.measured(other))
+    finally:
+        other.detach()
 
 
 def markdown(rows: Sequence[Compared]) -> str:
@@ -88,18 +110,18 @@ def markdown(rows: Sequence[Compared]) -> str:
     return "\n".join(lines)
 
 
-def _baseline(method: str, model: Any, tokenizer: Any, adapter: Adapter, pairs: Sequence[ContrastivePair]) -> HookDial:
+def _baseline(method: str, m: Materials) -> HookDial:
     if method == "sspace":
-        return SSpaceDial(model, tokenizer, pairs, list(adapter.modules), rank=adapter.config.rank)
-    depth = model.config.get_text_config().num_hidden_layers
+        return SSpaceDial(m.model, m.tokenizer, m.pairs, list(m.adapter.modules), rank=m.adapter.config.rank)
+    depth = m.model.config.get_text_config().num_hidden_layers
     first, last = (int(fraction * depth) for fraction in VECTOR_DEPTH)
     directions = {"caa": mean_differences, "repeng": first_components}[method]
-    return VectorDial(model, directions(model, tokenizer, pairs, range(first, max(last, first + 1))))
+    return VectorDial(m.model, directions(m.model, m.tokenizer, m.pairs, range(first, max(last, first + 1))))
 
 
-def _worse_gain(dial: HookDial, scale: float, tokenizer: Any, trait: Trait, tuning: Sequence[Continuation]) -> float:
+def _worse_gain(dial: HookDial, scale: float, m: Materials) -> float:
     dial.scale = scale
-    yardsticks = measure_yardsticks(dial, tokenizer, trait, tuning)
+    yardsticks = measure_yardsticks(dial, m.tokenizer, m.trait, m.tuning)
     return min(yardsticks.positive.trait_gain.value, yardsticks.negative.trait_gain.value)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 
 from ipissa.adapter.checkpoint import load_adapter
@@ -14,8 +15,11 @@ from ipissa.data.continuations import Sampling, sample_continuations
 from ipissa.data.pairs import contrastive_pairs, openings_from_continuations
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts
-from ipissa.evaluate.compare import METHODS, Compared, compare, markdown
+from ipissa.evaluate.baselines.tuners import TUNERS, distillation_targets, training_config
+from ipissa.evaluate.compare import METHODS, QUICK_METHODS, Compared, Materials, compare, markdown
 from ipissa.models import load_model
+from ipissa.train.config import TrainConfig
+from ipissa.train.objectives.distill import Target
 
 TUNING_PROMPTS = 24
 PAIR_PROMPTS = 96
@@ -25,7 +29,7 @@ def evaluate(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    baselines: Sequence[str] = METHODS,
+    baselines: Sequence[str] = QUICK_METHODS,
     model_name: str | None = None,
     prompts: str | None = None,
     held_out: int = 100,
@@ -35,8 +39,8 @@ def evaluate(
 ) -> list[Compared]:
     """Write `yardsticks.json` and `yardsticks.md` to the folder `output`.
 
-    Vectors are computed from pairs of training prompts and scaled on a few of them; what is reported is
-    measured on held-out prompts, the same for all.
+    Vectors are computed from pairs of training prompts and scaled on a few of them; LoRA and DoRA are
+    trained as the adapter was. What is reported is measured on held-out prompts, the same for all.
 
     Raises:
         AdapterFileError, BaseModelMismatchError, ConfigError: before anything is sampled.
@@ -44,6 +48,8 @@ def evaluate(
     for name in baselines:
         one_of(name, dict.fromkeys(METHODS), name="baseline")
     adapter = load_adapter(path)
+    if set(baselines) & set(TUNERS):
+        training_config(adapter)  # refused now rather than after the other methods
     trait = Trait(**{field.name: adapter.trait[field.name] for field in fields(Trait)})
     training, test_prompts = load_prompts(prompts)
     model, tokenizer = load_model(model_name or adapter.base_model["name"], device=device, dtype=dtype)
@@ -55,7 +61,14 @@ def evaluate(
     tuning = [c for c in known if c.prompt in training[:TUNING_PROMPTS]]
     pairs = contrastive_pairs(tokenizer, trait, openings_from_continuations(known, seed=seed))
     test = sampled(test_prompts[:held_out], seed + 1)
-    rows = compare(model, tokenizer, trait, adapter, pairs, tuning, test, methods=baselines, seed=seed)
+
+    @cache
+    def learn() -> tuple[TrainConfig, list[Target]]:
+        config = training_config(adapter)
+        return config, distillation_targets(model, tokenizer, trait, config, training)
+
+    materials = Materials(model, tokenizer, trait, adapter, pairs, tuning, test, learn, seed)
+    rows = list(compare(materials, methods=baselines))
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     report = {

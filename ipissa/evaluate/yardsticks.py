@@ -16,7 +16,7 @@ Intervals are 95 % percentile bootstraps over prompts, the unit that was held ou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -102,21 +102,56 @@ def measure_yardsticks(
     seed: int = 0,
 ) -> Yardsticks:
     """Measure a dial on held-out continuations of both poles."""
+
+    def settings(pole: int) -> dict[str, _Setting]:
+        return {
+            **_references(pole),
+            "neutral_steered": _Setting(0, pole * alpha),
+            "plain_steered": _Setting(None, pole * alpha),
+            "plain_opposite": _Setting(None, -pole * alpha),
+        }
+
+    return _measure(steered, tokenizer, trait, continuations, settings, alpha=alpha, seed=seed)
+
+
+def measure_persona_prompt(
+    dial: Dial, tokenizer: Any, trait: Trait, continuations: Sequence[Continuation], *, seed: int = 0
+) -> Yardsticks:
+    """The same yardsticks of telling the model: gain and contrast are 1 by definition, plain gain is measured."""
+
+    def settings(pole: int) -> dict[str, _Setting]:
+        told = {"neutral_steered": pole, "plain_steered": pole, "plain_opposite": -pole}
+        return _references(pole) | {name: _Setting(persona, 0.0) for name, persona in told.items()}
+
+    return _measure(dial, tokenizer, trait, continuations, settings, alpha=1.0, seed=seed)
+
+
+def _references(pole: int) -> dict[str, _Setting]:
+    """What the base model says, told and untold."""
+    return {
+        "neutral": _Setting(0, 0.0),
+        "told": _Setting(pole, 0.0),
+        "told_opposite": _Setting(-pole, 0.0),
+        "plain": _Setting(None, 0.0),
+    }
+
+
+def _measure(
+    dial: Dial,
+    tokenizer: Any,
+    trait: Trait,
+    continuations: Sequence[Continuation],
+    settings: Callable[[int], dict[str, _Setting]],
+    *,
+    alpha: float,
+    seed: int,
+) -> Yardsticks:
     prompts = sorted({c.prompt for c in continuations})
     poles = {}
     for pole in (1, -1):
         own = [c for c in continuations if c.pole == pole]
-        settings = {
-            "neutral": _Setting(0, 0.0),
-            "neutral_steered": _Setting(0, pole * alpha),
-            "told": _Setting(pole, 0.0),
-            "told_opposite": _Setting(-pole, 0.0),
-            "plain": _Setting(None, 0.0),
-            "plain_steered": _Setting(None, pole * alpha),
-            "plain_opposite": _Setting(None, -pole * alpha),
-        }
         label = f"yardsticks {'+' if pole > 0 else '-'}"
-        lp = _log_likelihoods(steered, tokenizer, trait, own, settings, label=label)
+        lp = _log_likelihoods(dial, tokenizer, trait, own, settings(pole), label=label)
         poles[pole] = _pole_yardsticks(lp, own, prompts, seed=seed)
     return Yardsticks(alpha=alpha, prompts=len(prompts), positive=poles[1], negative=poles[-1])
 
@@ -171,13 +206,14 @@ def _log_likelihoods(
     *,
     label: str,
 ) -> dict[str, np.ndarray]:
-    """Summed log-likelihood of every continuation in every setting; settings share batches."""
-    jobs = [(name, i) for i in range(len(continuations)) for name in settings]
-    sums = {name: np.zeros(len(continuations)) for name in settings}
+    """Summed log-likelihood of every continuation in every setting; equal settings are read once."""
+    distinct = list(dict.fromkeys(settings.values()))
+    jobs = [(setting, i) for i in range(len(continuations)) for setting in distinct]
+    sums = {setting: np.zeros(len(continuations)) for setting in distinct}
     for start in tqdm(range(0, len(jobs), ROWS_PER_BATCH), desc=label, unit="batch"):
         rows = jobs[start : start + ROWS_PER_BATCH]
         contexts = [
-            chat_ids(tokenizer, trait.messages(continuations[i].prompt, settings[name].persona)) for name, i in rows
+            chat_ids(tokenizer, trait.messages(continuations[i].prompt, setting.persona)) for setting, i in rows
         ]
         batch = pad_batch(
             contexts,
@@ -185,11 +221,11 @@ def _log_likelihoods(
             pad_id=tokenizer.pad_token_id,
             device=steered.model.device,
         )
-        with steered.alpha([settings[name].alpha for name, _ in rows]):
+        with steered.alpha([setting.alpha for setting, _ in rows]):
             logprobs = continuation_logprobs(steered.model, batch)
-        for (name, i), value in zip(rows, target_logprobs(logprobs, batch).sum(-1).tolist(), strict=True):
-            sums[name][i] = value
-    return sums
+        for (setting, i), value in zip(rows, target_logprobs(logprobs, batch).sum(-1).tolist(), strict=True):
+            sums[setting][i] = value
+    return {name: sums[setting] for name, setting in settings.items()}
 
 
 def _pole_yardsticks(

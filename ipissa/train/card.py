@@ -56,6 +56,8 @@ def describe(adapter: Adapter) -> str:
     sections = [table]
     if "yardsticks" in adapter.evaluation:
         sections.append(_yardsticks(adapter.evaluation["yardsticks"]))
+    if "reach" in adapter.evaluation:
+        sections.append(_reach(adapter.evaluation["reach"]))
     if "response" in adapter.evaluation:
         sections.append(_response(adapter.evaluation["response"]))
     if "calibration" in adapter.evaluation:
@@ -87,6 +89,14 @@ def _yardsticks(yardsticks: Mapping[str, Any]) -> str:
         "Brackets are 95 % bootstrap intervals over prompts.",
     ]
     return "\n".join(lines)
+
+
+def _reach(reach: Mapping[str, float]) -> str:
+    return (
+        f"Reach of these words on this model: {reach['odd']:.2f}. Told so, the model moves {reach['positive']:.3f} "
+        f"(positive) and {reach['negative']:.3f} (negative) nats per token away from the neutral persona, partly in "
+        "the same direction; a dial that is odd in α can recover about the reach, as trait gain at both poles at once."
+    )
 
 
 def _response(points: Sequence[Mapping[str, float]]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,18 @@ from ipissa.data.pairs import (
     read_suffixes,
 )
 from ipissa.data.personas import Trait
-from ipissa.data.prompts import load_prompts
+from ipissa.data.prompts import load_prompts, spread
 from ipissa.errors import ConfigError
-from ipissa.evaluate.yardsticks import measure_yardsticks, pole_preference, response_curve
+from ipissa.evaluate.yardsticks import (
+    ResponsePoint,
+    Yardsticks,
+    measure_yardsticks,
+    pole_preference,
+    response_curve,
+)
 from ipissa.models import QUANTISED, load_model, resolve_device
 from ipissa.steering import attach
-from ipissa.train.calibration import calibrate
+from ipissa.train.calibration import Calibration, calibrate
 from ipissa.train.card import write_card
 from ipissa.train.config import TrainConfig
 from ipissa.train.elicitation import check_targets, elicitation
@@ -49,11 +55,13 @@ from ipissa.train.objectives.build import (
 from ipissa.train.objectives.contrastive import Contrastive
 from ipissa.train.objectives.distill import KINDS, Distillation, Target, build_targets
 from ipissa.train.plots import plot_history
+from ipissa.train.reach import Reach, measure_reach, warn_of_short_reach
 from ipissa.train.result import TrainResult
 from ipissa.train.run_folder import RunFolder
-from ipissa.train.samples import MidwaySamples, peft_samples, samples_table, take_samples
+from ipissa.train.samples import MidwaySamples, Samples, peft_samples, samples_table, take_samples
 
 CALIBRATION_PROMPTS = 24
+REACH_PROMPTS = 40
 RESPONSE_PROMPTS = 40
 SELECTION_PAIRS = 256
 
@@ -75,124 +83,156 @@ def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool =
     run = RunFolder.open(output, config, resume=resume)
     started = time.monotonic()
     torch.manual_seed(config.seed)
-    trait = Trait.from_words(config.positive, config.negative)
-    training_prompts, held_out = load_prompts(config.prompts)
-    training_prompts, held_out = training_prompts[: config.max_prompts], held_out[: config.held_out]
-    suffixes = None if config.suffixes is None else read_suffixes(config.suffixes)
-    model, tokenizer = load_model(config.model, device=config.device, dtype=config.dtype)
-    base_model = describe_base(model, config.model)
-    adapter_config = config.adapter_config(model.config.get_text_config().num_hidden_layers)
+    task = _Task.load(config)
+    base_model = describe_base(task.model, config.model)
 
-    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p)
     continuations = run.once(
         "continuations",
-        lambda: sample_continuations(
-            model,
-            tokenizer,
-            trait,
-            training_prompts,
-            per_prompt=config.continuations,
-            seed=config.seed,
-            sampling=sampling,
-        ),
+        lambda: task.sample(task.training_prompts, per_prompt=config.continuations, seed=config.seed),
         [Continuation],
     )
-    elicited = elicitation(model, tokenizer, trait)
-    pairs = _pairs(tokenizer, trait, training_prompts, continuations, suffixes, config)
-    objective = _objective(model, tokenizer, trait, continuations, pairs, config, run)
+    personas = _look_at_personas(task, continuations, run)
+    pairs = _pairs(task, continuations)
+    objective = _objective(task, continuations, pairs, run)
 
-    peft_model = _wrap(model, adapter_config)
+    peft_model = _wrap(task.model, task.adapter_config())
     if config.selection != "top":
-        select_triples(peft_model, tokenizer, pairs[:SELECTION_PAIRS], rule=config.selection)
-    samples_before = peft_samples(peft_model, tokenizer, trait, held_out)
-    midway = MidwaySamples(tokenizer, trait, held_out)
+        select_triples(peft_model, task.tokenizer, pairs[:SELECTION_PAIRS], rule=config.selection)
+    samples_before = peft_samples(peft_model, task.tokenizer, task.trait, task.held_out)
+    midway = MidwaySamples(task.tokenizer, task.trait, task.held_out)
     history = fit(peft_model, objective, config, run.path, resume=resume, callbacks=[midway])
-    adapter = from_peft_model(peft_model, base_model=base_model, trait=trait.to_metadata())
+    adapter = from_peft_model(peft_model, base_model=base_model, trait=task.trait.to_metadata())
 
     # From here on the adapter runs as users will run it: from its tensors, in phase form.
-    model = peft_model.unload()
-    test_set = sample_continuations(
-        model,
-        tokenizer,
-        trait,
-        held_out,
-        per_prompt=config.held_out_continuations,
-        sampling=sampling,
-        seed=config.seed + 1,
-    )
-    adapter, flipped = _right_way_round(model, adapter, tokenizer, trait, test_set)
-    steered = attach(model, adapter)
-    samples_after = take_samples(steered.alpha, model, tokenizer, trait, held_out)
-    calibration = calibrate(
-        steered, tokenizer, trait, held_out[:CALIBRATION_PROMPTS], seed=config.seed, sampling=sampling
-    )
-    yardsticks = measure_yardsticks(steered, tokenizer, trait, test_set)
-    response = response_curve(steered, tokenizer, trait, _of_first_prompts(test_set, RESPONSE_PROMPTS))
-    steered.detach()
+    task.model = peft_model.unload()
+    test_set = task.sample(task.held_out, per_prompt=config.held_out_continuations, seed=config.seed + 1)
+    adapter, flipped = _right_way_round(task, adapter, test_set)
+    measured = _measure(task, adapter, test_set)
 
     seconds = time.monotonic() - started
-    evaluation = {
-        "yardsticks": yardsticks.to_dict(),
-        "calibration": calibration.to_dict(),
-        "response": [asdict(point) for point in response],
-        "elicitation": asdict(elicited),
-        "samples": samples_after,
-        "training": {
-            **config.to_dict(),
-            "seconds": round(seconds),
-            "final_loss": _final_loss(history),
-            "flipped": flipped,
-        },
-    }
-    calibrated = replace(adapter, alpha_range=(calibration.low, calibration.high), evaluation=evaluation)
+    training = {"seconds": round(seconds), "final_loss": _final_loss(history), "flipped": flipped}
+    calibrated = replace(
+        adapter,
+        alpha_range=(measured.calibration.low, measured.calibration.high),
+        evaluation={**measured.to_dict(), **personas, "training": {**config.to_dict(), **training}},
+    )
     result = TrainResult(
-        save_adapter(calibrated, output), yardsticks, calibration, samples_before, samples_after, history, seconds
+        save_adapter(calibrated, output),
+        measured.yardsticks,
+        measured.calibration,
+        samples_before,
+        measured.samples,
+        history,
+        seconds,
     )
     write_card(result, output)
     run.write_table("history.csv", history)
     run.write_table("layers.csv", [asdict(change) for change in layer_changes(adapter)])
-    stages = {"before training": samples_before, "midway": midway.samples, "after": samples_after}
+    stages = {"before training": samples_before, "midway": midway.samples, "after": measured.samples}
     run.write_text("samples.md", samples_table(stages))
     plot_history(history, run.path / "losses.png")
     run.complete()
     return result
 
 
-def _pairs(
-    tokenizer: Any,
-    trait: Trait,
-    prompts: Sequence[str],
-    continuations: Sequence[Continuation],
-    suffixes: Sequence[str] | None,
-    config: TrainConfig,
-) -> list[ContrastivePair]:
+@dataclass
+class _Task:
+    """What every step of the recipe needs: the settings and what they name, loaded."""
+
+    config: TrainConfig
+    trait: Trait
+    model: Any
+    tokenizer: Any
+    training_prompts: list[str]
+    held_out: list[str]
+    suffixes: list[str] | None
+
+    @classmethod
+    def load(cls, config: TrainConfig) -> _Task:
+        """Read everything the settings name, the model last because it takes longest."""
+        trait = Trait.from_words(config.positive, config.negative)
+        training, held_out = load_prompts(config.prompts)
+        suffixes = None if config.suffixes is None else read_suffixes(config.suffixes)
+        model, tokenizer = load_model(config.model, device=config.device, dtype=config.dtype)
+        return cls(
+            config, trait, model, tokenizer, training[: config.max_prompts], held_out[: config.held_out], suffixes
+        )
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.config.max_new_tokens, self.config.temperature, self.config.top_p)
+
+    def sample(self, prompts: Sequence[str], *, per_prompt: int, seed: int) -> list[Continuation]:
+        return sample_continuations(
+            self.model, self.tokenizer, self.trait, prompts, per_prompt=per_prompt, seed=seed, sampling=self.sampling
+        )
+
+    def adapter_config(self) -> InnerPissaConfig:
+        return self.config.adapter_config(self.model.config.get_text_config().num_hidden_layers)
+
+
+def _look_at_personas(task: _Task, continuations: Sequence[Continuation], run: RunFolder) -> dict[str, Any]:
+    """What the personas do before anything is trained, with warnings; for the adapter's `evaluation`."""
+    elicited = elicitation(task.model, task.tokenizer, task.trait)
+    texts = _of_prompts(continuations, spread(task.training_prompts, REACH_PROMPTS))
+    reach = run.once("reach", lambda: measure_reach(task.model, task.tokenizer, task.trait, texts), [Reach])
+    warn_of_short_reach(reach, task.trait)
+    return {"elicitation": asdict(elicited), "reach": reach.to_dict()}
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What the finished adapter does on held-out prompts."""
+
+    yardsticks: Yardsticks
+    calibration: Calibration
+    response: list[ResponsePoint]
+    samples: Samples
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "yardsticks": self.yardsticks.to_dict(),
+            "calibration": self.calibration.to_dict(),
+            "response": [asdict(point) for point in self.response],
+            "samples": self.samples,
+        }
+
+
+def _measure(task: _Task, adapter: Adapter, test_set: Sequence[Continuation]) -> _Measured:
+    steered = attach(task.model, adapter)
+    model, tokenizer, trait = task.model, task.tokenizer, task.trait
+    samples = take_samples(steered.alpha, model, tokenizer, trait, task.held_out)
+    prompts = task.held_out[:CALIBRATION_PROMPTS]
+    calibration = calibrate(steered, tokenizer, trait, prompts, seed=task.config.seed, sampling=task.sampling)
+    yardsticks = measure_yardsticks(steered, tokenizer, trait, test_set)
+    response = response_curve(steered, tokenizer, trait, _of_prompts(test_set, task.held_out[:RESPONSE_PROMPTS]))
+    steered.detach()
+    return _Measured(yardsticks, calibration, response, samples)
+
+
+def _pairs(task: _Task, continuations: Sequence[Continuation]) -> list[ContrastivePair]:
     """Contrastive pairs on the user's own openings, or on the sampled answers, cut short."""
+    seed = task.config.seed
     openings = (
-        openings_from_continuations(continuations, seed=config.seed)
-        if suffixes is None
-        else openings_from_suffixes(tokenizer, suffixes, prompts, seed=config.seed)
+        openings_from_continuations(continuations, seed=seed)
+        if task.suffixes is None
+        else openings_from_suffixes(task.tokenizer, task.suffixes, task.training_prompts, seed=seed)
     )
-    return contrastive_pairs(tokenizer, trait, openings)
+    return contrastive_pairs(task.tokenizer, task.trait, openings)
 
 
 def _objective(
-    model: Any,
-    tokenizer: Any,
-    trait: Trait,
-    continuations: Sequence[Continuation],
-    pairs: Sequence[ContrastivePair],
-    config: TrainConfig,
-    run: RunFolder,
+    task: _Task, continuations: Sequence[Continuation], pairs: Sequence[ContrastivePair], run: RunFolder
 ) -> Objective:
     """What the settings ask for, with everything the base model has to say computed now."""
-    pad_id = tokenizer.pad_token_id
+    config, model, pad_id = task.config, task.model, task.tokenizer.pad_token_id
 
     def distillation(kind: str) -> Distillation:
         def compute() -> list[Target]:
             return build_targets(
                 model,
-                tokenizer,
-                trait,
+                task.tokenizer,
+                task.trait,
                 continuations,
                 top_k=config.teacher_top_k,
                 kind=kind,
@@ -201,7 +241,7 @@ def _objective(
             )
 
         targets = run.once(f"targets-{kind}", compute, [Target])
-        check_targets(targets, trait)
+        check_targets(targets, task.trait)
         return Distillation(targets, pad_id=pad_id)
 
     return build_objective(
@@ -214,20 +254,18 @@ def _objective(
     )
 
 
-def _right_way_round(
-    model: Any, adapter: Adapter, tokenizer: Any, trait: Trait, test_set: Sequence[Continuation]
-) -> tuple[Adapter, bool]:
+def _right_way_round(task: _Task, adapter: Adapter, test_set: Sequence[Continuation]) -> tuple[Adapter, bool]:
     """The adapter, or its mirror image if that follows the labelled held-out texts, and whether it is that."""
-    labelled = _of_first_prompts(test_set, CALIBRATION_PROMPTS)
-    steered = attach(model, adapter)
-    preference = pole_preference(steered, tokenizer, trait, labelled)
+    labelled = _of_prompts(test_set, task.held_out[:CALIBRATION_PROMPTS])
+    steered = attach(task.model, adapter)
+    preference = pole_preference(steered, task.tokenizer, task.trait, labelled)
     steered.detach()
     return (adapter.flipped(), True) if preference < 0 else (adapter, False)
 
 
-def _of_first_prompts(continuations: Sequence[Continuation], count: int) -> list[Continuation]:
-    prompts = list(dict.fromkeys(c.prompt for c in continuations))[:count]
-    return [c for c in continuations if c.prompt in prompts]
+def _of_prompts(continuations: Sequence[Continuation], prompts: Sequence[str]) -> list[Continuation]:
+    wanted = set(prompts)
+    return [c for c in continuations if c.prompt in wanted]
 
 
 def _final_loss(history: History) -> float:

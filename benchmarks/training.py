@@ -1,0 +1,158 @@
+"""What a training step costs, against a plain LoRA fine-tuning step on the same rows, rank and modules.
+
+    guided       every row at its own α, -1 or +1
+    contrastive  every row at -1 and at +1, against what was recorded at 0: three α
+
+Peak memory is that of a process of its own, the model included.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import Tensor
+
+from ipissa.data.activations import pad_pairs
+from ipissa.data.continuations import Continuation, Sampling, sample_continuations
+from ipissa.data.pairs import ContrastivePair, contrastive_pairs, openings_from_continuations
+from ipissa.data.personas import Trait
+from ipissa.data.prompts import load_prompts
+from ipissa.models import load_model
+from ipissa.sequences import PaddedBatch, continuation_logprobs, target_logprobs
+from ipissa.train.config import TrainConfig
+from ipissa.train.objectives.base import Batch
+from ipissa.train.objectives.contrastive import Contrastive, ContrastiveConfig
+from ipissa.train.objectives.distill import Distillation, build_targets
+
+from .timing import Ratio, seconds, speed_ratios
+
+PROMPTS = 6  # with one text per pole: 12 rows
+STEPS_AT_PEAK = 3
+CONFIG = TrainConfig("kind, loving", "angry, hateful")
+TRAIT = Trait.from_words(CONFIG.positive, CONFIG.negative)
+ASKED = {"seconds": 2.6, "peak memory": 1.6}
+
+
+def training_table(dtype: str, rounds: int) -> Iterator[Ratio]:
+    """All rows of the table, as they are measured."""
+    rows = _Rows.sample(dtype)
+    for kind in ("guided", "contrastive"):
+        ours, lora = rows.step(kind, dtype), rows.step(f"lora on {kind}", dtype)
+        faster = speed_ratios(ours.seconds, lora.seconds, rounds)
+        yield Ratio(f"{kind} step / LoRA step, seconds", [1 / f for f in faster], at_most=ASKED["seconds"])
+    for kind in ("guided", "contrastive"):
+        peaks = [_peak_of(name, dtype) for name in (kind, f"lora on {kind}")]
+        yield Ratio(f"{kind} step / LoRA step, peak memory", [peaks[0] / peaks[1]], at_most=ASKED["peak memory"])
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The texts that every kind of step reads."""
+
+    continuations: list[Continuation]
+    pairs: list[ContrastivePair]
+    pad_id: int
+
+    @classmethod
+    def sample(cls, dtype: str) -> _Rows:
+        model, tokenizer = load_model(CONFIG.model, dtype=dtype)
+        prompts = load_prompts()[0][:PROMPTS]
+        texts = sample_continuations(model, tokenizer, TRAIT, prompts, per_prompt=1, sampling=Sampling(), seed=0)
+        pairs = contrastive_pairs(tokenizer, TRAIT, openings_from_continuations(texts, seed=0))
+        return cls(texts, pairs, tokenizer.pad_token_id)
+
+    def step(self, kind: str, dtype: str) -> _Step:
+        model, tokenizer = load_model(CONFIG.model, dtype=dtype)
+        if kind.endswith("contrastive"):
+            pairs = self.pairs[:PROMPTS]  # two rows each
+            objective: Any = Contrastive(model, pairs, ContrastiveConfig(), pad_id=self.pad_id)
+            plain = vars(pad_pairs(pairs, pad_id=self.pad_id, device=torch.device("cpu")))
+        else:
+            targets = build_targets(model, tokenizer, TRAIT, self.continuations, top_k=CONFIG.teacher_top_k)
+            objective = Distillation(targets, pad_id=self.pad_id)
+            plain = {}
+        batch = objective.collate(objective.examples[:PROMPTS])
+        model.requires_grad_(False)
+        if kind.startswith("lora"):
+            return _Step(_with_lora(model), _LanguageModelling(), plain or batch)
+        return _Step(peft.get_peft_model(model, _adapter_config(model)), objective, batch)
+
+
+class _LanguageModelling:
+    """Ordinary fine-tuning: the mean log-likelihood of the texts."""
+
+    def loss(self, model: Any, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        padded = PaddedBatch.taken_from(batch)
+        logp = target_logprobs(continuation_logprobs(model, padded), padded)
+        return -logp.sum() / padded.mask.sum(), {}
+
+
+class _Step:
+    """One optimiser step, again and again on the same batch."""
+
+    def __init__(self, model: Any, objective: Any, batch: Batch) -> None:
+        device = next(model.parameters()).device
+        self._model, self._objective = model, objective
+        self._batch = {name: value.to(device) for name, value in batch.items()}
+        self._optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+    def take(self) -> None:
+        loss, _ = self._objective.loss(self._model, self._batch, 0.5)
+        loss.backward()
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        float(loss.detach())  # waits for the device
+
+    def seconds(self) -> float:
+        return seconds(self.take)
+
+
+def _adapter_config(model: Any) -> Any:
+    return CONFIG.adapter_config(model.config.num_hidden_layers)
+
+
+def _with_lora(model: Any) -> Any:
+    same = _adapter_config(model)
+    config = peft.LoraConfig(
+        r=same.r,
+        target_modules=same.target_modules,
+        layers_to_transform=same.layers_to_transform,
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(model, config)
+
+
+def _peak_of(kind: str, dtype: str) -> float:
+    """Peak memory of a few steps, in bytes, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.training", kind, dtype]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return float(output.splitlines()[-1])
+
+
+def _print_peak(arguments: Sequence[str]) -> None:
+    kind, dtype = arguments
+    step = _Rows.sample(dtype).step(kind, dtype)
+    # What was needed to prepare the step does not count.
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    Path("/proc/self/clear_refs").write_text("5")
+    for _ in range(STEPS_AT_PEAK):
+        step.take()
+    print(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_resident_memory())
+
+
+def _peak_resident_memory() -> int:
+    """Bytes, since the peak was last cleared; Linux only."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    _print_peak(sys.argv[1:])

@@ -1,0 +1,109 @@
+"""LoRA and DoRA, trained as an adapter was: same texts, objective, modules, rank and steps, and the same dial."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+
+from ipissa.adapter.checkpoint import Adapter
+from ipissa.adapter.dial import add_dial
+from ipissa.adapter.model import layer_alpha
+from ipissa.data.continuations import Sampling, sample_continuations
+from ipissa.data.personas import Trait
+from ipissa.errors import ConfigError
+from ipissa.train.config import TrainConfig
+from ipissa.train.fit import fit
+from ipissa.train.objectives.distill import KINDS, Distillation, Target, build_targets
+
+TUNERS = ("lora", "dora")
+
+
+class PeftDial:
+    """A PEFT model whose tuner layers have a dial (`ipissa.adapter.dial`)."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @contextmanager
+    def alpha(self, value: float | Sequence[float]) -> Iterator[PeftDial]:
+        """Steer at a number or at one α per batch row inside the block."""
+        with layer_alpha(self.model, torch.as_tensor(value, dtype=torch.float32).reshape(-1)):
+            yield self
+
+
+def training_config(adapter: Adapter) -> TrainConfig:
+    """The settings an adapter was trained with.
+
+    Raises:
+        ConfigError: its file does not say, or its objective is not a distillation.
+    """
+    said = adapter.evaluation.get("training", {})
+    known = {field.name for field in fields(TrainConfig)}
+    if "positive" not in said:
+        raise ConfigError(f"The file of {adapter.name!r} does not say how it was trained; leave out lora and dora.")
+    config = TrainConfig.from_dict({name: value for name, value in said.items() if name in known})
+    if config.objective not in KINDS:
+        raise ConfigError(
+            f"{adapter.name!r} was trained with objective {config.objective!r}; lora and dora need one of {KINDS}."
+        )
+    return config
+
+
+def distillation_targets(
+    model: Any, tokenizer: Any, trait: Trait, config: TrainConfig, prompts: Sequence[str]
+) -> list[Target]:
+    """What the adapter learnt from: the same texts from the same seed, and their teachers."""
+    texts = sample_continuations(
+        model,
+        tokenizer,
+        trait,
+        prompts[: config.max_prompts],
+        per_prompt=config.continuations,
+        sampling=Sampling(config.max_new_tokens, config.temperature, config.top_p),
+        seed=config.seed,
+    )
+    return build_targets(
+        model,
+        tokenizer,
+        trait,
+        texts,
+        top_k=config.teacher_top_k,
+        kind=config.objective,
+        strengths=config.strengths,
+        seed=config.seed,
+    )
+
+
+@contextmanager
+def trained_tuner(
+    kind: str, model: Any, tokenizer: Any, config: TrainConfig, targets: Sequence[Target]
+) -> Iterator[PeftDial]:
+    """`model` with a LoRA or DoRA fitted to `targets`; the model is itself again afterwards."""
+    model.requires_grad_(False)
+    same = config.adapter_config(model.config.get_text_config().num_hidden_layers)
+    tuner = peft.LoraConfig(
+        r=same.r,
+        lora_alpha=same.r,
+        target_modules=same.target_modules,
+        layers_to_transform=same.layers_to_transform,
+        use_dora=kind == "dora",
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(config.seed)
+    peft_model = peft.get_peft_model(model, tuner)
+    handles = add_dial(peft_model)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            fit(peft_model, Distillation(targets, pad_id=tokenizer.pad_token_id), config, Path(folder))
+        yield PeftDial(peft_model)
+    finally:
+        for handle in handles:
+            handle.remove()
+        peft_model.unload()

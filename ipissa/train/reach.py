@@ -1,0 +1,102 @@
+"""How far a dial between two personas can reach, before one is trained.
+
+Write T_s = log p(· | P_s) - log p(· | P_0) for what persona s changes in the model's predictions, against
+the neutral persona. A dial whose effect is nearly odd in α changes them by +g at α = 1 and by -g at -1. It
+follows both personas only as far as T_+ and -T_- agree: what both personas change in the same way (both
+talk like somebody with a strong character) it cannot reach. To second order in T, where KL divergences
+are squared lengths, KL(P_s || P_0) = |T_s|²/2 and KL(P_+ || P_-) = |T_+ - T_-|²/2, and the g that recovers
+the same part of either persona's effect lies on the line from T_+ to -T_-. That part is
+
+    reach = 1 - |T_+ + T_-|² / (|T_+| + |T_-|)²
+
+1 for opposite personas of equal strength, 1/2 for unrelated ones of equal strength, 0 for equal ones. It
+bounds the smaller trait gain of an odd dial (`ipissa.evaluate.yardsticks`), whatever its training.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ipissa.data.chat import chat_ids
+from ipissa.data.continuations import Continuation
+from ipissa.data.personas import Trait
+from ipissa.sequences import continuation_logprobs, pad_batch
+
+logger = logging.getLogger(__name__)
+BATCH = 16
+MIN_REACH = 0.2
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Divergences between personas in nats per token, each on texts written under the first of the two."""
+
+    positive: float  # KL(P_+ || P_0)
+    negative: float  # KL(P_- || P_0)
+    apart: float  # mean of KL(P_+ || P_-) and KL(P_- || P_+)
+
+    @property
+    def odd(self) -> float:
+        """The part of either persona's effect that a dial odd in α can recover; see the module."""
+        shared = 4 * (self.positive + self.negative) - 2 * self.apart  # |T_+ + T_-|²
+        lengths = (2 * self.positive) ** 0.5 + (2 * self.negative) ** 0.5
+        return 1 - shared / lengths**2 if lengths > 0 else 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain values, for JSON."""
+        return {"positive": self.positive, "negative": self.negative, "apart": self.apart, "odd": self.odd}
+
+
+@torch.no_grad()
+def measure_reach(model: Any, tokenizer: Any, trait: Trait, continuations: Sequence[Continuation]) -> Reach:
+    """Read sampled texts of both poles under all three personas; `model` is the base model."""
+    to_neutral, to_opposite = ({1: 0.0, -1: 0.0} for _ in range(2))
+    tokens = {1: 0, -1: 0}
+    ordered = sorted(continuations, key=lambda c: (c.pole, len(c.tokens)))
+    for start in tqdm(range(0, len(ordered), BATCH), desc="reach", unit="batch"):
+        batch = ordered[start : start + BATCH]
+        own, neutral, opposite = (
+            _logprobs(model, tokenizer, trait, batch, [sign * c.pole for c in batch]) for sign in (1, 0, -1)
+        )
+        for i, c in enumerate(batch):
+            n = len(c.tokens)
+            tokens[c.pole] += n
+            to_neutral[c.pole] += _divergence(own[i, :n], neutral[i, :n])
+            to_opposite[c.pole] += _divergence(own[i, :n], opposite[i, :n])
+    return Reach(
+        positive=to_neutral[1] / tokens[1],
+        negative=to_neutral[-1] / tokens[-1],
+        apart=sum(to_opposite[pole] / tokens[pole] for pole in (1, -1)) / 2,
+    )
+
+
+def warn_of_short_reach(reach: Reach, trait: Trait) -> None:
+    """Say so, before hours of training, if both personas change the text in mostly the same way."""
+    if reach.odd < MIN_REACH:
+        logger.warning(
+            "%r and %r change this model's text mostly in the same way: a dial between them can recover about %.0f %% "
+            "of what either persona does. Words with opposite effects reach further; compare some with `ipissa words`.",
+            trait.positive,
+            trait.negative,
+            100 * max(reach.odd, 0),
+        )
+
+
+def _logprobs(
+    model: Any, tokenizer: Any, trait: Trait, batch: Sequence[Continuation], personas: Sequence[int]
+) -> Tensor:
+    contexts = [chat_ids(tokenizer, trait.messages(c.prompt, pole)) for c, pole in zip(batch, personas, strict=True)]
+    padded = pad_batch(contexts, [c.tokens for c in batch], pad_id=tokenizer.pad_token_id, device=model.device)
+    return continuation_logprobs(model, padded)
+
+
+def _divergence(p: Tensor, q: Tensor) -> float:
+    """Σ_t KL(p_t || q_t) of log-probabilities (tokens, vocab)."""
+    return float((p.exp() * (p - q)).sum())
