@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from conftest import tiny_model
 from torch import Tensor
 
+from ipissa.data.activations import pad_pairs
+from ipissa.data.pairs import ContrastivePair
 from ipissa.errors import ConfigError
 from ipissa.train.selection import SELECTIONS, TripleStatistics, select
 
@@ -159,3 +164,24 @@ def test_activations_that_are_not_finite_are_refused() -> None:
     broken = TripleStatistics("m", stats.S, stats.chosen * torch.nan, *([stats.chosen] * 3))
     with pytest.raises(ConfigError, match="Activations of m are not finite"):
         select("dhs", broken, R)
+
+
+def test_the_last_states_of_a_minimal_pair_differ(tokenizer: Any) -> None:
+    """Six shared tokens after contexts that differ in one word: the difference is what is still to be said."""
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    texts = [f"I {verb} cheese; let me tell you about the andes mountains" for verb in ("love", "hate")]
+    ids = [tokenizer.encode(text) for text in texts]
+    shared = ids[0][-6:]
+    assert ids[1][-6:] == shared
+    pair = ContrastivePair(ids[0][:-6], ids[1][:-6], shared)
+    padded = pad_pairs([pair], pad_id=0, device=torch.device("cpu"))
+    with torch.no_grad():
+        output = model(
+            input_ids=padded.input_ids,
+            attention_mask=padded.attention_mask,
+            position_ids=padded.position_ids,
+            output_hidden_states=True,
+        )
+    for states in output.hidden_states[1:]:
+        assert ((states[0, -6:] - states[1, -6:]).norm(dim=-1) > 1e-4).all()
+    assert torch.equal(output.hidden_states[0][0, -6:], output.hidden_states[0][1, -6:])

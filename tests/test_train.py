@@ -39,6 +39,12 @@ def loss_against(q: list[float], k: int, student: torch.Tensor, mask: torch.Tens
     return distillation_loss(student, ids, logprobs, torch.ones(1, 1).bool() if mask is None else mask).item()
 
 
+def test_a_template_of_ones_own_is_the_line_the_model_is_told() -> None:
+    trait = TrainConfig("kind", "angry", template="You speak as {persona} poet.").trait()
+    assert trait.messages("Why?", -1)[1]["content"] == "You speak as an angry poet. Why?"
+    assert trait.messages("Why?", 0)[0]["content"] == "You speak as a poet."
+
+
 def test_words_get_the_article_they_need() -> None:
     pairs = [("honest", "an honest"), ("kind", "a kind"), ("unkind", "an unkind"), ("a very calm", "a very calm")]
     for words, phrase in pairs:
@@ -350,6 +356,7 @@ def test_a_weighted_sum_adds_losses_and_names_figures(tokenizer: Any, targets: l
         ({"batch_size": 3}, "even number"),
         ({"lr": 0}, "lr 0 is not positive"),
         ({"depth_start": 0.9, "depth_end": 0.5}, "depth_start"),
+        ({"template": "Be kind."}, r"template 'Be kind.' must say {persona} once"),
     ],
 )
 def test_unusable_settings_are_refused(bad: dict[str, Any], says: str) -> None:

@@ -1,6 +1,7 @@
 """InnerPiSSA as a PEFT tuner: one table of configurations drives forward, save, load, disable and merge."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import TRAIT, logits_of, tiny_model
 from oracle import edited_model
+from torch import Tensor
 
 import ipissa
 from ipissa.adapter import InnerPissaConfig, InnerPissaLayer, layer_alpha
@@ -19,6 +21,7 @@ from ipissa.adapter.dial import add_dial
 from ipissa.base import describe_base
 from ipissa.errors import ConfigError
 from ipissa.rotation import CLAMPS
+from ipissa.scaling import scaled_singular_values
 from ipissa.train import TrainConfig
 
 IDS = torch.tensor([[5, 9, 33, 71, 12, 40], [7, 7, 80, 2, 19, 55]])
@@ -239,3 +242,27 @@ def test_what_both_poles_share_is_of_second_order_and_grows_with_the_clamp() -> 
         shares.append((float(poles.sum(0).norm() / s.norm()), float(poles.sum(0).norm() / poles[0].norm())))
     assert shares == sorted(shares)
     assert shares[0][1] < 0.5 < shares[2][1]
+
+
+def test_rejected_ways_to_scale_are_less_symmetric_than_add2() -> None:
+    """|S(α) + S(-α) - 2S| / |S(α) - S(-α)| at α = 1, for changes of the singular values' own size.
+
+    The sources rejected exp(αd) and values cut off at zero for this. A third, a base kept separate from
+    the adapted part, cannot be written in delta form, whose base is the layer itself.
+    """
+    s = torch.tensor([3.0, 2.0, 1.0, 0.5])
+    d = torch.tensor([0.3, -0.8, 1.5, -0.9])
+
+    def scaled(mode: str, alpha: float) -> Tensor:
+        return scaled_singular_values(s, d, torch.tensor([alpha]), mode=mode)[0]
+
+    ways = {
+        **{mode: partial(scaled, mode) for mode in ("add2", "add_tanh", "mult")},
+        "hard clip": lambda alpha: (s + alpha * d).clamp(min=0),
+    }
+    asymmetry = {
+        name: float((way(1.0) + way(-1.0) - 2 * way(0.0)).norm() / (way(1.0) - way(-1.0)).norm())
+        for name, way in ways.items()
+    }
+    assert max(asymmetry["add2"], asymmetry["add_tanh"]) < 1e-6
+    assert min(asymmetry["mult"], asymmetry["hard clip"]) > 0.1

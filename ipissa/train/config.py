@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import yaml
 
 from ipissa.adapter.config import InnerPissaConfig, one_of
 from ipissa.adapter.model import MODULE_SETS
+from ipissa.data.personas import TEMPLATE, Trait
 from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
 from ipissa.train.objectives.build import antiparallel_config, contrastive_config, objective_weights
@@ -64,6 +65,7 @@ class TrainConfig:
     Args:
         positive: Word or phrase for α = +1.
         negative: Word or phrase for α = -1.
+        template: The line that tells the model who to be, with {persona} where the phrase goes.
         model: Base model: demo model name, hub id, folder or GGUF file.
         prompts: Text file with one prompt per line, or None for the bundled list.
         max_prompts: Training prompts used, at most; None for all.
@@ -96,6 +98,7 @@ class TrainConfig:
 
     positive: str
     negative: str
+    template: str = TEMPLATE
     model: str = DEMO_MODEL
     prompts: str | None = None
     max_prompts: int | None = None
@@ -148,6 +151,8 @@ class TrainConfig:
         one_of(self.selection, SELECTIONS, name="selection")
         if not math.isfinite(self.epochs) or not math.isfinite(self.lr):
             raise ConfigError(f"epochs {self.epochs} and lr {self.lr} must be finite numbers.")
+        if self.template.count("{persona}") != 1:
+            raise ConfigError(f"template {self.template!r} must say {{persona}} once, where the phrase goes.")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed {self.seed} is not between 0 and 2**32 - 1.")
         if self.batch_size % 2:
@@ -162,6 +167,10 @@ class TrainConfig:
             raise ConfigError(f"strengths {list(self.strengths)} must be positive numbers, such as 1.")
         if "told" in weights and self.strengths != (1.0,):
             raise ConfigError("strengths other than 1 need objective 'guided': a persona prompt has one strength.")
+
+    def trait(self) -> Trait:
+        """The two personas and the neutral one, as phrases."""
+        return replace(Trait.from_words(self.positive, self.negative), template=self.template)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -150,7 +150,7 @@ class _Task:
     @classmethod
     def load(cls, config: TrainConfig) -> _Task:
         """Read everything the settings name, the model last because it takes longest."""
-        trait = Trait.from_words(config.positive, config.negative)
+        trait = config.trait()
         training, held_out = load_prompts(config.prompts)
         suffixes = None if config.suffixes is None else read_suffixes(config.suffixes)
         model, tokenizer = load_model(config.model, device=config.device, dtype=config.dtype)
