@@ -115,7 +115,7 @@ def words(
 @app.command(name="eval")
 def evaluate(
     adapter: AdapterOption,
-    output: Annotated[Path, typer.Option(help="Folder for yardsticks.md and yardsticks.json.")],
+    output: Annotated[Path, typer.Option(help="Folder for yardsticks.md, yardsticks.json and texts.md.")],
     baselines: Annotated[
         str, typer.Option(help=f"Other ways to steer, with commas, of {', '.join(METHODS)}; empty for none.")
     ] = ",".join(QUICK_METHODS),

@@ -25,6 +25,7 @@ from ipissa.evaluate.baselines.sspace import SSpaceDial
 from ipissa.evaluate.baselines.tuners import training_config
 from ipissa.evaluate.baselines.vectors import VectorDial, first_components, mean_differences
 from ipissa.evaluate.compare import METHODS, SCALES, Materials, compare, markdown
+from ipissa.evaluate.side_by_side import side_by_side
 from ipissa.evaluate.yardsticks import measure_persona_prompt
 from ipissa.steering import attach
 from ipissa.train.config import TrainConfig
@@ -188,6 +189,23 @@ def test_the_plain_gain_of_a_persona_prompt_equals_its_definition(model: Any, to
     assert found.positive.plain_gain.value == pytest.approx(expected, abs=1e-5)
 
 
+def test_told_and_steered_texts_are_the_models_own(model: Any, tokenizer: Any) -> None:
+    adapter = random_adapter(model)
+    steered = attach(model, adapter)
+    table = side_by_side(steered, tokenizer, TRAIT, ["Who are you?"])
+
+    def greedy(persona: int | None, alpha: float) -> str:
+        context = torch.tensor([chat_ids(tokenizer, TRAIT.messages("Who are you?", persona))])
+        with steered.alpha(alpha):
+            ids = model.generate(context, max_new_tokens=40, do_sample=False, pad_token_id=0, eos_token_id=2)
+        text = tokenizer.decode(ids[0, context.shape[1] :], skip_special_tokens=True)
+        return text.strip().replace("\n", " ").replace("|", "\\|")
+
+    for pole, persona in ((1, "a kind"), (0, "a"), (-1, "an angry")):
+        assert f"| {persona} person, α = {pole:+d} | {greedy(pole, 0.0)} | {greedy(None, pole)} |" in table
+    steered.detach()
+
+
 def test_tuners_need_an_adapter_that_says_how_it_was_trained(model: Any) -> None:
     adapter = random_adapter(model, suffixes=("o_proj",))
     with pytest.raises(ConfigError, match="does not say how it was trained"):
@@ -206,6 +224,11 @@ def test_the_eval_command_writes_what_it_prints(tiny: Path, tmp_path: Path) -> N
     options = ["--model", str(tiny / "model"), "--prompts", str(prompts), "--baselines", "caa, random"]
     result = CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
     assert (output / "yardsticks.md").read_text() in result.stdout
+    texts = (output / "texts.md").read_text()
+    assert texts.count("| told | steered |") == 4
+    assert all(
+        f"{who} person, α = {pole}" in texts for who, pole in (("an honest", "+1"), ("a", "+0"), ("a dishonest", "-1"))
+    )
     report = json.loads((output / "yardsticks.json").read_text())
     assert report["prompts"] == 4
     assert [row["method"] for row in report["methods"]] == ["adapter", "caa", "random"]

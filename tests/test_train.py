@@ -136,7 +136,7 @@ def test_targets_are_the_context_plus_the_trait_part_of_the_persona(tokenizer: A
             logits = model(input_ids=torch.tensor([context + continuation.tokens])).logits[0]
         return logits[len(context) - 1 : -1].log_softmax(-1)
 
-    targets = build_targets(model, tokenizer, TRAIT, [continuation], top_k=len(tokenizer))
+    targets = build_targets(model, tokenizer, TRAIT, [continuation], top_k=len(tokenizer), contexts="both")
     plain, neutral = brute(None), brute(0)
     for target, base in zip(targets, (plain, neutral), strict=True):
         expected = (base + brute(-1) - neutral).log_softmax(-1)
@@ -177,7 +177,7 @@ def test_guided_targets_at_other_strengths_scale_the_trait_part_and_told_ones_ar
         return logits[len(context) - 1 : -1].log_softmax(-1)
 
     def built(**settings: Any) -> list[Target]:
-        return build_targets(model, tokenizer, TRAIT, [continuation], top_k=len(tokenizer), **settings)
+        return build_targets(model, tokenizer, TRAIT, [continuation], top_k=len(tokenizer), contexts="both", **settings)
 
     def probabilities(target: Target) -> torch.Tensor:
         found = torch.zeros(3, len(tokenizer))
@@ -192,6 +192,29 @@ def test_guided_targets_at_other_strengths_scale_the_trait_part_and_told_ones_ar
         assert (probabilities(target) - expected).abs().max() < 1e-3
     for target in built(kind="told"):
         assert (probabilities(target) - dense(1).exp()).abs().max() < 1e-3
+
+
+def test_the_student_reads_texts_of_either_pole_plainly_and_as_nobody_in_particular_by_turns(tokenizer: Any) -> None:
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    texts = [Continuation(f"Question {i}?", pole, [100 + i, 200 + pole]) for i in range(4) for pole in (1, -1)]
+
+    def contexts(name: str) -> list[tuple[int, list[int]]]:
+        return sorted(
+            (t.tokens[0], t.context) for t in build_targets(model, tokenizer, TRAIT, texts, top_k=8, contexts=name)
+        )
+
+    def expected(*by_turns: int | None) -> list[tuple[int, list[int]]]:
+        personas = [by_turns[i % len(by_turns)] for i in range(4)]
+        return sorted(
+            (100 + i, chat_ids(tokenizer, TRAIT.messages(f"Question {i}?", persona)))
+            for i, persona in enumerate(personas)
+            for _ in range(2)
+        )
+
+    assert contexts("alternate") == expected(None, 0)
+    assert contexts("plain") == expected(None)
+    assert contexts("neutral") == expected(0)
+    assert contexts("both") == sorted(expected(None) + expected(0))
 
 
 def test_sampled_continuations_are_reproducible_and_leave_the_global_random_state(tokenizer: Any) -> None:

@@ -20,6 +20,7 @@ import ipissa
 from ipissa.adapter import Adapter, checkpoint
 from ipissa.cli import app
 from ipissa.errors import AdapterFileError, ConfigError
+from ipissa.scaling import SCALE_MODES
 from ipissa.train import TrainConfig, train, trainer
 from ipissa.train.config import OPTIONS
 from ipissa.train.fit import fit
@@ -221,8 +222,11 @@ def test_every_option_of_the_command_line_is_a_setting() -> None:
     assert parameters - set(OPTIONS) == {"output", "config", "preset", "set", "quick", "resume", "return"}
 
 
-def test_flipping_twice_gives_the_adapter_back_and_once_exchanges_the_poles(make_adapter: Any, llama: Any) -> None:
-    adapter = make_adapter(llama)
+@pytest.mark.parametrize("scale_mode", SCALE_MODES)
+def test_flipping_twice_gives_the_adapter_back_and_once_exchanges_the_poles(
+    scale_mode: str, make_adapter: Any, llama: Any
+) -> None:
+    adapter = make_adapter(llama, scale_mode=scale_mode)
     ids = torch.tensor([[5, 6, 7, 8]])
     for one, other, alpha in ((adapter, adapter.flipped(), 0.7), (adapter, adapter.flipped().flipped(), -0.7)):
         found = []

@@ -68,7 +68,7 @@ def compare(materials: Materials, *, methods: Sequence[str] = QUICK_METHODS) -> 
     Methods without a natural unit are given the scale, of `SCALES`, whose smaller trait gain over the two
     poles is largest on the tuning texts, so that each is seen at its best.
     """
-    with _attached(materials.model, materials.adapter) as dial:
+    with attached(materials.model, materials.adapter) as dial:
         yield Compared("adapter", None, materials.measured(dial))
     for method in methods:
         yield _compared(method, materials)
@@ -76,10 +76,10 @@ def compare(materials: Materials, *, methods: Sequence[str] = QUICK_METHODS) -> 
 
 def _compared(method: str, m: Materials) -> Compared:
     if method == "prompt":
-        with _attached(m.model, m.adapter) as dial:
+        with attached(m.model, m.adapter) as dial:
             return Compared(method, None, measure_persona_prompt(dial, m.tokenizer, m.trait, m.test))
     if method == "random":
-        with _attached(m.model, random_like(m.adapter, seed=m.seed)) as dial:
+        with attached(m.model, random_like(m.adapter, seed=m.seed)) as dial:
             return Compared(method, None, m.measured(dial))
     if method in TUNERS:
         with trained_tuner(method, m.model, m.tokenizer, *m.learn()) as tuned:
@@ -126,7 +126,8 @@ def _worse_gain(dial: HookDial, scale: float, m: Materials) -> float:
 
 
 @contextmanager
-def _attached(model: Any, adapter: Adapter) -> Iterator[Dial]:
+def attached(model: Any, adapter: Adapter) -> Iterator[Dial]:
+    """The model with the adapter on it inside the block."""
     steered = attach(model, adapter)
     try:
         yield steered

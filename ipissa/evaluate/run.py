@@ -16,13 +16,15 @@ from ipissa.data.pairs import contrastive_pairs, openings_from_continuations
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts
 from ipissa.evaluate.baselines.tuners import TUNERS, distillation_targets, training_config
-from ipissa.evaluate.compare import METHODS, QUICK_METHODS, Compared, Materials, compare, markdown
+from ipissa.evaluate.compare import METHODS, QUICK_METHODS, Compared, Materials, attached, compare, markdown
+from ipissa.evaluate.side_by_side import side_by_side
 from ipissa.models import load_model
 from ipissa.train.config import TrainConfig
 from ipissa.train.objectives.distill import Target
 
 TUNING_PROMPTS = 24
 PAIR_PROMPTS = 96
+SIDE_BY_SIDE_PROMPTS = 6
 
 
 def evaluate(
@@ -37,7 +39,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
 ) -> list[Compared]:
-    """Write `yardsticks.json` and `yardsticks.md` to the folder `output`.
+    """Write `yardsticks.json`, `yardsticks.md` and `texts.md` to the folder `output`.
 
     Vectors are computed from pairs of training prompts and scaled on a few of them; LoRA and DoRA are
     trained as the adapter was. What is reported is measured on held-out prompts, the same for all.
@@ -78,4 +80,7 @@ def evaluate(
     }
     (folder / "yardsticks.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     (folder / "yardsticks.md").write_text(markdown(rows) + "\n", encoding="utf-8")
+    with attached(model, adapter) as dial:
+        texts = side_by_side(dial, tokenizer, trait, test_prompts[:SIDE_BY_SIDE_PROMPTS])
+    (folder / "texts.md").write_text(texts + "\n", encoding="utf-8")
     return rows

@@ -16,6 +16,7 @@ from ipissa.data.personas import TEMPLATE, Trait
 from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
 from ipissa.train.objectives.build import antiparallel_config, contrastive_config, objective_weights
+from ipissa.train.objectives.distill import CONTEXTS
 from ipissa.train.objectives.sites import site_blocks
 from ipissa.train.selection import SELECTIONS
 
@@ -72,6 +73,8 @@ class TrainConfig:
         objective: `guided`, `odd` or `told` (persona distillation), `contrastive` (as published), `antiparallel` (its
             successor), or a weighted sum such as `guided=1,contrastive=0.1`.
         strengths: The |α| to distil at; only 1 for `told`.
+        contexts: What the student reads a continuation in: `plain`, with the `neutral` persona, `both`, or by turns
+            (`alternate`).
         contrastive, antiparallel: Settings of those objectives (`ContrastiveConfig`, `AntiparallelConfig`).
         suffixes: Text file with one unfinished answer per line, or a JSON list, for the pairs that
             contrastive objectives and selection rules compare; None cuts the sampled answers.
@@ -82,7 +85,7 @@ class TrainConfig:
         continuations: Sampled continuations per prompt and pole.
         max_new_tokens: Length of a continuation in tokens.
         teacher_top_k: Teacher probabilities kept per token; the rest is one tail class.
-        epochs: Passes over the continuations; every row is one (prompt, pole, context).
+        epochs: Passes over the continuations, in each of their contexts.
         batch_size: Rows per step, even: both poles of a prompt share a batch.
         accumulation: Batches per optimiser step.
         lr: Peak learning rate of AdamW under a one-cycle schedule.
@@ -104,6 +107,7 @@ class TrainConfig:
     max_prompts: int | None = None
     objective: str = "guided"
     strengths: tuple[float, ...] = (1.0,)
+    contexts: str = "alternate"
     contrastive: dict[str, Any] = field(default_factory=dict)
     antiparallel: dict[str, Any] = field(default_factory=dict)
     suffixes: str | None = None
@@ -149,6 +153,7 @@ class TrainConfig:
         contrastive_config(self.contrastive)
         antiparallel_config(self.antiparallel)
         one_of(self.selection, SELECTIONS, name="selection")
+        one_of(self.contexts, CONTEXTS, name="contexts")
         if not math.isfinite(self.epochs) or not math.isfinite(self.lr):
             raise ConfigError(f"epochs {self.epochs} and lr {self.lr} must be finite numbers.")
         if self.template.count("{persona}") != 1:

@@ -13,6 +13,7 @@ from ipissa.adapter.model import layer_alpha
 from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import generate_ids
 from ipissa.data.personas import Trait
+from ipissa.evaluate.side_by_side import cell
 
 ALPHAS = [-1.0, 0.0, 1.0]
 SAMPLE_PROMPTS = 4
@@ -72,9 +73,5 @@ def samples_table(stages: Mapping[str, Samples]) -> str:
     for prompt, texts in next(iter(stages.values())).items():
         lines += ["", f"**{prompt}**", "", f"| α | {' | '.join(stages)} |", "|-|" + "-|" * len(stages)]
         for alpha in texts:
-            lines.append(f"| {alpha} | {' | '.join(_cell(samples[prompt][alpha]) for samples in stages.values())} |")
+            lines.append(f"| {alpha} | {' | '.join(cell(samples[prompt][alpha]) for samples in stages.values())} |")
     return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("\n", " ").replace("|", "\\|")

@@ -236,6 +236,7 @@ def _objective(
                 continuations,
                 top_k=config.teacher_top_k,
                 kind=kind,
+                contexts=config.contexts,
                 strengths=config.strengths,
                 seed=config.seed,
             )

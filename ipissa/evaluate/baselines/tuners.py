@@ -76,6 +76,7 @@ def distillation_targets(
         texts,
         top_k=config.teacher_top_k,
         kind=config.objective,
+        contexts=config.contexts,
         strengths=config.strengths,
         seed=config.seed,
     )

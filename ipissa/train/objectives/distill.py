@@ -1,8 +1,8 @@
 """Persona distillation: what the model does when told becomes what α = ±1 does untold.
 
 The base model under a persona is the teacher; the steered model without that persona is the student.
-For a continuation c written under the persona P_s of pole s, in a student context k that is either
-plain or carries the neutral persona P_0, there are three kinds of target:
+For a continuation c written under the persona P_s of pole s, in a student context k that is plain or
+carries the neutral persona P_0, by turns, there are three kinds of target:
 
     told    log q(· | c_<t) = log p(· | P_s, c_<t)
     guided  log q_k(· | c_<t) = log p(· | k, c_<t) + |α| (log p(· | P_s, c_<t) - log p(· | P_0, c_<t)) + const
@@ -21,7 +21,8 @@ token plus the mass of the tail, which bounds the exact KL from below and equals
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +39,13 @@ from ipissa.sequences import PaddedBatch, continuation_logprobs, pad_batch
 from ipissa.train.objectives.base import Batch
 
 TEACHER_BATCH = 16
-STUDENT_CONTEXTS: tuple[int | None, ...] = (None, 0)  # plain, neutral persona
+# Which contexts the student reads the n-th continuation of a pole in: plain (None), neutral persona (0).
+CONTEXTS: dict[str, Callable[[int], tuple[int | None, ...]]] = {
+    "alternate": lambda n: ((None, 0)[n % 2],),
+    "both": lambda n: (None, 0),
+    "plain": lambda n: (None,),
+    "neutral": lambda n: (0,),
+}
 MIN_TAIL = 1e-6
 MIN_STRENGTH = 1e-4  # nats per token; a persona that does nothing must not get all the weight
 KINDS = ("guided", "odd", "told")
@@ -70,6 +77,7 @@ def build_targets(
     *,
     top_k: int,
     kind: str = "guided",
+    contexts: str = "alternate",
     strengths: Sequence[float] = (1.0,),
     seed: int = 0,
 ) -> list[Target]:
@@ -77,39 +85,61 @@ def build_targets(
 
     Args:
         kind: One of `KINDS`.
+        contexts: One of `CONTEXTS`. Both contexts of one continuation teach nearly the same, so that half as many
+            rows teach nearly as much if every continuation has one.
         strengths: The |α| to train, drawn evenly; `told` knows only 1.
         seed: Of that draw.
     """
     generator = torch.Generator().manual_seed(seed)
-    ordered = sorted(continuations, key=lambda c: len(c.tokens))
+    ordered = sorted(_with_contexts(continuations, contexts), key=lambda pair: len(pair[0].tokens))
     targets = []
     for start in tqdm(range(0, len(ordered), TEACHER_BATCH), desc="teachers", unit="batch"):
-        batch = ordered[start : start + TEACHER_BATCH]
-        contexts = {
-            pole: [chat_ids(tokenizer, trait.messages(c.prompt, pole)) for c in batch] for pole in STUDENT_CONTEXTS
-        }
-        own, opposite = (
-            [chat_ids(tokenizer, trait.messages(c.prompt, sign * c.pole)) for c in batch] for sign in (1, -1)
-        )
-        told = _logprobs(model, tokenizer, own, batch)
-        plain = {pole: _logprobs(model, tokenizer, rows, batch) for pole, rows in contexts.items()}
-        part = (told - _logprobs(model, tokenizer, opposite, batch)) / 2 if kind == "odd" else told - plain[0]
-        for pole, rows in contexts.items():
-            draw = torch.randint(len(strengths), (len(batch),), generator=generator)
-            strength = torch.tensor(strengths)[draw].to(told.device)
-            trait_part = strength[:, None, None] * part  # (batch, tokens, vocab)
-            target = told if kind == "told" else (plain[pole] + trait_part).log_softmax(-1)
-            divergence = (target.exp() * (target - plain[pole])).sum(-1)  # (batch, tokens)
+        rows = ordered[start : start + TEACHER_BATCH]
+        batch = [c for c, _ in rows]
+
+        def read_as(personas: Sequence[int | None], some: Sequence[Continuation] = batch) -> Tensor:
+            return _logprobs(model, tokenizer, trait, some, personas)
+
+        told, neutral = read_as([c.pole for c in batch]), read_as([0] * len(batch))
+        part = (told - read_as([-c.pole for c in batch])) / 2 if kind == "odd" else told - neutral
+        students = [(i, persona) for i, (_, personas) in enumerate(rows) for persona in personas]
+        plain_rows = [i for i, persona in students if persona is None]
+        plain = dict(zip(plain_rows, read_as([None] * len(plain_rows), [batch[i] for i in plain_rows]), strict=True))
+        for i, persona in students:
+            c = batch[i]
+            n = len(c.tokens)
+            strength = strengths[int(torch.randint(len(strengths), (), generator=generator))]
+            untrained = (neutral[i] if persona == 0 else plain[i])[:n]  # (tokens, vocab)
+            target = told[i, :n] if kind == "told" else (untrained + strength * part[i, :n]).log_softmax(-1)
             top = target.topk(min(top_k, target.shape[-1]), dim=-1)
-            for i, c in enumerate(batch):
-                n = len(c.tokens)
-                ids, values = top.indices[i, :n].to("cpu", torch.int32), top.values[i, :n].to("cpu", torch.float16)
-                untrained = float(divergence[i, :n].mean())
-                targets.append(Target(c.pole * float(strength[i]), rows[i], c.tokens, ids, values, untrained))
+            targets.append(
+                Target(
+                    c.pole * float(strength),
+                    chat_ids(tokenizer, trait.messages(c.prompt, persona)),
+                    c.tokens,
+                    top.indices.to("cpu", torch.int32),
+                    top.values.to("cpu", torch.float16),
+                    float((target.exp() * (target - untrained)).sum(-1).mean()),
+                )
+            )
     return targets
 
 
-def _logprobs(model: Any, tokenizer: Any, contexts: list[list[int]], batch: Sequence[Continuation]) -> Tensor:
+def _with_contexts(
+    continuations: Sequence[Continuation], contexts: str
+) -> list[tuple[Continuation, tuple[int | None, ...]]]:
+    """Every continuation with the contexts the student reads it in; poles are counted apart."""
+    seen = {1: itertools.count(), -1: itertools.count()}
+    return [(c, CONTEXTS[contexts](next(seen[c.pole]))) for c in continuations]
+
+
+def _logprobs(
+    model: Any, tokenizer: Any, trait: Trait, batch: Sequence[Continuation], personas: Sequence[int | None]
+) -> Tensor:
+    """Log-probabilities of each continuation in its context; (rows, tokens of the longest, vocab)."""
+    if not batch:
+        return torch.empty(0)
+    contexts = [chat_ids(tokenizer, trait.messages(c.prompt, pole)) for c, pole in zip(batch, personas, strict=True)]
     padded = pad_batch(contexts, [c.tokens for c in batch], pad_id=tokenizer.pad_token_id, device=model.device)
     return continuation_logprobs(model, padded)
 
