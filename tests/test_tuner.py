@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import TRAIT, logits_of, tiny_model
 from oracle import edited_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ipissa
@@ -19,7 +20,7 @@ from ipissa.adapter.convert import from_peft_folder, from_peft_model, to_peft_fo
 from ipissa.adapter.delta import delta_core
 from ipissa.adapter.dial import add_dial
 from ipissa.base import describe_base
-from ipissa.errors import ConfigError
+from ipissa.errors import AdapterFileError, ConfigError
 from ipissa.rotation import CLAMPS
 from ipissa.scaling import scaled_singular_values
 from ipissa.train import TrainConfig
@@ -120,6 +121,25 @@ def test_the_peft_form_and_the_file_convert_both_ways(peft_model: Any, tmp_path:
             torch.testing.assert_close(back.modules[name].tensors()[key], value)
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "peft")
     assert (logits_of(loaded, IDS) - logits_of(peft_model, IDS)).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (lambda t: t.mul_(float("nan")), "holds NaN or infinite values"),
+        (lambda t: t[:-1], r"has shape \(\d+,\), expected"),
+    ],
+    ids=["nan", "shape"],
+)
+def test_a_peft_folder_is_read_as_strictly_as_a_file(tmp_path: Path, break_it: Any, says: str) -> None:
+    adapter = from_peft_model(wrapped(), base_model=describe_base(tiny_model("llama"), "tiny"), trait=TRAIT)
+    file = to_peft_folder(adapter, tmp_path / "peft") / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(name for name in tensors if name.endswith("innerpissa_d"))
+    tensors[key] = break_it(tensors[key].clone()).contiguous()
+    save_file(tensors, file)
+    with pytest.raises(AdapterFileError, match=says):
+        from_peft_folder(tmp_path / "peft")
 
 
 def test_two_adapters_switch_and_only_the_active_one_trains() -> None:

@@ -176,7 +176,7 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
             f"{path} is not a readable safetensors file ({error}); it may be truncated or of another format."
         ) from error
     config, fields = _read_metadata(path, metadata)
-    modules = {module: _module_factors(path, module, config, tensors) for module in config.modules}
+    modules = {module: module_factors(path, module, config, tensors) for module in config.modules}
     if tensors:
         raise AdapterFileError(f"{path} holds the unexpected tensor {min(tensors)!r}; it was not written by ipissa.")
     return Adapter(config=config, modules=modules, digest=_sha256(path), **fields)
@@ -234,8 +234,12 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number that JSON knows")
 
 
-def _module_factors(path: Path, module: str, config: AdapterConfig, tensors: dict[str, Tensor]) -> ModuleFactors:
-    """Take one module's tensors out of `tensors`, checked."""
+def module_factors(path: Path, module: str, config: AdapterConfig, tensors: dict[str, Tensor]) -> ModuleFactors:
+    """Take one module's tensors, named as in the file at `path`, out of `tensors`, checked.
+
+    Raises:
+        AdapterFileError: one is missing, misshapen, not skew or not finite.
+    """
 
     def take(name: str, *shape: int | None) -> Tensor:
         key = f"{module}.{name}"

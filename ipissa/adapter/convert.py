@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ipissa.adapter.checkpoint import Adapter, AdapterConfig, ModuleFactors
+from ipissa.adapter.checkpoint import Adapter, AdapterConfig, ModuleFactors, module_factors
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.layer import InnerPissaLayer
 from ipissa.adapter.lora import new_folder
@@ -47,7 +47,11 @@ def from_peft_model(peft_model: nn.Module, *, adapter_name: str = "default", **d
 
 
 def from_peft_folder(folder: str | os.PathLike[str]) -> Adapter:
-    """Read the PEFT form written by `to_peft_folder`, or by PEFT beside an `ipissa.json`."""
+    """Read the PEFT form written by `to_peft_folder`, or by PEFT beside an `ipissa.json`, as strictly as a file.
+
+    Raises:
+        AdapterFileError: it is not one, or a tensor is missing, misshapen or not finite.
+    """
     folder = Path(folder)
     try:
         config = InnerPissaConfig.from_pretrained(str(folder))
@@ -58,8 +62,17 @@ def from_peft_folder(folder: str | os.PathLike[str]) -> Adapter:
         for key, value in tensors.items():
             module, _, name = key.removeprefix(PREFIX).rpartition(".innerpissa_")
             parts.setdefault(module, {})[name] = value
-        modules = {module: _effective(config, found) for module, found in sorted(parts.items(), key=_natural)}
-        return Adapter(config=_adapter_config(config, modules), modules=modules, **description)
+        found = {module: _effective(config, each) for module, each in sorted(parts.items(), key=_natural)}
+        adapter_config = _adapter_config(config, found)
+        modules = {
+            module: module_factors(
+                folder, module, adapter_config, {f"{module}.{name}": t for name, t in factors.tensors().items()}
+            )
+            for module, factors in found.items()
+        }
+        return Adapter(config=adapter_config, modules=modules, **description)
+    except AdapterFileError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise AdapterFileError(f"{folder} is not a PEFT folder of an InnerPiSSA adapter: {error}") from error
 
