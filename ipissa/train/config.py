@@ -127,10 +127,10 @@ class TrainConfig:
     temperature: float = 0.8
     top_p: float = 0.95
     teacher_top_k: int = 512
-    epochs: float = 1.5
+    epochs: float = 2.0
     batch_size: int = 12
     accumulation: int = 1
-    lr: float = 1e-3
+    lr: float = 1.5e-3
     warmup: float = 0.2
     weight_decay: float = 1e-5
     max_grad_norm: float = 1.0

@@ -8,8 +8,8 @@ from ipissa.adapter.config import one_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     # How much.
-    "quick": {"max_prompts": 90, "epochs": 1.0, "lr": 4e-3, "held_out": 24},
-    "thorough": {"continuations": 2, "epochs": 2.0, "lr": 3e-3, "held_out_continuations": 2},
+    "quick": {"max_prompts": 48, "max_new_tokens": 24, "lr": 4e-3, "held_out": 12},
+    "thorough": {"continuations": 2, "held_out_continuations": 2},
     # Which model, with a batch that fits the memory named.
     "gemma-270m": {"model": "google/gemma-3-270m-it", "batch_size": 64},
     "gemma-1b": {"model": "google/gemma-3-1b-it", "batch_size": 64},
