@@ -76,8 +76,7 @@ def compare(materials: Materials, *, methods: Sequence[str] = QUICK_METHODS) -> 
 
 def _compared(method: str, m: Materials) -> Compared:
     if method == "prompt":
-        with attached(m.model, m.adapter) as dial:
-            return Compared(method, None, measure_persona_prompt(dial, m.tokenizer, m.trait, m.test))
+        return Compared(method, None, measure_persona_prompt(HookDial(m.model), m.tokenizer, m.trait, m.test))
     if method == "random":
         with attached(m.model, random_like(m.adapter, seed=m.seed)) as dial:
             return Compared(method, None, m.measured(dial))

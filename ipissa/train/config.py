@@ -12,6 +12,7 @@ import yaml
 
 from ipissa.adapter.config import InnerPissaConfig, one_of
 from ipissa.adapter.model import MODULE_SETS
+from ipissa.data.continuations import Sampling
 from ipissa.data.personas import TEMPLATE, Trait
 from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
@@ -176,6 +177,19 @@ class TrainConfig:
     def trait(self) -> Trait:
         """The two personas and the neutral one, as phrases."""
         return replace(Trait.from_words(self.positive, self.negative), template=self.template)
+
+    def sampling(self) -> Sampling:
+        """How answers are drawn."""
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p)
+
+    def target_settings(self) -> dict[str, Any]:
+        """Settings for `build_targets`, but for the kind."""
+        return {
+            "top_k": self.teacher_top_k,
+            "contexts": self.contexts,
+            "strengths": self.strengths,
+            "seed": self.seed,
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

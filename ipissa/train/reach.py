@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Continuation
 from ipissa.data.personas import Trait
-from ipissa.sequences import continuation_logprobs, pad_batch
+from ipissa.train.told import told_logprobs
 
 logger = logging.getLogger(__name__)
 BATCH = 16
@@ -63,7 +62,7 @@ def measure_reach(model: Any, tokenizer: Any, trait: Trait, continuations: Seque
     for start in tqdm(range(0, len(ordered), BATCH), desc="reach", unit="batch"):
         batch = ordered[start : start + BATCH]
         own, neutral, opposite = (
-            _logprobs(model, tokenizer, trait, batch, [sign * c.pole for c in batch]) for sign in (1, 0, -1)
+            told_logprobs(model, tokenizer, trait, batch, [sign * c.pole for c in batch]) for sign in (1, 0, -1)
         )
         for i, c in enumerate(batch):
             n = len(c.tokens)
@@ -87,14 +86,6 @@ def warn_of_short_reach(reach: Reach, trait: Trait) -> None:
             trait.negative,
             100 * max(reach.odd, 0),
         )
-
-
-def _logprobs(
-    model: Any, tokenizer: Any, trait: Trait, batch: Sequence[Continuation], personas: Sequence[int]
-) -> Tensor:
-    contexts = [chat_ids(tokenizer, trait.messages(c.prompt, pole)) for c, pole in zip(batch, personas, strict=True)]
-    padded = pad_batch(contexts, [c.tokens for c in batch], pad_id=tokenizer.pad_token_id, device=model.device)
-    return continuation_logprobs(model, padded)
 
 
 def _divergence(p: Tensor, q: Tensor) -> float:

@@ -17,7 +17,7 @@ from ipissa.adapter.checkpoint import Adapter, save_adapter
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.convert import from_peft_model
 from ipissa.base import describe_base
-from ipissa.data.continuations import Continuation, Sampling, sample_continuations
+from ipissa.data.continuations import Continuation, sample_continuations
 from ipissa.data.pairs import (
     ContrastivePair,
     contrastive_pairs,
@@ -126,13 +126,18 @@ def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool =
         seconds,
     )
     write_card(result, output)
-    run.write_table("history.csv", history)
-    run.write_table("layers.csv", [asdict(change) for change in layer_changes(adapter)])
-    stages = {"before training": samples_before, "midway": midway.samples, "after": measured.samples}
-    run.write_text("samples.md", samples_table(stages))
-    plot_history(history, run.path / "losses.png")
+    _write_records(run, result, midway.samples)
     run.complete()
     return result
+
+
+def _write_records(run: RunFolder, result: TrainResult, samples_midway: Samples) -> None:
+    """What happened on the way, into the run's folder."""
+    run.write_table("history.csv", result.history)
+    run.write_table("layers.csv", [asdict(change) for change in layer_changes(result.adapter)])
+    stages = {"before training": result.samples_before, "midway": samples_midway, "after": result.samples_after}
+    run.write_text("samples.md", samples_table(stages))
+    plot_history(result.history, run.path / "losses.png")
 
 
 @dataclass
@@ -158,13 +163,15 @@ class _Task:
             config, trait, model, tokenizer, training[: config.max_prompts], held_out[: config.held_out], suffixes
         )
 
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.config.max_new_tokens, self.config.temperature, self.config.top_p)
-
     def sample(self, prompts: Sequence[str], *, per_prompt: int, seed: int) -> list[Continuation]:
         return sample_continuations(
-            self.model, self.tokenizer, self.trait, prompts, per_prompt=per_prompt, seed=seed, sampling=self.sampling
+            self.model,
+            self.tokenizer,
+            self.trait,
+            prompts,
+            per_prompt=per_prompt,
+            seed=seed,
+            sampling=self.config.sampling(),
         )
 
     def adapter_config(self) -> InnerPissaConfig:
@@ -203,7 +210,7 @@ def _measure(task: _Task, adapter: Adapter, test_set: Sequence[Continuation]) ->
     model, tokenizer, trait = task.model, task.tokenizer, task.trait
     samples = take_samples(steered.alpha, model, tokenizer, trait, task.held_out)
     prompts = task.held_out[:CALIBRATION_PROMPTS]
-    calibration = calibrate(steered, tokenizer, trait, prompts, seed=task.config.seed, sampling=task.sampling)
+    calibration = calibrate(steered, tokenizer, trait, prompts, seed=task.config.seed, sampling=task.config.sampling())
     yardsticks = measure_yardsticks(steered, tokenizer, trait, test_set)
     response = response_curve(steered, tokenizer, trait, _of_prompts(test_set, task.held_out[:RESPONSE_PROMPTS]))
     steered.detach()
@@ -234,11 +241,8 @@ def _objective(
                 task.tokenizer,
                 task.trait,
                 continuations,
-                top_k=config.teacher_top_k,
                 kind=kind,
-                contexts=config.contexts,
-                strengths=config.strengths,
-                seed=config.seed,
+                **config.target_settings(),
             )
 
         targets = run.once(f"targets-{kind}", compute, [Target])

@@ -13,9 +13,10 @@ import peft
 import torch
 
 from ipissa.adapter.checkpoint import Adapter
+from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.dial import add_dial
 from ipissa.adapter.model import layer_alpha
-from ipissa.data.continuations import Sampling, sample_continuations
+from ipissa.data.continuations import sample_continuations
 from ipissa.data.personas import Trait
 from ipissa.errors import ConfigError
 from ipissa.train.config import TrainConfig
@@ -66,19 +67,21 @@ def distillation_targets(
         trait,
         prompts[: config.max_prompts],
         per_prompt=config.continuations,
-        sampling=Sampling(config.max_new_tokens, config.temperature, config.top_p),
+        sampling=config.sampling(),
         seed=config.seed,
     )
-    return build_targets(
-        model,
-        tokenizer,
-        trait,
-        texts,
-        top_k=config.teacher_top_k,
-        kind=config.objective,
-        contexts=config.contexts,
-        strengths=config.strengths,
-        seed=config.seed,
+    return build_targets(model, tokenizer, trait, texts, kind=config.objective, **config.target_settings())
+
+
+def lora_like(config: InnerPissaConfig, *, dora: bool = False) -> peft.LoraConfig:
+    """A LoRA or DoRA of the rank and modules of an InnerPiSSA adapter."""
+    return peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.r,
+        target_modules=config.target_modules,
+        layers_to_transform=config.layers_to_transform,
+        use_dora=dora,
+        task_type="CAUSAL_LM",
     )
 
 
@@ -89,16 +92,8 @@ def trained_tuner(
     """`model` with a LoRA or DoRA fitted to `targets`; the model is itself again afterwards."""
     model.requires_grad_(False)
     same = config.adapter_config(model.config.get_text_config().num_hidden_layers)
-    tuner = peft.LoraConfig(
-        r=same.r,
-        lora_alpha=same.r,
-        target_modules=same.target_modules,
-        layers_to_transform=same.layers_to_transform,
-        use_dora=kind == "dora",
-        task_type="CAUSAL_LM",
-    )
     torch.manual_seed(config.seed)
-    peft_model = peft.get_peft_model(model, tuner)
+    peft_model = peft.get_peft_model(model, lora_like(same, dora=kind == "dora"))
     handles = add_dial(peft_model)
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -37,6 +37,7 @@ from ipissa.data.continuations import Continuation
 from ipissa.data.personas import Trait
 from ipissa.sequences import PaddedBatch, continuation_logprobs, pad_batch
 from ipissa.train.objectives.base import Batch
+from ipissa.train.told import told_logprobs
 
 TEACHER_BATCH = 16
 # Which contexts the student reads the n-th continuation of a pole in: plain (None), neutral persona (0).
@@ -98,7 +99,7 @@ def build_targets(
         batch = [c for c, _ in rows]
 
         def read_as(personas: Sequence[int | None], some: Sequence[Continuation] = batch) -> Tensor:
-            return _logprobs(model, tokenizer, trait, some, personas)
+            return told_logprobs(model, tokenizer, trait, some, personas)
 
         told, neutral = read_as([c.pole for c in batch]), read_as([0] * len(batch))
         part = (told - read_as([-c.pole for c in batch])) / 2 if kind == "odd" else told - neutral
@@ -131,17 +132,6 @@ def _with_contexts(
     """Every continuation with the contexts the student reads it in; poles are counted apart."""
     seen = {1: itertools.count(), -1: itertools.count()}
     return [(c, CONTEXTS[contexts](next(seen[c.pole]))) for c in continuations]
-
-
-def _logprobs(
-    model: Any, tokenizer: Any, trait: Trait, batch: Sequence[Continuation], personas: Sequence[int | None]
-) -> Tensor:
-    """Log-probabilities of each continuation in its context; (rows, tokens of the longest, vocab)."""
-    if not batch:
-        return torch.empty(0)
-    contexts = [chat_ids(tokenizer, trait.messages(c.prompt, pole)) for c, pole in zip(batch, personas, strict=True)]
-    padded = pad_batch(contexts, [c.tokens for c in batch], pad_id=tokenizer.pad_token_id, device=model.device)
-    return continuation_logprobs(model, padded)
 
 
 class Distillation:
