@@ -162,7 +162,7 @@ def test_a_comparison_measures_all_methods_on_the_same_texts(
     def learn() -> tuple[TrainConfig, list[Target]]:
         return config, build_targets(model, tokenizer, TRAIT, texts[:4], top_k=32)
 
-    materials = Materials(model, tokenizer, TRAIT, adapter, pairs, texts[:4], texts[4:], learn)
+    materials = Materials(model, tokenizer, TRAIT, adapter, pairs, texts[:4], texts[4:], learn, seed=1)
     rows = list(compare(materials, methods=METHODS))
     assert [row.method for row in rows] == ["adapter", *METHODS]
     assert [row.method for row in rows if row.scale in SCALES] == ["caa", "repeng", "sspace"]
@@ -178,9 +178,12 @@ def test_a_comparison_measures_all_methods_on_the_same_texts(
 
 def test_the_plain_gain_of_a_persona_prompt_equals_its_definition(model: Any, tokenizer: Any) -> None:
     def logp(text: Continuation, persona: int | None) -> float:
-        context = chat_ids(tokenizer, TRAIT.messages(text.prompt, persona))
-        logprobs = logits_of(model, torch.tensor([context + text.tokens]))[0].double().log_softmax(-1)
-        return sum(float(logprobs[len(context) - 1 + i, token]) for i, token in enumerate(text.tokens))
+        """Expected, at every token, over what the told model might say next."""
+        told, logprobs = (
+            logits_of(model, torch.tensor([context + text.tokens]))[0, len(context) - 1 : -1].double().log_softmax(-1)
+            for context in (chat_ids(tokenizer, TRAIT.messages(text.prompt, p)) for p in (1, persona))
+        )
+        return float((told.exp() * logprobs).sum())
 
     own = [Continuation("How are you?", 1, [11, 12, 13]), Continuation("Who is it?", 1, [14, 15])]
     others = [Continuation(text.prompt, -1, [16, 17]) for text in own]

@@ -14,6 +14,7 @@ from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Continuation, Sampling, generate_ids
 from ipissa.data.personas import Trait
 from ipissa.errors import ConfigError
+from ipissa.evaluate.dial import HookDial
 from ipissa.evaluate.scoring import choice_scores, find_choices, score_choices
 from ipissa.evaluate.yardsticks import (
     Estimate,
@@ -29,11 +30,26 @@ from ipissa.train.calibration import CalibrationPoint, _end_of_range, calibrate,
 TRAIT = Trait.from_words("kind", "angry")
 
 
-def log_likelihood(model: Any, context: list[int], tokens: list[int]) -> float:
-    """Of one continuation, alone and unpadded."""
+def next_token_logprobs(model: Any, context: list[int], tokens: list[int]) -> torch.Tensor:
+    """(tokens, vocab) of one continuation, alone and unpadded."""
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([context + tokens])).logits[0].log_softmax(-1)
-    return float(sum(logits[len(context) - 1 + i, token] for i, token in enumerate(tokens)))
+        logits = model(input_ids=torch.tensor([context + tokens])).logits[0]
+    return logits[len(context) - 1 : -1].log_softmax(-1)
+
+
+def log_likelihood(model: Any, context: list[int], tokens: list[int]) -> float:
+    """Of one continuation."""
+    logprobs = next_token_logprobs(model, context, tokens)
+    return float(sum(logprobs[i, token] for i, token in enumerate(tokens)))
+
+
+def expected_log_likelihood(steered: Any, tokenizer: Any, c: Continuation, persona: int | None, alpha: float) -> float:
+    """Of what the told model might have written at every token of a continuation."""
+    told, context = (chat_ids(tokenizer, TRAIT.messages(c.prompt, p)) for p in (c.pole, persona))
+    p = next_token_logprobs(steered.model, told, c.tokens).exp()
+    with steered.alpha(alpha):
+        logprobs = next_token_logprobs(steered.model, context, c.tokens)
+    return float((p * logprobs).sum())
 
 
 @pytest.fixture
@@ -57,11 +73,7 @@ def test_response_and_preference_equal_their_definition(
 ) -> None:
     def lp(pole: int, alpha: float) -> float:
         own = [c for c in continuations if c.pole == pole]
-        with steered.alpha(alpha):
-            total = sum(
-                log_likelihood(steered.model, chat_ids(tokenizer, TRAIT.messages(c.prompt, None)), c.tokens)
-                for c in own
-            )
+        total = sum(expected_log_likelihood(steered, tokenizer, c, None, alpha) for c in own)
         return total / sum(len(c.tokens) for c in own)
 
     curve = response_curve(steered, tokenizer, TRAIT, continuations, alphas=(-0.5, 1.0))
@@ -111,14 +123,11 @@ def test_adapters_that_do_not_work_say_so() -> None:
 
 
 def test_yardsticks_equal_their_definition(steered: Any, continuations: list[Continuation], tokenizer: Any) -> None:
-    model = steered.model
     found = measure_yardsticks(steered, tokenizer, TRAIT, continuations, alpha=0.5)
 
     def lp(pole: int, persona: int | None, alpha: float) -> float:
         own = [c for c in continuations if c.pole == pole]
-        contexts = [chat_ids(tokenizer, TRAIT.messages(c.prompt, persona)) for c in own]
-        with steered.alpha(alpha):
-            total = sum(log_likelihood(model, k, c.tokens) for k, c in zip(contexts, own, strict=True))
+        total = sum(expected_log_likelihood(steered, tokenizer, c, persona, alpha) for c in own)
         return total / sum(len(c.tokens) for c in own)
 
     for pole, side in ((1, found.positive), (-1, found.negative)):
@@ -128,6 +137,45 @@ def test_yardsticks_equal_their_definition(steered: Any, continuations: list[Con
         assert side.trait_gain.value == pytest.approx(trait, rel=1e-3)
         assert side.plain_gain.value == pytest.approx(lp(pole, None, a) - lp(pole, None, 0.0), rel=1e-3)
         assert side.contrast.value == pytest.approx(contrast, rel=1e-3)
+
+
+def test_expected_likelihood_is_the_mean_of_the_likelihood_of_drawn_tokens(steered: Any, tokenizer: Any) -> None:
+    told, plain = (chat_ids(tokenizer, TRAIT.messages("Why?", persona)) for persona in (1, None))
+    p = next_token_logprobs(steered.model, told, [0])[0].exp()
+    drawn = torch.multinomial(p, 20_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    before = next_token_logprobs(steered.model, plain, [0])[0]
+    with steered.alpha(0.3):
+        gains = (next_token_logprobs(steered.model, plain, [0])[0] - before)[drawn]
+    texts = [Continuation("Why?", pole, [5]) for pole in (1, -1)]
+    at = {point.alpha: point.positive for point in response_curve(steered, tokenizer, TRAIT, texts, alphas=[0.3])}
+    assert abs(gains.mean() - at[0.3]) < 4 * gains.std() / len(gains) ** 0.5
+    assert gains.std() > 3 * abs(at[0.3])  # one drawn token says little
+
+
+class Surer(HookDial):
+    """Changes nothing but how sure the model is."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.handles.append(model.lm_head.register_forward_hook(self._sharpen))
+
+    def _sharpen(self, module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.rows is None else logits * (1 + self.per_row(logits).abs())
+
+
+def test_a_dial_that_only_makes_the_model_surer_has_no_trait_gain(tokenizer: Any) -> None:
+    """Although likely texts become likelier, which likelihoods of texts drawn at a low temperature would reward."""
+    dial = Surer(tiny_model("llama", vocab_size=len(tokenizer)))
+    texts = []
+    for prompt, pole in [("Why?", 1), ("Why?", -1), ("How?", 1), ("How?", -1)]:
+        context = chat_ids(tokenizer, TRAIT.messages(prompt, pole))
+        told = next_token_logprobs(dial.model, context, [0])[0]
+        with dial.alpha(0.5):
+            assert next_token_logprobs(dial.model, context, [0])[0].max() > told.max()
+        texts.append(Continuation(prompt, pole, [int(told.argmax())]))
+    found = measure_yardsticks(dial, tokenizer, TRAIT, texts, alpha=0.5)
+    assert found.positive.trait_gain.value < 0
+    assert found.negative.trait_gain.value < 0
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:

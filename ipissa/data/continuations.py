@@ -29,6 +29,11 @@ class Sampling:
     temperature: float = 0.8
     top_p: float = 0.95
 
+    @classmethod
+    def whole(cls, max_new_tokens: int = 32) -> Sampling:
+        """From the model's whole distribution, nothing sharpened and nothing cut: what yardsticks are read on."""
+        return cls(max_new_tokens, temperature=1.0, top_p=1.0)
+
     def settings(self) -> dict[str, Any]:
         """Settings for `generate_ids`."""
         nucleus = LogitsProcessorList([_Nucleus(self.temperature, self.top_p)])

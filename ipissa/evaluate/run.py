@@ -57,7 +57,7 @@ def evaluate(
     model, tokenizer = load_model(model_name or adapter.base_model["name"], device=device, dtype=dtype)
 
     def sampled(some: Sequence[str], seed: int) -> list:
-        return sample_continuations(model, tokenizer, trait, some, per_prompt=1, sampling=Sampling(), seed=seed)
+        return sample_continuations(model, tokenizer, trait, some, per_prompt=1, sampling=Sampling.whole(), seed=seed)
 
     known = sampled(training[:PAIR_PROMPTS], seed)
     tuning = [c for c in known if c.prompt in training[:TUNING_PROMPTS]]

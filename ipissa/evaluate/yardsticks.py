@@ -1,8 +1,8 @@
 """Three yardsticks of a steering adapter that breaking text or saying Yes cannot satisfy.
 
-lp_s(k, α) is the mean log-likelihood per token, in nats, of held-out continuations that the base
-model wrote under the persona of pole s, given context k (none, neutral persona 0, persona s) and
-steered at α. With a_s = +α at the positive pole and -α at the negative:
+lp_s(k, α) is the mean log-likelihood per token, in nats, of what the base model writes about held-out
+prompts under the persona of pole s, given context k (none, neutral persona 0, persona s) and steered
+at α. With a_s = +α at the positive pole and -α at the negative:
 
     trait gain  [lp_s(0, a_s) - lp_s(0, 0)] / [lp_s(s, 0) - lp_s(0, 0)]
                 the part of the persona prompt's own trait effect that steering recovers; 1 is as
@@ -10,6 +10,16 @@ steered at α. With a_s = +α at the positive pole and -α at the negative:
     plain gain  lp_s(none, a_s) - lp_s(none, 0), in nats: what a user without personas gets
     contrast    [lp_s(none, a_s) - lp_s(none, -a_s)] / [lp_s(s, 0) - lp_s(-s, 0)]
                 easily gamed by breaking text at the other pole, so never quoted alone
+
+Texts are drawn from the whole distribution of the told model (`Sampling.whole`), and at every token of a
+text the log-likelihood is averaged over what the told model might write next, p_s, not read off the one
+token that was drawn:
+
+    lp_s(k, α) = mean over tokens t of Σ_v p_s(v | text so far) log p(v | k, text so far; α)
+
+which has the same mean and a fraction of the variance (Rao-Blackwell). Being told is then the most that any
+dial can reach, by Gibbs' inequality, and the trait gain is the part of KL(told || neutral) that steering
+removes. Texts drawn at a temperature below 1 break this: a dial that only makes the model surer gains there.
 
 Intervals are 95 % percentile bootstraps over prompts, the unit that was held out.
 """
@@ -28,7 +38,7 @@ from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Continuation
 from ipissa.data.personas import Trait
 from ipissa.evaluate.dial import Dial
-from ipissa.sequences import continuation_logprobs, pad_batch, target_logprobs
+from ipissa.sequences import continuation_logprobs, pad_batch
 
 ROWS_PER_BATCH = 32
 RESAMPLES = 2000
@@ -198,7 +208,7 @@ def pole_preference(steered: Dial, tokenizer: Any, trait: Trait, continuations: 
 
 @torch.no_grad()
 def _log_likelihoods(
-    steered: Dial,
+    dial: Dial,
     tokenizer: Any,
     trait: Trait,
     continuations: Sequence[Continuation],
@@ -206,26 +216,40 @@ def _log_likelihoods(
     *,
     label: str,
 ) -> dict[str, np.ndarray]:
-    """Summed log-likelihood of every continuation in every setting; equal settings are read once."""
+    """Expected log-likelihood of every continuation, summed over its tokens, in every setting.
+
+    Equal settings are read once, and all settings of a text in one batch, as their expectation is over
+    the same next tokens.
+    """
     distinct = list(dict.fromkeys(settings.values()))
-    jobs = [(setting, i) for i in range(len(continuations)) for setting in distinct]
     sums = {setting: np.zeros(len(continuations)) for setting in distinct}
-    for start in tqdm(range(0, len(jobs), ROWS_PER_BATCH), desc=label, unit="batch"):
-        rows = jobs[start : start + ROWS_PER_BATCH]
-        contexts = [
-            chat_ids(tokenizer, trait.messages(continuations[i].prompt, setting.persona)) for setting, i in rows
-        ]
-        batch = pad_batch(
-            contexts,
-            [continuations[i].tokens for _, i in rows],
-            pad_id=tokenizer.pad_token_id,
-            device=steered.model.device,
-        )
-        with steered.alpha([setting.alpha for setting, _ in rows]):
-            logprobs = continuation_logprobs(steered.model, batch)
-        for (setting, i), value in zip(rows, target_logprobs(logprobs, batch).sum(-1).tolist(), strict=True):
-            sums[setting][i] = value
+    per_batch = max(1, ROWS_PER_BATCH // (1 + len(distinct)))
+    for start in tqdm(range(0, len(continuations), per_batch), desc=label, unit="batch"):
+        texts = continuations[start : start + per_batch]
+        expected = _expected_sums(dial, tokenizer, trait, texts, distinct)
+        for setting, column in zip(distinct, expected.T, strict=True):
+            sums[setting][start : start + per_batch] = column
     return {name: sums[setting] for name, setting in settings.items()}
+
+
+def _expected_sums(
+    dial: Dial, tokenizer: Any, trait: Trait, texts: Sequence[Continuation], settings: Sequence[_Setting]
+) -> np.ndarray:
+    """(texts, settings): Σ_t Σ_v p_told(v) log p_setting(v), told as the pole of each text."""
+    read = [(c, setting) for c in texts for setting in (_Setting(c.pole, 0.0), *settings)]
+    batch = pad_batch(
+        [chat_ids(tokenizer, trait.messages(c.prompt, setting.persona)) for c, setting in read],
+        [c.tokens for c, _ in read],
+        pad_id=tokenizer.pad_token_id,
+        device=dial.model.device,
+    )
+    with dial.alpha([setting.alpha for _, setting in read]):
+        logprobs = continuation_logprobs(dial.model, batch)
+    logprobs = logprobs.unflatten(0, (len(texts), -1))  # (texts, 1 + settings, tokens, vocab)
+    told, steered = logprobs[:, :1].exp(), logprobs[:, 1:]
+    expected = torch.where(told > 0, told * steered, 0).sum(-1)  # 0 · -inf is 0: tokens a model cannot say
+    mask = batch.mask.unflatten(0, (len(texts), -1))[:, 1:]
+    return (expected * mask).sum(-1).double().cpu().numpy()
 
 
 def _pole_yardsticks(

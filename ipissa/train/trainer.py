@@ -17,7 +17,7 @@ from ipissa.adapter.checkpoint import Adapter, save_adapter
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.convert import from_peft_model
 from ipissa.base import describe_base
-from ipissa.data.continuations import Continuation, sample_continuations
+from ipissa.data.continuations import Continuation, Sampling, sample_continuations
 from ipissa.data.pairs import (
     ContrastivePair,
     contrastive_pairs,
@@ -88,7 +88,7 @@ def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool =
 
     continuations = run.once(
         "continuations",
-        lambda: task.sample(task.training_prompts, per_prompt=config.continuations, seed=config.seed),
+        lambda: task.sample(task.training_prompts, config.continuations, config.sampling(), seed=config.seed),
         [Continuation],
     )
     personas = _look_at_personas(task, continuations, run)
@@ -105,7 +105,8 @@ def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool =
 
     # From here on the adapter runs as users will run it: from its tensors, in phase form.
     task.model = peft_model.unload()
-    test_set = task.sample(task.held_out, per_prompt=config.held_out_continuations, seed=config.seed + 1)
+    whole = Sampling.whole(config.max_new_tokens)
+    test_set = task.sample(task.held_out, config.held_out_continuations, whole, seed=config.seed + 1)
     adapter, flipped = _right_way_round(task, adapter, test_set)
     measured = _measure(task, adapter, test_set)
 
@@ -163,15 +164,9 @@ class _Task:
             config, trait, model, tokenizer, training[: config.max_prompts], held_out[: config.held_out], suffixes
         )
 
-    def sample(self, prompts: Sequence[str], *, per_prompt: int, seed: int) -> list[Continuation]:
+    def sample(self, prompts: Sequence[str], per_prompt: int, sampling: Sampling, *, seed: int) -> list[Continuation]:
         return sample_continuations(
-            self.model,
-            self.tokenizer,
-            self.trait,
-            prompts,
-            per_prompt=per_prompt,
-            seed=seed,
-            sampling=self.config.sampling(),
+            self.model, self.tokenizer, self.trait, prompts, per_prompt=per_prompt, sampling=sampling, seed=seed
         )
 
     def adapter_config(self) -> InnerPissaConfig:
