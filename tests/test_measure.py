@@ -13,7 +13,7 @@ import ipissa
 from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Continuation, Sampling, generate_ids
 from ipissa.data.personas import Trait
-from ipissa.errors import ConfigError
+from ipissa.errors import ConfigError, TrainingError
 from ipissa.evaluate.dial import HookDial
 from ipissa.evaluate.scoring import choice_scores, find_choices, score_choices
 from ipissa.evaluate.yardsticks import (
@@ -25,7 +25,7 @@ from ipissa.evaluate.yardsticks import (
     pole_preference,
     response_curve,
 )
-from ipissa.train.calibration import CalibrationPoint, _end_of_range, calibrate, distinct_share
+from ipissa.train.calibration import calibrate, distinct_share
 
 TRAIT = Trait.from_words("kind", "angry")
 
@@ -194,12 +194,24 @@ def test_t_is_that_of_a_one_sample_test() -> None:
     assert bootstrap_ratio(values, np.ones(50), seed=0).t == pytest.approx(ttest_1samp(values, 0).statistic)
 
 
-def test_the_range_ends_before_the_first_alpha_at_which_text_falls_apart() -> None:
-    points = [
-        CalibrationPoint(alpha, 1.0, 1.0, 0.0, holds)
-        for alpha, holds in [(-2, True), (-1, False), (-0.5, True), (0, True), (0.5, True), (1, True), (2, False)]
-    ]
-    assert (_end_of_range(points, -1), _end_of_range(points, 1)) == (-0.5, 1)
+def test_the_range_ends_before_the_first_alpha_at_which_text_falls_apart(steered: Any, tokenizer: Any) -> None:
+    """Every grid point is read again here, and judged by the documented limits."""
+    prompts, sampling, grid = ["Hello there", "Why?"], Sampling(max_new_tokens=5), (4.0, 0.05, 8.0)
+    found = calibrate(steered, tokenizer, TRAIT, prompts, seed=0, sampling=sampling, grid=grid)
+    assert (found.low, found.high) == (-0.05, 0.05)
+    assert [point.alpha for point in found.points] == [-4.0, -0.05, 0.0, 0.05, 4.0]  # 8 needs no reading
+    assert [point.holds for point in found.points] == [False, True, True, True, False]
+    zero = found.points[2]
+    for point in found.points:
+        within = (
+            point.base_nats <= zero.base_nats + 0.5 and point.distinct >= 0.9 * zero.distinct and point.variation <= 0.5
+        )
+        assert point.holds == within
+
+
+def test_text_that_falls_apart_at_once_is_no_adapter(steered: Any, tokenizer: Any) -> None:
+    with pytest.raises(TrainingError, match=r"falls apart already at \|α\| = 6"):
+        calibrate(steered, tokenizer, TRAIT, ["Why?"], seed=0, sampling=Sampling(max_new_tokens=5), grid=(6.0,))
 
 
 def test_repetition_lowers_the_distinct_share() -> None:

@@ -9,17 +9,19 @@ The base model then reads those answers. Text holds together at α while both ho
     shift       the total variation between the steered and the base model's next-token
                 distributions, averaged over its tokens, is at most MAX_VARIATION
 
-and the calibrated range ends at the largest |α| on each side up to which every grid point holds.
+and the calibrated range ends at the largest |α| on each side up to which every grid point holds. Beyond the
+first that does not, nothing is read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Sampling, generate_ids
@@ -43,7 +45,7 @@ class CalibrationPoint:
     base_nats: float  # mean -log p per token under the base model
     distinct: float  # share of distinct 3-grams
     variation: float  # total variation per token, from 0 to 1
-    holds: bool
+    holds: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,33 +77,51 @@ def calibrate(
         TrainingError: text falls apart at the smallest |α| of the grid, on either side.
     """
     contexts = [chat_ids(tokenizer, trait.messages(prompt, None)) for prompt in prompts]
-    alphas = sorted({0.0, *grid, *(-a for a in grid)})
-    read = {alpha: _read_back(steered, tokenizer, contexts, alpha, seed, sampling) for alpha in alphas}
-    nats_0, distinct_0, _ = read[0.0]
-    points = [
-        CalibrationPoint(
-            alpha=alpha,
-            base_nats=nats,
-            distinct=distinct,
-            variation=variation,
-            holds=nats <= nats_0 + MAX_EXCESS_NATS
-            and distinct >= MIN_DISTINCT * distinct_0
-            and variation <= MAX_VARIATION,
-        )
-        for alpha, (nats, distinct, variation) in read.items()
-    ]
-    low, high = _end_of_range(points, -1), _end_of_range(points, 1)
+    with tqdm(total=1 + 2 * len(grid), desc="calibration", unit="α") as bar:
+
+        def read(alpha: float, untouched: CalibrationPoint | None = None) -> CalibrationPoint:
+            point = _read_back(steered, tokenizer, contexts, alpha, seed, sampling)
+            bar.update()
+            return replace(point, holds=untouched is None or _holds(point, untouched))
+
+        at_zero = read(0.0)
+        below = _walk(read(-size, at_zero) for size in sorted(grid))
+        above = _walk(read(size, at_zero) for size in sorted(grid))
+    low, high = _end_of_range(below), _end_of_range(above)
     if not low < 0 < high:
         raise TrainingError(
             f"Text falls apart already at |α| = {min(grid)}; train with a lower --lr or more --continuations."
         )
-    return Calibration(low=low, high=high, points=points)
+    return Calibration(low=low, high=high, points=[*reversed(below), at_zero, *above])
+
+
+def _walk(outwards: Iterable[CalibrationPoint]) -> list[CalibrationPoint]:
+    """The points of one side up to the first at which text falls apart."""
+    points = []
+    for point in outwards:
+        points.append(point)
+        if not point.holds:
+            break
+    return points
+
+
+def _end_of_range(points: Sequence[CalibrationPoint]) -> float:
+    """The last α of one side that holds, 0 if none does."""
+    return next((point.alpha for point in reversed(points) if point.holds), 0.0)
+
+
+def _holds(point: CalibrationPoint, untouched: CalibrationPoint) -> bool:
+    return (
+        point.base_nats <= untouched.base_nats + MAX_EXCESS_NATS
+        and point.distinct >= MIN_DISTINCT * untouched.distinct
+        and point.variation <= MAX_VARIATION
+    )
 
 
 def _read_back(
     steered: SteeredModel, tokenizer: Any, contexts: list[list[int]], alpha: float, seed: int, sampling: Sampling
-) -> tuple[float, float, float]:
-    """(nats per token under the base model, distinct share, total variation) of answers sampled at α."""
+) -> CalibrationPoint:
+    """How answers sampled at α read."""
     with torch.random.fork_rng(devices=[]), steered.alpha(alpha):
         torch.manual_seed(seed)
         answers = generate_ids(steered.model, tokenizer, contexts, **sampling.settings())
@@ -113,10 +133,11 @@ def _read_back(
             shifted = continuation_logprobs(steered.model, batch)
     variation = (base.exp() - shifted.exp()).abs().sum(-1) / 2  # (batch, tokens)
     tokens = batch.mask.sum()
-    return (
-        float(-target_logprobs(base, batch).sum() / tokens),
-        float(np.mean([distinct_share(answer) for answer in answers])),
-        float((variation * batch.mask).sum() / tokens),
+    return CalibrationPoint(
+        alpha=alpha,
+        base_nats=float(-target_logprobs(base, batch).sum() / tokens),
+        distinct=float(np.mean([distinct_share(answer) for answer in answers])),
+        variation=float((variation * batch.mask).sum() / tokens),
     )
 
 
@@ -124,12 +145,3 @@ def distinct_share(tokens: Sequence[int]) -> float:
     """Distinct 3-grams over all 3-grams; 1 for texts too short to have two."""
     grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
-
-
-def _end_of_range(points: Sequence[CalibrationPoint], side: int) -> float:
-    end = 0.0
-    for point in sorted((p for p in points if p.alpha * side > 0), key=lambda p: abs(p.alpha)):
-        if not point.holds:
-            break
-        end = point.alpha
-    return end

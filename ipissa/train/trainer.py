@@ -176,7 +176,7 @@ class _Task:
 def _look_at_personas(task: _Task, continuations: Sequence[Continuation], run: RunFolder) -> dict[str, Any]:
     """What the personas do before anything is trained, with warnings; for the adapter's `evaluation`."""
     elicited = elicitation(task.model, task.tokenizer, task.trait)
-    texts = _of_prompts(continuations, spread(task.training_prompts, REACH_PROMPTS))
+    texts = _of_prompts(continuations, spread(task.training_prompts, min(REACH_PROMPTS, len(task.held_out))))
     reach = run.once("reach", lambda: measure_reach(task.model, task.tokenizer, task.trait, texts), [Reach])
     warn_of_short_reach(reach, task.trait)
     return {"elicitation": asdict(elicited), "reach": reach.to_dict()}
