@@ -16,6 +16,13 @@ from ipissa.train.sweep import read_grid, run_name, run_sweep
 GRID = "base: {positive: kind, negative: angry}\ngrid: {lr: [0.001, 0.003], seed: [0, 1, 2]}\n"
 
 
+RESPONSE = [
+    {"alpha": -1.0, "positive": -0.3, "negative": 0.1},
+    {"alpha": 0.0, "positive": 0.0, "negative": 0.0},
+    {"alpha": 1.0, "positive": 0.1, "negative": -0.1},
+]
+
+
 class Trainer:
     """Stands for training: gains that depend on the settings, and a count of runs."""
 
@@ -32,7 +39,9 @@ class Trainer:
         pole = {"trait_gain": gain, "plain_gain": gain, "contrast": gain}
         return SimpleNamespace(
             yardsticks=SimpleNamespace(to_dict=lambda: {"positive": pole, "negative": pole}),
-            adapter=SimpleNamespace(alpha_range=(-1.0, 2.0), evaluation={"training": {"final_loss": 0.1}}),
+            adapter=SimpleNamespace(
+                alpha_range=(-1.0, 2.0), evaluation={"training": {"final_loss": 0.1}, "response": RESPONSE}
+            ),
             seconds=12.3,
         )
 
@@ -59,6 +68,13 @@ def test_every_combination_is_trained_once_and_summed_up_over_seeds(tmp_path: Pa
         ('{"lr": 0.003}', "3", "yes"),
     ]
     assert float(summary[0]["trait_gain_positive"]) == pytest.approx(1.1)  # the median seed is 1
+    # Gains are lr * 100 + seed at either pole: 0.1, 1.1, 2.1 against 0.3, 1.3, 2.3, each of variance 1.
+    assert [float(row["worse_gain_mean"]) for row in summary] == pytest.approx([1.1, 1.3])
+    assert [float(row["worse_gain_sd"]) for row in summary] == pytest.approx([1, 1])
+    assert summary[0]["t_against_first"] == ""
+    assert float(summary[1]["t_against_first"]) == pytest.approx(0.2 / (2 / 3) ** 0.5, abs=0.01)
+    assert float(summary[1]["p_against_first"]) == pytest.approx(0.819, abs=0.001)  # two-sided, 4 degrees of freedom
+    assert {float(row["symmetry"]) for row in rows} == {0.5}  # 0.2 at +1, -0.4 at -1
 
 
 def test_a_sweep_begun_again_trains_only_what_is_missing(tmp_path: Path) -> None:

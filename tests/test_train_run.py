@@ -120,6 +120,8 @@ def test_a_killed_run_goes_on_to_the_same_adapter(config: TrainConfig, tmp_path:
     killed_at(0)
     resumed = train(config, output, resume=True).adapter
     assert difference(unbroken, resumed) < 1e-5
+    assert "since it was resumed" in output.with_suffix(".md").read_text()
+    assert "resumed" not in (tmp_path / "unbroken.md").read_text()
 
 
 def test_a_full_disk_at_the_end_loses_nothing(

@@ -175,6 +175,17 @@ class ResponsePoint:
     negative: float
 
 
+def response_symmetry(response: Sequence[ResponsePoint]) -> float:
+    """How alike the two poles act, from 0 (one does nothing, or both do the same) to 1 (opposite and as strong).
+
+    With y(α) the nats per token that texts of the positive pole gain over those of the negative: the smaller of
+    |y(1)| and |y(-1)| over the larger, and 0 if both have one sign.
+    """
+    y = {point.alpha: point.positive - point.negative for point in response}
+    up, down = y[1.0], y[-1.0]
+    return min(abs(up), abs(down)) / max(abs(up), abs(down)) if up * down < 0 else 0.0
+
+
 def response_curve(
     steered: Dial,
     tokenizer: Any,
@@ -216,14 +227,15 @@ def _log_likelihoods(
     *,
     label: str,
 ) -> dict[str, np.ndarray]:
-    """Expected log-likelihood of every continuation, summed over its tokens, in every setting.
+    """Expected log-likelihood of every continuation of one pole, summed over its tokens, in every setting.
 
     Equal settings are read once, and all settings of a text in one batch, as their expectation is over
     the same next tokens.
     """
-    distinct = list(dict.fromkeys(settings.values()))
+    told = _Setting(continuations[0].pole, 0.0)
+    distinct = list(dict.fromkeys([told, *settings.values()]))
     sums = {setting: np.zeros(len(continuations)) for setting in distinct}
-    per_batch = max(1, ROWS_PER_BATCH // (1 + len(distinct)))
+    per_batch = max(1, ROWS_PER_BATCH // len(distinct))
     for start in tqdm(range(0, len(continuations), per_batch), desc=label, unit="batch"):
         texts = continuations[start : start + per_batch]
         expected = _expected_sums(dial, tokenizer, trait, texts, distinct)
@@ -235,8 +247,8 @@ def _log_likelihoods(
 def _expected_sums(
     dial: Dial, tokenizer: Any, trait: Trait, texts: Sequence[Continuation], settings: Sequence[_Setting]
 ) -> np.ndarray:
-    """(texts, settings): Σ_t Σ_v p_told(v) log p_setting(v), told as the pole of each text."""
-    read = [(c, setting) for c in texts for setting in (_Setting(c.pole, 0.0), *settings)]
+    """(texts, settings): Σ_t Σ_v p_told(v) log p_setting(v), where the first setting is being told."""
+    read = [(c, setting) for c in texts for setting in settings]
     batch = pad_batch(
         [chat_ids(tokenizer, trait.messages(c.prompt, setting.persona)) for c, setting in read],
         [c.tokens for c, _ in read],
@@ -245,10 +257,10 @@ def _expected_sums(
     )
     with dial.alpha([setting.alpha for _, setting in read]):
         logprobs = continuation_logprobs(dial.model, batch)
-    logprobs = logprobs.unflatten(0, (len(texts), -1))  # (texts, 1 + settings, tokens, vocab)
-    told, steered = logprobs[:, :1].exp(), logprobs[:, 1:]
-    expected = torch.where(told > 0, told * steered, 0).sum(-1)  # 0 · -inf is 0: tokens a model cannot say
-    mask = batch.mask.unflatten(0, (len(texts), -1))[:, 1:]
+    logprobs = logprobs.unflatten(0, (len(texts), -1))  # (texts, settings, tokens, vocab)
+    told = logprobs[:, :1].exp()
+    expected = torch.where(told > 0, told * logprobs, 0).sum(-1)  # 0 · -inf is 0: tokens a model cannot say
+    mask = batch.mask.unflatten(0, (len(texts), -1))
     return (expected * mask).sum(-1).double().cpu().numpy()
 
 

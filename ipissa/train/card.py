@@ -141,4 +141,5 @@ def _command(adapter: Adapter, path: Path) -> str:
                 f"--{name.replace('_', '-')} {shlex.quote(value)}" if own else f"--set {shlex.quote(f'{name}={value}')}"
             )
     command = " \\\n    ".join(["ipissa train", *options, f"--output {path.name}"])
-    return f"## How it was made\n\n```\n{command}\n```\n\nThis took {training['seconds'] / 60:.0f} minutes."
+    since = " since it was resumed, what came before not counted" if training.get("resumed") else ""
+    return f"## How it was made\n\n```\n{command}\n```\n\nThis took {training['seconds'] / 60:.0f} minutes{since}."

@@ -33,6 +33,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.resumed = self.unfinished
 
     @classmethod
     def open(cls, output: Path, config: TrainConfig, *, resume: bool) -> RunFolder:

@@ -6,7 +6,8 @@ A grid file has the settings all runs share and the lists to combine:
     grid: {lr: [0.001, 0.003], seed: [0, 1, 2]}
 
 One seed proves nothing: identical settings differ from seed to seed by more than most choices matter.
-The summary therefore gives medians with their counts, and marks what rests on fewer than three.
+The summary therefore gives medians with their counts, marks what rests on fewer than three seeds, and
+compares the trait gain of the worse pole with that of the first combination by Welch's t-test over seeds.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import ttest_ind
+
 from ipissa.errors import ConfigError, TrainingError
+from ipissa.evaluate.yardsticks import ResponsePoint, response_symmetry
 from ipissa.train.config import TrainConfig, read_settings
 from ipissa.train.result import TrainResult
 from ipissa.train.run_folder import write_whole
@@ -29,7 +33,7 @@ ENOUGH_SEEDS = 3
 FIGURES = tuple(
     f"{figure}_{pole}" for figure in ("trait_gain", "plain_gain", "contrast") for pole in ("positive", "negative")
 )
-COLUMNS = ("run", "varied", "seed", *FIGURES, "low", "high", "final_loss", "seconds", "error")
+COLUMNS = ("run", "varied", "seed", *FIGURES, "worse_gain", "symmetry", "low", "high", "final_loss", "seconds", "error")
 Row = dict[str, str]
 Train = Callable[..., TrainResult]
 
@@ -81,15 +85,28 @@ def run_name(config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
-_SUMMARY = ("varied", "runs", "failed", "enough_seeds", *FIGURES)
+_SUMMARY = (
+    "varied",
+    "runs",
+    "failed",
+    "enough_seeds",
+    *FIGURES,
+    "symmetry",
+    "worse_gain_mean",
+    "worse_gain_sd",
+    "t_against_first",
+    "p_against_first",
+)
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
     """Medians over seeds for every combination of the other settings that vary."""
     found = []
+    first: list[Row] | None = None
     for varied in dict.fromkeys(row["varied"] for row in rows):
         group = [row for row in rows if row["varied"] == varied]
         done = [row for row in group if not row["error"]]
+        first = done if first is None else first
         seeds = {row["seed"] for row in done}
         found.append(
             {
@@ -99,10 +116,25 @@ def summary(rows: Sequence[Row]) -> list[Row]:
                 "enough_seeds": "yes" if len(seeds) >= ENOUGH_SEEDS else "no",
                 **{
                     figure: f"{statistics.median(float(row[figure]) for row in done):.4f}" if done else ""
-                    for figure in FIGURES
+                    for figure in (*FIGURES, "symmetry")
                 },
+                **_against(first, done),
             }
         )
+    return found
+
+
+def _against(first: Sequence[Row], done: Sequence[Row]) -> Row:
+    """Mean and deviation of the worse pole's gain over seeds, and its difference from the first combination."""
+    reference, gains = ([float(row["worse_gain"]) for row in rows] for rows in (first, done))
+    found = {}
+    if gains:
+        found["worse_gain_mean"] = f"{statistics.mean(gains):.4f}"
+    if len(gains) > 1:
+        found["worse_gain_sd"] = f"{statistics.stdev(gains):.4f}"
+    if gains != reference and min(len(gains), len(reference)) > 1:
+        test = ttest_ind(gains, reference, equal_var=False)
+        found |= {"t_against_first": f"{test.statistic:.2f}", "p_against_first": f"{test.pvalue:.3g}"}
     return found
 
 
@@ -128,8 +160,15 @@ def _figures(result: TrainResult) -> Mapping[str, float]:
         for pole in ("positive", "negative")
     }
     low, high = result.adapter.alpha_range
-    final = result.adapter.evaluation["training"]["final_loss"]
-    return figures | {"low": low, "high": high, "final_loss": final, "seconds": round(result.seconds)}
+    said = result.adapter.evaluation
+    return figures | {
+        "worse_gain": min(figures["trait_gain_positive"], figures["trait_gain_negative"]),
+        "symmetry": response_symmetry([ResponsePoint(**point) for point in said["response"]]),
+        "low": low,
+        "high": high,
+        "final_loss": said["training"]["final_loss"],
+        "seconds": round(result.seconds),
+    }
 
 
 def _varied(settings: Sequence[Mapping[str, Any]]) -> list[str]:

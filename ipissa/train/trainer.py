@@ -111,7 +111,12 @@ def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool =
     measured = _measure(task, adapter, test_set)
 
     seconds = time.monotonic() - started
-    training = {"seconds": round(seconds), "final_loss": _final_loss(history), "flipped": flipped}
+    training = {
+        "seconds": round(seconds),
+        "resumed": run.resumed,
+        "final_loss": _final_loss(history),
+        "flipped": flipped,
+    }
     calibrated = replace(
         adapter,
         alpha_range=(measured.calibration.low, measured.calibration.high),
