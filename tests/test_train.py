@@ -378,6 +378,7 @@ def test_a_weighted_sum_adds_losses_and_names_figures(tokenizer: Any, targets: l
     [
         ({"batch_size": 3}, "even number"),
         ({"lr": 0}, "lr 0 is not positive"),
+        ({"held_out": 1}, "held_out 1 leaves no interval"),
         ({"depth_start": 0.9, "depth_end": 0.5}, "depth_start"),
         ({"template": "Be kind."}, r"template 'Be kind.' must say {persona} once"),
     ],

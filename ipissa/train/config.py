@@ -155,6 +155,8 @@ class TrainConfig:
         antiparallel_config(self.antiparallel)
         one_of(self.selection, SELECTIONS, name="selection")
         one_of(self.contexts, CONTEXTS, name="contexts")
+        if self.held_out < 2:
+            raise ConfigError(f"held_out {self.held_out} leaves no interval; measure on at least 2 prompts.")
         if not math.isfinite(self.epochs) or not math.isfinite(self.lr):
             raise ConfigError(f"epochs {self.epochs} and lr {self.lr} must be finite numbers.")
         if self.template.count("{persona}") != 1:
