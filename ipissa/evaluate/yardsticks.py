@@ -41,6 +41,7 @@ from ipissa.evaluate.dial import Dial
 from ipissa.sequences import continuation_logprobs, pad_batch
 
 ROWS_PER_BATCH = 32
+LEAST_LOGPROB = -1e4
 RESAMPLES = 2000
 MIN_T = 2.0
 RESPONSE_ALPHAS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
@@ -257,9 +258,9 @@ def _expected_sums(
     )
     with dial.alpha([setting.alpha for _, setting in read]):
         logprobs = continuation_logprobs(dial.model, batch)
+    logprobs.clamp_(min=LEAST_LOGPROB)  # so that 0 · -inf, for tokens a model cannot say, is 0
     logprobs = logprobs.unflatten(0, (len(texts), -1))  # (texts, settings, tokens, vocab)
-    told = logprobs[:, :1].exp()
-    expected = torch.where(told > 0, told * logprobs, 0).sum(-1)  # 0 · -inf is 0: tokens a model cannot say
+    expected = torch.einsum("xtv,xstv->xst", logprobs[:, 0].exp(), logprobs)
     mask = batch.mask.unflatten(0, (len(texts), -1))
     return (expected * mask).sum(-1).double().cpu().numpy()
 
