@@ -170,7 +170,7 @@ def test_unusable_options_are_refused_in_one_sentence(tmp_path: Path) -> None:
 
 def test_inspect_and_export_say_and_write_what_they_should(tmp_path: Path) -> None:
     shown = run("ipissa", "inspect", str(SHIPPED[0]))
-    assert "a dishonest, deceitful person" in shown.stdout
+    assert "a lying, flattering person" in shown.stdout
     assert "trait gain" in shown.stdout
     folder = tmp_path / "lora"
     done = run("ipissa", "export", "--adapter", str(SHIPPED[0]), "--alpha", "0.75", "--output", str(folder))
