@@ -13,6 +13,7 @@ import typer
 import uvicorn
 
 from ipissa.adapter import load_adapter
+from ipissa.adapter.named import named_adapters
 from ipissa.cli_errors import run_cli
 from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
@@ -78,21 +79,6 @@ def serve(
         max_cache_tokens=max_cache_tokens,
     )
     run(settings)
-
-
-def named_adapters(values: list[str]) -> dict[str, Path]:
-    """Adapter files by name, from PATH (named after the file) or NAME=PATH."""
-    adapters: dict[str, Path] = {}
-    for value in values:
-        name, separator, path = value.partition("=")
-        if not separator or Path(value).is_file():  # a path may have a = of its own
-            name, path = Path(value).stem, value
-        if not name:
-            raise ConfigError(f"--adapter {value!r} has an empty name; write NAME=PATH.")
-        if name in adapters:
-            raise ConfigError(f"--adapter names {name!r} twice; write NAME=PATH with different names.")
-        adapters[name] = Path(path)
-    return adapters
 
 
 def shipped_adapters() -> dict[str, Path]:
