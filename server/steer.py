@@ -96,4 +96,4 @@ def bucketed(alpha: float, settings: Settings) -> float:
         raise bad_request(
             f"steer_alpha {alpha:g} is out of range; use a number from {-limit:g} to {limit:g}.", param="steer_alpha"
         )
-    return to_bucket(alpha, settings.alpha_bucket)
+    return to_bucket(alpha, settings.bucket)
