@@ -129,10 +129,14 @@ class VllmEngine(Engine):
         self._loras = Loras(adapters, dtype=dtype, at_least=self.max_batch + SCORE_ROWS)
 
     async def start(self) -> None:
-        """Load every adapter once, so that what vLLM cannot take is refused before anything is served."""
+        """Load every adapter once, so that what vLLM cannot take is refused before anything is served.
+
+        The first log-probabilities cost vLLM a compilation of half a minute; they are asked for here.
+        """
         try:
             for name in self.adapters:
                 await self._try(name)
+            await self.score(ScoreRequest(self._end_ids, ["Yes", "No"], [{}]))
         except BaseException:
             await asyncio.to_thread(self.close)
             raise

@@ -17,7 +17,7 @@ from ipissa.models import resolve_dtype
 
 DEFAULT_MAX_LORAS = 8
 SCORE_ROWS = 8  # places in the batch that only scores use
-SCORE_SETTINGS = 1  # and of those for different settings
+SCORE_SETTINGS = 4  # and of those, for different settings
 CPU_CACHE_TOKENS = 65536  # vLLM's CPU build would otherwise take most of the machine's memory
 OURS = ("model", "enable_lora", "max_logprobs", "logprobs_mode", "runner", "skip_tokenizer_init")
 
