@@ -6,7 +6,8 @@ under a number that every API server process counts for itself; three seams are 
 - their requests keep the number that follows from the adapter's file and α, so that two API servers never mean
   different LoRAs by one number;
 - the names that were asked for are remembered up to a bound, and /v1/models does not list them;
-- a worker that finds a LoRA evicted, because its request waited longer than the store remembers, bakes it again.
+- a worker that finds a LoRA evicted, because its request waited longer than the store remembers, bakes it again,
+  refuses one of which it could apply only a part, and leaves rows without a LoRA alone on CPUs too.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import vllm.envs as envs
+from vllm.distributed import get_pp_group
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
@@ -29,6 +31,7 @@ from vllm.lora.worker_manager import WorkerLoRAManager
 from ipissa.base import check_base_files
 from ipissa.errors import AlphaError, ConfigError, IpissaError
 from ipissa.vllm.dials import Dials
+from ipissa.vllm.worker import spare_rows_without_lora, unreached
 
 logger = logging.getLogger("vllm.ipissa")
 NAMES_REMEMBERED = 1024
@@ -41,7 +44,7 @@ def register() -> None:
         return
     LoRAResolverRegistry.register_resolver("ipissa", SettingResolver(dials))
     _check_and_bound_at_start(dials)
-    _bake_again_where_missing(dials)
+    _change_workers(dials)
 
 
 class SettingRequest(LoRARequest):  # type: ignore[misc, unused-ignore]
@@ -167,22 +170,28 @@ def _stop_counting_names(engine_client: Any) -> None:
             each.gauge_lora_info = None
 
 
-def _bake_again_where_missing(dials: Dials) -> None:
+def _change_workers(dials: Dials) -> None:
     """Workers load a LoRA when its request is scheduled, which may be long after it was baked, or on another node."""
+    spare_rows_without_lora()
     original = WorkerLoRAManager._load_adapter
 
-    def _load_adapter(self: WorkerLoRAManager, lora_request: LoRARequest) -> Any:
+    def load_or_bake(self: WorkerLoRAManager, request: LoRARequest) -> Any:
         try:
-            return original(self, lora_request)
+            return original(self, request)
         except Exception:
-            if Path(lora_request.lora_path).is_dir() or not dials.names.is_setting(lora_request.lora_name):
+            if Path(request.lora_path).is_dir():
                 raise
-        with dials.baked_again(lora_request.lora_name) as folder:
-            return original(
-                self,
-                LoRARequest(
-                    lora_name=lora_request.lora_name, lora_int_id=lora_request.lora_int_id, lora_path=str(folder)
-                ),
-            )
+        with dials.baked_again(request.lora_name) as folder:
+            again = LoRARequest(lora_name=request.lora_name, lora_int_id=request.lora_int_id, lora_path=str(folder))
+            return original(self, again)
+
+    def _load_adapter(self: WorkerLoRAManager, lora_request: LoRARequest) -> Any:
+        if not dials.names.is_setting(lora_request.lora_name):
+            return original(self, lora_request)
+        lora = load_or_bake(self, lora_request)
+        missing = unreached(self._adapter_manager, lora.loras)
+        if missing and get_pp_group().world_size == 1:  # else they may be another worker's
+            raise ValueError(f"no LoRA reaches {', '.join(sorted(missing))} in this model.")
+        return lora
 
     WorkerLoRAManager._load_adapter = _load_adapter

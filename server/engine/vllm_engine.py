@@ -88,6 +88,7 @@ class VllmEngine(Engine):
         started = plan(
             self._source,
             rank=Baker(adapters).rank() if adapters else 0,
+            modules={module for adapter in adapters.values() for module in adapter.modules},
             device=device,
             dtype=dtype,
             max_batch=max_batch,
@@ -134,6 +135,8 @@ class VllmEngine(Engine):
         The first log-probabilities cost vLLM a compilation of half a minute; they are asked for here.
         """
         try:
+            if self._max_rank:
+                await self._llm.collective_rpc("keep_base_rows_unsteered")
             for name in self.adapters:
                 await self._try(name)
             await self.score(ScoreRequest(self._end_ids, ["Yes", "No"], [{}]))
@@ -248,12 +251,19 @@ class VllmEngine(Engine):
 
     async def _try(self, name: str) -> None:
         """Load an adapter at one α, or ConfigError with vLLM's reason."""
-        low, high = self.adapters[name].alpha_range
+        adapter = self.adapters[name]
+        low, high = adapter.alpha_range
         async with self._lora(((name, high or low),)) as lora:
             try:
                 await self._llm.add_lora(lora)
             except Exception as error:
                 raise ConfigError(f"vLLM does not take the adapter {name!r}: {error}") from error
+        found = await self._llm.collective_rpc("unreached_modules", args=(list(adapter.modules),))
+        if missing := set.intersection(*map(set, found)):
+            raise ConfigError(
+                f"vLLM does not take the adapter {name!r}: no LoRA reaches {', '.join(sorted(missing))}. Name the "
+                "adapter at start, or start with --vllm lora_target_modules=null."
+            )
 
     @asynccontextmanager
     async def _lora(self, setting: Setting) -> AsyncIterator[LoRARequest | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
@@ -19,7 +19,16 @@ DEFAULT_MAX_LORAS = 8
 SCORE_ROWS = 8  # places in the batch that only scores use
 SCORE_SETTINGS = 4  # and of those, for different settings
 CPU_CACHE_TOKENS = 65536  # vLLM's CPU build would otherwise take most of the machine's memory
-OURS = ("model", "enable_lora", "max_logprobs", "logprobs_mode", "runner", "skip_tokenizer_init")
+PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+OURS = (
+    "model",
+    "enable_lora",
+    "max_logprobs",
+    "logprobs_mode",
+    "runner",
+    "skip_tokenizer_init",
+    "worker_extension_cls",
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ def plan(
     source: str,
     *,
     rank: int,
+    modules: Iterable[str],
     device: str,
     dtype: str,
     max_batch: int,
@@ -47,6 +57,7 @@ def plan(
     Args:
         source: Folder or hub id of the model.
         rank: What a composition of all adapters needs; 0 if there are none.
+        modules: The linear layers that adapters change; the others are spared the cost of LoRAs.
         options: Arguments of vLLM's by name, which win.
 
     Raises:
@@ -68,8 +79,9 @@ def plan(
     }
     if max_rank:
         places = max_loras + SCORE_SETTINGS
-        kept = {"max_cpu_loras": 4 * places} | {key: options[key] for key in ("max_cpu_loras",) if key in options}
-        arguments |= {"enable_lora": True, "max_loras": places, "max_lora_rank": max_rank, **kept}
+        defaults = {"max_cpu_loras": 4 * places, "lora_target_modules": layers_of(modules) or None}
+        arguments = {**defaults, **arguments, "enable_lora": True, "max_loras": places, "max_lora_rank": max_rank}
+        arguments["worker_extension_cls"] = "ipissa.vllm.worker.SteeredWorker"
     cache_tokens = max_cache_tokens or (CPU_CACHE_TOKENS if current_platform.is_cpu() else None)
     if cache_tokens and not {"kv_cache_memory_bytes", "num_gpu_blocks_override"} & options.keys():
         arguments["kv_cache_memory_bytes"] = _cache_bytes(source, arguments, cache_tokens)
@@ -89,6 +101,16 @@ def allowed_rank(asked: int, needed: int) -> int:
             "serve fewer adapters at a time, or train them with a smaller rank."
         )
     return 0 if asked == 0 else next(rank for rank in ranks if rank >= asked)
+
+
+def layers_of(modules: Iterable[str]) -> list[str]:
+    """The modules, and the layers that vLLM packs some of them into."""
+    packed = {child: layer for layer, children in PACKED.items() for child in children}
+    layers = set()
+    for module in modules:
+        path, _, name = module.rpartition(".")
+        layers |= {module} | ({f"{path}.{packed[name]}"} if name in packed else set())
+    return sorted(layers)
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
