@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 VLLM   := .venv-vllm
 PORT   ?= 8000
 
-.PHONY: demo install test test-vllm lint format bench clean
+.PHONY: demo install test test-vllm lint format bench bench-vllm clean
 
 demo: install  ## the slider page and the API on port 8000, with the shipped adapters
 	$(BIN)/ipissa-serve --port $(PORT)
@@ -47,6 +47,9 @@ format: install  ## apply the formatter and the safe fixes
 
 bench: install  ## measure; every figure is a ratio within one run
 	$(BIN)/python -m benchmarks
+
+bench-vllm: $(VLLM)/.installed  ## what the dial costs on vLLM
+	$(VLLM)/bin/python -m benchmarks.vllm speed
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
