@@ -64,6 +64,11 @@ def load_vllm(settings: Settings, adapters: dict[str, Adapter]) -> Engine:
 ENGINES: dict[str, Callable[[Settings, dict[str, Adapter]], Engine]] = {"torch": load_torch, "vllm": load_vllm}
 
 
+def load_engine(settings: Settings, adapters: dict[str, Adapter]) -> Engine:
+    """Load the model and its adapters, and start the engine that was asked for."""
+    return ENGINES[settings.engine](settings, adapters)
+
+
 def create_app(settings: Settings, *, on_load_error: Callable[[Exception], None] | None = None) -> FastAPI:
     """The app. It answers at once, with 503 until the engine has loaded in the background.
 
@@ -107,7 +112,7 @@ async def _no_such_route(request: Request) -> None:
 async def _load(app: FastAPI, adapters: dict[str, Adapter], on_load_error: Callable[[Exception], None] | None) -> None:
     settings: Settings = app.state.settings
     try:
-        engine = await asyncio.to_thread(ENGINES[settings.engine], settings, adapters)
+        engine = await asyncio.to_thread(load_engine, settings, adapters)
         await engine.start()
         app.state.engine = engine
         logger.info("serving %s with %s", settings.model, ", ".join(adapters) or "no adapter")

@@ -27,7 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from ipissa.adapter import Adapter
 from ipissa.adapter.baking import Baker
 from ipissa.base import check_base_files
-from ipissa.errors import ConfigError
+from ipissa.errors import ConfigError, ModelLoadError
 from ipissa.evaluate.scoring import Choice, ChoiceScore, choice_scores, find_choices
 from ipissa.models import end_token_ids, model_source
 
@@ -57,7 +57,7 @@ class VllmEngine(Engine):
     """Serves one model by vLLM, on as many devices and machines as its options say.
 
     Args:
-        model_name: What `ipissa.load_model` takes, but for single `.gguf` files that are unpacked first.
+        model_name: What `ipissa.load_model` takes; also the base model's id in the API.
         adapters: Adapters by the names requests use.
         max_batch: Most rows generated at a time.
         max_queue: Most requests waiting or running; more are refused.
@@ -83,6 +83,7 @@ class VllmEngine(Engine):
     ) -> None:
         self.model_name, self.max_batch = model_name, max_batch
         self._source = model_source(model_name)
+        self._read_config()
         for adapter in adapters.values():
             check_base_files(self._source, adapter)
         started = plan(
@@ -97,7 +98,6 @@ class VllmEngine(Engine):
             options=options or {},
         )
         self._max_rank = started.max_rank
-        self._read_tokenizer()
         try:
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**started.arguments))
         except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
@@ -112,9 +112,14 @@ class VllmEngine(Engine):
         self._running: dict[asyncio.Task[Any], asyncio.AbstractEventLoop] = {}
         self._closed = False
 
-    def _read_tokenizer(self) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(self._source)
-        config = AutoConfig.from_pretrained(self._source)
+    def _read_config(self) -> None:
+        """Tokenizer, vocabulary and end tokens, from the model's files."""
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(self._source)
+            config = AutoConfig.from_pretrained(self._source)
+        except (OSError, ValueError, KeyError) as error:
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ModelLoadError(f"The model {self.model_name!r} cannot be loaded: {first}") from error
         try:
             generation = GenerationConfig.from_pretrained(self._source)
         except OSError:  # the model comes without

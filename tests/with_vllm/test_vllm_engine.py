@@ -247,6 +247,7 @@ def test_what_vllm_cannot_take_is_refused_at_start_with_the_reason(tmp_path: Pat
     small = refusal("--vllm", "max_lora_rank=8")
     assert "have rank 32, more than max_lora_rank 8" in small
     assert "vLLM has no engine option 'loras'" in refusal("--vllm", "loras=8")
+    assert "The model 'nowhere' cannot be loaded" in refusal("--model", "nowhere")
 
 
 def refusal(*arguments: str) -> str:
