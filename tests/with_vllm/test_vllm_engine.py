@@ -211,7 +211,7 @@ def test_a_full_queue_is_answered_with_429(served: VllmServed) -> None:
 
 def test_adapters_come_and_go_while_the_server_runs(served: VllmServed) -> None:
     added = served.post("/v1/adapters", name="again", path="kind.safetensors")
-    assert added.status_code == 200, added.text
+    assert added.status_code == 201, added.text
     one, other = (complete(served, model=name, steer_alpha=1.5, logprobs=1) for name in ("again", "kind"))
     assert first_logprobs(one) == first_logprobs(other)
     assert served.http.delete("/v1/adapters/again").status_code == 200
