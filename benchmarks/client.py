@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-START_SECONDS = 180
+START_SECONDS = 600
 
 
 @dataclass
@@ -77,13 +77,20 @@ class Server:
 
 
 @contextmanager
-def serving(model: str, dtype: str) -> Iterator[Server]:
+def serving(model: str, dtype: str, *options: str) -> Iterator[Server]:
     """`ipissa-serve` with the shipped adapters."""
+    with started(["ipissa-serve", "--no-ui", "--dtype", dtype, *options], model) as server:
+        yield server
+
+
+@contextmanager
+def started(command: list[str], model: str) -> Iterator[Server]:
+    """One of this environment's servers, on a free port."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "ipissa-serve"), "--no-ui", "--dtype", dtype, "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    arguments = [str(Path(sys.executable).parent / command[0]), *command[1:], "--port", str(port)]
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             server = Server(f"http://127.0.0.1:{port}", model)
             _wait(server, process)
@@ -101,4 +108,4 @@ def _wait(server: Server, process: subprocess.Popen[bytes]) -> None:
         except httpx.TransportError:
             pass
         time.sleep(0.2)
-    raise RuntimeError(f"ipissa-serve did not become ready in {START_SECONDS} s.")
+    raise RuntimeError(f"{server.url} did not become ready in {START_SECONDS} s.")

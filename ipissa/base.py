@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import cached_file
 
 from ipissa.adapter.checkpoint import Adapter
 from ipissa.errors import BaseModelMismatchError
@@ -39,7 +42,10 @@ def fingerprint(model: PreTrainedModel) -> str:
 
     It cannot tell two models of one shape apart; the adapter's own factors do that in `check_base`.
     """
-    config = _text_config(model)
+    return _fingerprint(_text_config(model))
+
+
+def _fingerprint(config: Any) -> str:
     shape = {key: getattr(config, key, None) for key in SHAPE_KEYS}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
 
@@ -50,20 +56,64 @@ def check_base(model: PreTrainedModel, adapter: Adapter) -> None:
     The shapes must agree, and in three modules W V = U S must hold for the leading singular triples:
     those identify the weights themselves, whatever they were quantised to or called.
     """
-    made_for = adapter.base_model.get("name", "another model")
-    if adapter.base_model.get("fingerprint") != fingerprint(model):
+    _check_shape(fingerprint(model), adapter)
+    for name in _samples(adapter):
+        _check_residual(_residual(find_linear(model, name, adapter), adapter, name), adapter, name)
+
+
+def check_base_files(source: str, adapter: Adapter) -> None:
+    """`check_base` for a model that another engine runs, from its files: a folder, or a hub id that is in the cache.
+
+    Weights that are stored otherwise than as plain safetensors cannot be compared; their shapes are.
+    """
+    _check_shape(_fingerprint(AutoConfig.from_pretrained(source).get_text_config()), adapter)
+    for name in _samples(adapter):
+        weight = _stored_weight(source, f"{name}.weight")
+        if weight is not None:
+            factors = adapter.modules[name]
+            if weight.shape != (factors.U.shape[0], factors.V.shape[0]):
+                _check_residual(float("nan"), adapter, name)
+            k = min(8, factors.S.numel())
+            expected = factors.U[:, :k] * factors.S[:k]
+            difference = weight.float() @ factors.V[:, :k] - expected
+            _check_residual(float(difference.norm() / expected.norm()), adapter, name)
+
+
+def _stored_weight(source: str, name: str) -> Tensor | None:
+    """A tensor of a model's safetensors files, or None if it is not in them under this name."""
+    optional: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
+    index = cached_file(source, "model.safetensors.index.json", **optional)
+    file = json.loads(Path(index).read_text())["weight_map"].get(name) if index else "model.safetensors"
+    path = cached_file(source, file, **optional) if file else None
+    if path is None:
+        return None
+    with safe_open(path, framework="pt") as tensors:
+        return tensors.get_tensor(name) if name in tensors.keys() else None  # noqa: SIM118 (not a dict)
+
+
+def _samples(adapter: Adapter) -> set[str]:
+    names = list(adapter.modules)
+    return {names[0], names[len(names) // 2], names[-1]}
+
+
+def _check_shape(found: str, adapter: Adapter) -> None:
+    if adapter.base_model.get("fingerprint") != found:
         raise BaseModelMismatchError(
-            f"The adapter {adapter.name!r} was made for {made_for}, whose shape differs from this model's; "
+            f"The adapter {adapter.name!r} was made for {_made_for(adapter)}, whose shape differs from this model's; "
             "load that base model or train the adapter for this one."
         )
-    names = list(adapter.modules)
-    for name in {names[0], names[len(names) // 2], names[-1]}:
-        residual = _residual(find_linear(model, name, adapter), adapter, name)
-        if not residual <= MAX_RESIDUAL:  # NaN is no match either
-            raise BaseModelMismatchError(
-                f"The adapter {adapter.name!r} was made for {made_for}: the singular vectors of {name} differ from "
-                f"this model's (residual {residual:.2f}); load that base model or train the adapter for this one."
-            )
+
+
+def _check_residual(residual: float, adapter: Adapter, name: str) -> None:
+    if not residual <= MAX_RESIDUAL:  # NaN is no match either
+        raise BaseModelMismatchError(
+            f"The adapter {adapter.name!r} was made for {_made_for(adapter)}: the singular vectors of {name} differ "
+            f"from this model's (residual {residual:.2f}); load that base model or train the adapter for this one."
+        )
+
+
+def _made_for(adapter: Adapter) -> str:
+    return adapter.base_model.get("name", "another model")
 
 
 def find_linear(model: PreTrainedModel, name: str, adapter: Adapter) -> nn.Linear:

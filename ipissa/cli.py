@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 
 from ipissa.adapter import load_adapter, to_lora
 from ipissa.adapter.convert import to_peft_folder
 from ipissa.adapter.lora import merge, new_folder
-from ipissa.cli_errors import run_cli
+from ipissa.cli_errors import assignments, run_cli
 from ipissa.data.prompts import load_prompts, spread
 from ipissa.errors import ConfigError
 from ipissa.evaluate.compare import METHODS, QUICK_METHODS, markdown
@@ -80,7 +79,7 @@ def train(
         **preset_settings("quick" if quick else preset),
         **(read_settings(config) if config else {}),
         **given,
-        **_assignments(set or []),
+        **assignments("--set", set or []),
     }
     result = run_training(TrainConfig.from_dict(settings), output, resume=resume)
     card = output.with_suffix(".md")
@@ -150,17 +149,6 @@ def sweep(
     results = run_sweep(read_grid(grid), output, run_training)
     typer.echo((output / "summary.csv").read_text(encoding="utf-8"))
     typer.echo(f"Wrote {results}.")
-
-
-def _assignments(pairs: list[str]) -> dict[str, Any]:
-    """NAME=VALUE texts as settings; values are read as YAML."""
-    settings = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {pair!r} has no '='; write NAME=VALUE, such as --set rotation=matrix_exp.")
-        settings[name.replace("-", "_")] = yaml.safe_load(value)
-    return settings
 
 
 @app.command()

@@ -1,12 +1,15 @@
-"""How the commands end: an error is one sentence on standard error, never a traceback."""
+"""What the commands share: NAME=VALUE options, and errors that are one sentence, never a traceback."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import typer
+import yaml
 
-from ipissa.errors import IpissaError
+from ipissa.errors import ConfigError, IpissaError
 
 
 def run_cli(command: typer.Typer, args: list[str] | None = None) -> None:
@@ -16,3 +19,14 @@ def run_cli(command: typer.Typer, args: list[str] | None = None) -> None:
     except (IpissaError, OSError) as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def assignments(option: str, pairs: Iterable[str]) -> dict[str, Any]:
+    """NAME=VALUE texts of an option as settings; values are read as YAML."""
+    settings = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ConfigError(f"{option} {pair!r} has no '='; write {option} NAME=VALUE.")
+        settings[name.replace("-", "_")] = yaml.safe_load(value)
+    return settings

@@ -40,7 +40,7 @@ def load_model(name: str = DEMO_MODEL, *, device: str = "auto", dtype: str = "au
     """
     place = resolve_device(device)
     storage = _storage(dtype, place)
-    source = _source(name)
+    source = model_source(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, **storage).to(place)
@@ -91,9 +91,9 @@ def _storage(dtype: str, device: torch.device) -> dict[str, Any]:
     return {"dtype": compute, "quantization_config": config, "device_map": {"": device}}
 
 
-def end_token_ids(model: Any, tokenizer: Any) -> set[int]:
+def end_token_ids(generation_config: Any, tokenizer: Any) -> set[int]:
     """The tokens that end an answer, from the model's generation settings and the tokenizer."""
-    ends = model.generation_config.eos_token_id
+    ends = generation_config.eos_token_id
     ids = {ends} if isinstance(ends, int) else set(ends or ())
     return ids | ({tokenizer.eos_token_id} - {None})
 
@@ -107,8 +107,8 @@ def demo_gguf() -> Path | None:
     return files[0] if files else None
 
 
-def _source(name: str) -> str:
-    """What `from_pretrained` takes for `name`: a folder or a hub id."""
+def model_source(name: str) -> str:
+    """What `from_pretrained`, and other engines, take for `name`: a folder or a hub id. Unpacks GGUF files."""
     if name == DEMO_MODEL:
         path = demo_gguf()
         if path is None:

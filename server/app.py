@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from importlib.util import find_spec
 
 from fastapi import Depends, FastAPI, Request
 
@@ -15,7 +16,7 @@ from ipissa.errors import ConfigError
 
 from .deps import check_key
 from .engine.base import Engine
-from .engine.torch_engine import TorchEngine
+from .engine.torch_engine import DEFAULT_CACHE_TOKENS, TorchEngine
 from .errors import install_error_handlers, not_found
 from .metrics import Metrics, MetricsMiddleware
 from .routes import adapters as adapter_routes
@@ -27,8 +28,8 @@ from .threads import in_passing_thread
 logger = logging.getLogger(__name__)
 
 
-def load_engine(settings: Settings, adapters: dict[str, Adapter]) -> Engine:
-    """Load the model, attach the adapters, and start the engine."""
+def load_torch(settings: Settings, adapters: dict[str, Adapter]) -> Engine:
+    """The model in this process."""
     return TorchEngine(
         settings.model,
         adapters,
@@ -37,8 +38,35 @@ def load_engine(settings: Settings, adapters: dict[str, Adapter]) -> Engine:
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         max_model_len=settings.max_model_len,
-        max_cache_tokens=settings.max_cache_tokens,
+        max_cache_tokens=settings.max_cache_tokens or DEFAULT_CACHE_TOKENS,
     )
+
+
+def load_vllm(settings: Settings, adapters: dict[str, Adapter]) -> Engine:
+    """The model in vLLM's processes."""
+    if find_spec("vllm") is None:
+        raise ConfigError("The engine vllm needs vLLM in this environment; docs/scaling.md says how to install it.")
+    from .engine.vllm_engine import VllmEngine
+
+    return VllmEngine(
+        settings.model,
+        adapters,
+        device=settings.device,
+        dtype=settings.dtype,
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+        max_model_len=settings.max_model_len,
+        max_cache_tokens=settings.max_cache_tokens,
+        options=settings.vllm,
+    )
+
+
+ENGINES: dict[str, Callable[[Settings, dict[str, Adapter]], Engine]] = {"torch": load_torch, "vllm": load_vllm}
+
+
+def load_engine(settings: Settings, adapters: dict[str, Adapter]) -> Engine:
+    """Load the model and its adapters, and start the engine that was asked for."""
+    return ENGINES[settings.engine](settings, adapters)
 
 
 def create_app(settings: Settings, *, on_load_error: Callable[[Exception], None] | None = None) -> FastAPI:
@@ -84,7 +112,9 @@ async def _no_such_route(request: Request) -> None:
 async def _load(app: FastAPI, adapters: dict[str, Adapter], on_load_error: Callable[[Exception], None] | None) -> None:
     settings: Settings = app.state.settings
     try:
-        app.state.engine = await asyncio.to_thread(load_engine, settings, adapters)
+        engine = await asyncio.to_thread(load_engine, settings, adapters)
+        await engine.start()
+        app.state.engine = engine
         logger.info("serving %s with %s", settings.model, ", ".join(adapters) or "no adapter")
     except Exception as error:
         if on_load_error is None:

@@ -13,7 +13,8 @@ import typer
 import uvicorn
 
 from ipissa.adapter import load_adapter
-from ipissa.cli_errors import run_cli
+from ipissa.adapter.named import named_adapters
+from ipissa.cli_errors import assignments, run_cli
 from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
 
@@ -33,7 +34,7 @@ def serve(
     adapter: Annotated[
         list[str] | None, typer.Option(help="PATH or NAME=PATH of an adapter; repeat for several.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="What runs the model: torch.")] = "torch",
+    engine: Annotated[str, typer.Option(help="What runs the model: torch or vllm.")] = "torch",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -43,21 +44,38 @@ def serve(
         Path | None, typer.Option(help="Folder that adapters may be loaded from at run time.")
     ] = None,
     ui: Annotated[bool, typer.Option(help="Serve the page at /.")] = True,
-    alpha_bucket: Annotated[float, typer.Option(help="Round α to a multiple of this; 0 is exact.")] = 0.001,
+    alpha_bucket: Annotated[
+        float | None, typer.Option(help="Round α to a multiple of this; 0 is exact. Default: 0.001, vllm 0.05.")
+    ] = None,
     max_alpha: Annotated[float, typer.Option(help="Refuse requests beyond this |α|.")] = DEFAULT_MAX_ALPHA,
     default_alpha: Annotated[float, typer.Option(help="α of requests that give none.")] = 0.0,
     max_batch: Annotated[int, typer.Option(help="Most sequences decoding at a time.")] = 64,
     max_queue: Annotated[int, typer.Option(help="Most requests waiting or running.")] = 128,
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
     max_cache_tokens: Annotated[
-        int, typer.Option(help="Most tokens kept in memory: sequences times the longest of them.")
-    ] = 65536,
+        int | None,
+        typer.Option(help="Most tokens kept in memory: sequences times the longest of them. Default: 65536 on CPUs."),
+    ] = None,
+    max_loras: Annotated[int | None, typer.Option(help="vllm: most different settings in one batch.", min=1)] = None,
+    tensor_parallel_size: Annotated[int | None, typer.Option(help="vllm: devices that share every layer.")] = None,
+    data_parallel_size: Annotated[int | None, typer.Option(help="vllm: copies of the model.")] = None,
+    distributed_executor_backend: Annotated[str | None, typer.Option(help="vllm: mp or ray.")] = None,
+    vllm: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE of any other engine argument of vLLM's; repeat for several.")
+    ] = None,
 ) -> None:
     """Serve a model with steering adapters: an OpenAI-compatible API, and a page with a slider.
 
     Without arguments: the demo model with every adapter that ships with ipissa.
     """
     adapters = named_adapters(adapter) if adapter else ({} if model else shipped_adapters())
+    passed_on = {
+        "max_loras": max_loras,
+        "tensor_parallel_size": tensor_parallel_size,
+        "data_parallel_size": data_parallel_size,
+        "distributed_executor_backend": distributed_executor_backend,
+        **assignments("--vllm", vllm or []),
+    }
     settings = Settings(
         model=model or base_of(adapters),
         adapters=adapters,
@@ -76,23 +94,9 @@ def serve(
         max_queue=max_queue,
         max_model_len=max_model_len,
         max_cache_tokens=max_cache_tokens,
+        vllm={name: value for name, value in passed_on.items() if value is not None},
     )
     run(settings)
-
-
-def named_adapters(values: list[str]) -> dict[str, Path]:
-    """Adapter files by name, from PATH (named after the file) or NAME=PATH."""
-    adapters: dict[str, Path] = {}
-    for value in values:
-        name, separator, path = value.partition("=")
-        if not separator or Path(value).is_file():  # a path may have a = of its own
-            name, path = Path(value).stem, value
-        if not name:
-            raise ConfigError(f"--adapter {value!r} has an empty name; write NAME=PATH.")
-        if name in adapters:
-            raise ConfigError(f"--adapter names {name!r} twice; write NAME=PATH with different names.")
-        adapters[name] = Path(path)
-    return adapters
 
 
 def shipped_adapters() -> dict[str, Path]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
 
 DEFAULT_MAX_ALPHA = 10.0
+ALPHA_BUCKETS = {"torch": 0.001, "vllm": 0.05}  # by engine: vLLM holds a LoRA per bucket, and the page still glides
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,8 @@ class Settings:
     Args:
         model: Base model, as `ipissa.load_model` takes it.
         adapters: Adapter files by the names that requests use.
-        engine: `torch`.
-        alpha_bucket: α is rounded to a multiple of this; 0 keeps it exact.
+        engine: `torch` or `vllm`.
+        alpha_bucket: α is rounded to a multiple of this; 0 keeps it exact; None for the engine's own.
         max_alpha: Requests beyond this |α| are refused.
         default_alpha: α of requests that give none and whose adapter is clear.
         api_key: Bearer token that requests must carry, or None for an open server.
@@ -29,7 +31,8 @@ class Settings:
         max_batch: Most sequences in one request, and most decoding at a time.
         max_queue: Most requests waiting or running; more are answered 429.
         max_model_len: Most tokens of prompt and answer together; None for the model's own limit.
-        max_cache_tokens: Most tokens kept in memory, sequences x longest sequence.
+        max_cache_tokens: Most tokens kept in memory, sequences x longest sequence; None for the engine's own.
+        vllm: Engine arguments of vLLM's by name.
     """
 
     model: str = DEMO_MODEL
@@ -42,19 +45,24 @@ class Settings:
     api_key: str | None = None
     adapter_dir: Path | None = None
     ui: bool = True
-    alpha_bucket: float = 0.001
+    alpha_bucket: float | None = None
     max_alpha: float = DEFAULT_MAX_ALPHA
     default_alpha: float = 0.0
     max_batch: int = 64
     max_queue: int = 128
     max_model_len: int | None = None
-    max_cache_tokens: int = 65536
+    max_cache_tokens: int | None = None
+    vllm: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("alpha_bucket", "max_alpha", "default_alpha"):
+        if self.engine not in ALPHA_BUCKETS:
+            raise ConfigError(f"engine {self.engine!r} is unknown; use {' or '.join(ALPHA_BUCKETS)}.")
+        if self.vllm and self.engine != "vllm":
+            raise ConfigError(f"{', '.join(self.vllm)} is for vLLM; add --engine vllm, or leave it out.")
+        for name in ("bucket", "max_alpha", "default_alpha"):
             if not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"{name} {getattr(self, name)} is not a finite number.")
-        if not 0 <= self.alpha_bucket <= 1:
+        if not 0 <= self.bucket <= 1:
             raise ConfigError(f"alpha_bucket {self.alpha_bucket} is not between 0 (exact) and 1.")
         if self.max_alpha <= 0:
             raise ConfigError(f"max_alpha {self.max_alpha} is not positive.")
@@ -63,15 +71,18 @@ class Settings:
         for name in ("max_batch", "max_queue"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} {getattr(self, name)} is not at least 1.")
-        if self.max_cache_tokens < 2:
+        if self.max_cache_tokens is not None and self.max_cache_tokens < 2:
             raise ConfigError(f"max_cache_tokens {self.max_cache_tokens} is not at least 2.")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"max_model_len {self.max_model_len} is not at least 2.")
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("api_key is empty, which would let everybody in; give a key or leave the option out.")
-        if self.engine != "torch":
-            raise ConfigError(f"engine {self.engine!r} is not available in this version; use torch.")
         if self.adapter_dir is not None and not self.adapter_dir.is_dir():
             raise ConfigError(f"adapter_dir {str(self.adapter_dir)!r} is not a folder.")
         if self.model in self.adapters:
             raise ConfigError(f"An adapter cannot have the base model's name {self.model!r}; choose another name.")
+
+    @property
+    def bucket(self) -> float:
+        """α is rounded to a multiple of this; 0 keeps it exact."""
+        return ALPHA_BUCKETS[self.engine] if self.alpha_bucket is None else self.alpha_bucket

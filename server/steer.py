@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ipissa.adapter import Adapter
+from ipissa.buckets import to_bucket
 
 from .engine.base import Steer
 from .errors import bad_request, not_found
@@ -95,7 +96,4 @@ def bucketed(alpha: float, settings: Settings) -> float:
         raise bad_request(
             f"steer_alpha {alpha:g} is out of range; use a number from {-limit:g} to {limit:g}.", param="steer_alpha"
         )
-    if settings.alpha_bucket == 0:
-        return alpha
-    # Rounding the product again turns 0.7000000000000001 into the 0.7 that was asked for.
-    return round(round(alpha / settings.alpha_bucket) * settings.alpha_bucket, 9) + 0.0
+    return to_bucket(alpha, settings.bucket)

@@ -157,6 +157,9 @@ def test_unusable_options_are_refused_in_one_sentence(tmp_path: Path) -> None:
     assert_refused(run("ipissa-serve", "--max-alpha", "nan"), "max_alpha nan is not a finite number")
     assert_refused(run("ipissa-serve", "--adapter", "a=nowhere.safetensors"), "nowhere.safetensors does not exist")
     assert_refused(run("ipissa-serve", "--model", "nowhere.gguf"), "'nowhere.gguf' does not exist")
+    assert_refused(run("ipissa-serve", "--engine", "llama"), "engine 'llama' is unknown; use torch or vllm")
+    assert_refused(run("ipissa-serve", "--tensor-parallel-size", "2"), "tensor_parallel_size is for vLLM")
+    assert_refused(run("ipissa-serve", "--engine", "vllm", "--vllm", "seed"), "--vllm 'seed' has no '='")
     assert_refused(run("ipissa", "export", "--adapter", adapter, "--output", str(tmp_path / "x")), "needs --alpha")
     assert_refused(
         run("ipissa", "export", "--adapter", adapter, "--alpha", "nan", "--output", str(tmp_path / "y")),

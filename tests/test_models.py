@@ -8,11 +8,13 @@ from typing import Any
 import peft
 import pytest
 import torch
+from conftest import random_adapter, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ipissa
 from ipissa.adapter import InnerPissaConfig, layer_alpha
-from ipissa.errors import ConfigError
+from ipissa.base import check_base_files
+from ipissa.errors import BaseModelMismatchError, ConfigError
 from ipissa.models import QUANTISED
 from ipissa.train import TrainConfig, train
 
@@ -72,3 +74,18 @@ def test_8bit_weights_are_refused_on_the_cpu(saved: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     with pytest.raises(ConfigError, match="'8bit' runs on CUDA only"):
         ipissa.load_model(str(saved), device="cpu", dtype="8bit")
+
+
+def test_an_adapter_is_matched_to_the_files_of_a_model_that_is_not_loaded(tmp_path: Path) -> None:
+    made_for, other_shape = tiny_model("llama"), tiny_model("llama", vocab_size=98)
+    retrained = tiny_model("llama", seed=1)
+    for name, model in (("made_for", made_for), ("other_shape", other_shape), ("retrained", retrained)):
+        model.save_pretrained(tmp_path / name)
+    made_for.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").is_file()
+    adapter = random_adapter(made_for)
+    check_base_files(str(tmp_path / "made_for"), adapter)
+    check_base_files(str(tmp_path / "sharded"), adapter)
+    for name, says in (("other_shape", "shape differs"), ("retrained", "singular vectors of")):
+        with pytest.raises(BaseModelMismatchError, match=says):
+            check_base_files(str(tmp_path / name), adapter)

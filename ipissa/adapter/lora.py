@@ -25,6 +25,8 @@ from ipissa.base import check_base, find_linear
 from ipissa.errors import AlphaError, ConfigError
 from ipissa.models import DTYPES
 
+TENSOR_NAME = "base_model.model.{module}.{part}.weight"
+
 
 def lora_factors(adapter: Adapter, module: str, alpha: float) -> tuple[Tensor, Tensor]:
     """(lora_A (r, d_in), lora_B (d_out, r)) of one module at α, computed in float64."""
@@ -53,14 +55,21 @@ def to_lora(adapter: Adapter, *, alpha: float, output_dir: str | os.PathLike[str
     for module in adapter.modules:
         a, b = lora_factors(adapter, module, alpha)
         for part, value in (("lora_A", a), ("lora_B", b)):
-            tensors[f"base_model.model.{module}.{part}.weight"] = value.to(DTYPES[dtype]).contiguous()
+            tensors[TENSOR_NAME.format(module=module, part=part)] = value.to(DTYPES[dtype]).contiguous()
     ranks = {module: factors.S.numel() for module, factors in adapter.modules.items()}
+    with new_folder(output_dir) as folder:
+        write_lora(folder, tensors, ranks, base=adapter.base_model.get("name"))
+    return Path(output_dir)
+
+
+def write_lora(folder: Path, tensors: dict[str, Tensor], ranks: dict[str, int], *, base: str | None) -> None:
+    """Fill `folder` with a LoRA as PEFT writes it; `tensors` by PEFT's names, `ranks` by module."""
     rank = max(ranks.values())
     smaller = {module: r for module, r in ranks.items() if r != rank}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": adapter.base_model.get("name"),
+        "base_model_name_or_path": base,
         # Several engines reinterpret or refuse "pissa" here; the exported factors are a plain LoRA.
         "init_lora_weights": True,
         "r": rank,
@@ -73,12 +82,10 @@ def to_lora(adapter: Adapter, *, alpha: float, output_dir: str | os.PathLike[str
         "use_dora": False,
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": sorted(adapter.modules),
+        "target_modules": sorted(ranks),
     }
-    with new_folder(output_dir) as folder:
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return Path(output_dir)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 @torch.no_grad()

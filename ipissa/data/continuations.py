@@ -117,7 +117,7 @@ def generate_ids(
     `settings` are those of `GenerationConfig`, and the only ones in force.
     """
     batch = tokenizer.pad({"input_ids": list(contexts)}, padding_side="left", return_tensors="pt").to(model.device)
-    ends = end_token_ids(model, tokenizer)
+    ends = end_token_ids(model.generation_config, tokenizer)
     # A model's own generation settings (its temperature, repetition penalty, ...) must not mix with ours.
     fresh = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, **settings)
     output = model.generate(**batch, generation_config=fresh, logits_processor=processors)

@@ -132,6 +132,19 @@ class Engine(ABC):
     max_cache_tokens: int  # rows x longest row that are kept in memory
     vocab_size: int  # token ids below this can be read and generated
 
+    async def start(self) -> None:
+        """What of loading needs the event loop that will call the engine; before any other method.
+
+        Raises:
+            IpissaError: it cannot be loaded after all, and is closed.
+        """
+        return None
+
+    @property
+    def healthy(self) -> bool:
+        """Whether it can still answer; one that cannot must be started anew."""
+        return True
+
     @property
     @abstractmethod
     def adapters(self) -> Mapping[str, Adapter]:

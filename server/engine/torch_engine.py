@@ -56,6 +56,7 @@ from .sequence import Job, Sequence
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 DEFAULT_MODEL_LEN = 4096
+DEFAULT_CACHE_TOKENS = 65536
 
 
 class TorchEngine(Engine):
@@ -83,7 +84,7 @@ class TorchEngine(Engine):
         max_batch: int = 64,
         max_queue: int = 128,
         max_model_len: int | None = None,
-        max_cache_tokens: int = 65536,
+        max_cache_tokens: int = DEFAULT_CACHE_TOKENS,
     ) -> None:
         self.model_name = model_name
         self.max_batch = max_batch
@@ -218,7 +219,7 @@ class TorchEngine(Engine):
         trained_for = getattr(model.config.get_text_config(), "max_position_embeddings", DEFAULT_MODEL_LEN)
         self.max_model_len = min(max_model_len or trained_for, trained_for, self.max_cache_tokens)
         self.vocab_size = min(len(self.tokenizer), model.get_input_embeddings().num_embeddings)
-        self._end_ids = end_token_ids(model, self.tokenizer)
+        self._end_ids = end_token_ids(model.generation_config, self.tokenizer)
         cache = SlotCache(self.max_cache_tokens)
         self._runner = Runner(self._steered, cache)
         for adapter in adapters.values():
