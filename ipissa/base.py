@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ipissa.adapter.checkpoint import Adapter
+from ipissa.adapter.checkpoint import Adapter, AnyAdapter
+from ipissa.adapter.vector import VectorAdapter
 from ipissa.errors import BaseModelMismatchError
 
 # Quantising or rounding a weight moves its leading singular triples by a few per cent; another
@@ -44,11 +45,12 @@ def fingerprint(model: PreTrainedModel) -> str:
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
 
 
-def check_base(model: PreTrainedModel, adapter: Adapter) -> None:
+def check_base(model: PreTrainedModel, adapter: AnyAdapter) -> None:
     """Raise `BaseModelMismatchError` unless `adapter` was made for `model`.
 
     The shapes must agree, and in three modules W V = U S must hold for the leading singular triples:
-    those identify the weights themselves, whatever they were quantised to or called.
+    those identify the weights themselves, whatever they were quantised to or called. A vector has no such
+    mark: only the shapes are compared.
     """
     made_for = adapter.base_model.get("name", "another model")
     if adapter.base_model.get("fingerprint") != fingerprint(model):
@@ -56,6 +58,8 @@ def check_base(model: PreTrainedModel, adapter: Adapter) -> None:
             f"The adapter {adapter.name!r} was made for {made_for}, whose shape differs from this model's; "
             "load that base model or train the adapter for this one."
         )
+    if isinstance(adapter, VectorAdapter):
+        return
     names = list(adapter.modules)
     for name in {names[0], names[len(names) // 2], names[-1]}:
         residual = _residual(find_linear(model, name, adapter), adapter, name)
@@ -64,6 +68,23 @@ def check_base(model: PreTrainedModel, adapter: Adapter) -> None:
                 f"The adapter {adapter.name!r} was made for {made_for}: the singular vectors of {name} differ from "
                 f"this model's (residual {residual:.2f}); load that base model or train the adapter for this one."
             )
+
+
+def find_added_to(model: PreTrainedModel, name: str, adapter: VectorAdapter) -> nn.Module:
+    """The block or linear layer `name` of `model`, if the adapter's direction fits its output."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise BaseModelMismatchError(
+            f"The adapter {adapter.name!r} adds to {name}, which this model lacks; load the base model it was made for."
+        ) from None
+    width = getattr(module, "out_features", _text_config(model).hidden_size)
+    if adapter.modules[name].shape != (width,):
+        raise BaseModelMismatchError(
+            f"The adapter {adapter.name!r} adds {adapter.modules[name].numel()} numbers to {name}, whose output has "
+            f"{width}; load the base model it was made for."
+        )
+    return module
 
 
 def find_linear(model: PreTrainedModel, name: str, adapter: Adapter) -> nn.Linear:

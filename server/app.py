@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from fastapi import Depends, FastAPI, Request
 
 import ipissa
-from ipissa.adapter import Adapter, load_adapter
+from ipissa.adapter import AnyAdapter, load_adapter
 from ipissa.errors import ConfigError
 
 from .deps import check_key
@@ -27,7 +27,7 @@ from .threads import in_passing_thread
 logger = logging.getLogger(__name__)
 
 
-def load_engine(settings: Settings, adapters: dict[str, Adapter]) -> Engine:
+def load_engine(settings: Settings, adapters: dict[str, AnyAdapter]) -> Engine:
     """Load the model, attach the adapters, and start the engine."""
     return TorchEngine(
         settings.model,
@@ -81,7 +81,7 @@ async def _no_such_route(request: Request) -> None:
     raise not_found(f"There is no {request.method} {request.url.path}; /docs lists the routes.")
 
 
-async def _load(app: FastAPI, adapters: dict[str, Adapter], on_load_error: Callable[[Exception], None] | None) -> None:
+async def _load(app: FastAPI, adapters: dict[str, AnyAdapter], on_load_error: Callable[[Exception], None] | None) -> None:
     settings: Settings = app.state.settings
     try:
         app.state.engine = await asyncio.to_thread(load_engine, settings, adapters)

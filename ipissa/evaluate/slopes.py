@@ -65,8 +65,8 @@ def balanced_slope(rows: pd.DataFrame) -> BalancedSlope:
     own = _own_slopes(rows, "log_odds")
     labels = rows.groupby("item")["label"].first().loc[own.index]
     # The two classes are independent samples of items; each contributes half of its mean slope.
-    halves = [_error_of_mean(own[labels == side].to_numpy()) / 2 for side in (1, -1)]
-    paired = float(np.hypot(*halves))
+    shows, goes_against = (_error_of_mean(own[labels == side].to_numpy()) / 2 for side in (1, -1))
+    paired = float(np.hypot(shows, goes_against))
     return BalancedSlope(
         trait=_slope(rows["log_odds"], design, rows, column=3, paired=paired),
         acquiescence=_slope(rows["log_odds"], design, rows, column=2, paired=paired),
