@@ -45,6 +45,12 @@ def fingerprint(model: PreTrainedModel) -> str:
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
 
 
+def block_names(model: PreTrainedModel) -> list[str]:
+    """Full module names of the decoder blocks, by index."""
+    name_of: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return [name_of[block] for block in model.get_decoder().layers]
+
+
 def check_base(model: PreTrainedModel, adapter: AnyAdapter) -> None:
     """Raise `BaseModelMismatchError` unless `adapter` was made for `model`.
 

@@ -8,10 +8,13 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from ipissa.adapter import load_adapter, load_innerpissa, to_lora
+from ipissa.adapter import load_adapter, load_innerpissa, save_adapter, to_lora
+from ipissa.adapter.control_vector import read_control_vector
 from ipissa.adapter.convert import to_peft_folder
 from ipissa.adapter.lora import merge, new_folder
+from ipissa.base import block_names, describe_base
 from ipissa.cli_errors import run_cli
+from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts, spread
 from ipissa.errors import ConfigError
 from ipissa.evaluate.methods import METHODS, QUICK_METHODS
@@ -229,6 +232,25 @@ def _export_merged(path: Path, alpha: float, model_name: str | None, dtype: str,
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return output
+
+
+@app.command(name="import")
+def import_vector(
+    vector: Annotated[Path, typer.Argument(help="Control vector of repeng or llama.cpp (.gguf).")],
+    output: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    positive: Annotated[str, typer.Option(help="What the vector points to, such as honest.")],
+    negative: Annotated[str, typer.Option(help="The opposite, such as dishonest.")],
+    model: Annotated[str, typer.Option(help="The model it was made for.")] = DEMO_MODEL,
+    scale: Annotated[float, typer.Option(help="The coefficient that α = 1 is to mean.")] = 1.0,
+) -> None:
+    """Turn a control vector into an adapter file that can be served, measured and compared."""
+    trait = Trait.from_words(positive, negative)
+    loaded, _ = load_model(model, device="cpu")
+    found = read_control_vector(
+        vector, blocks=block_names(loaded), base_model=describe_base(loaded, model), trait=trait.to_metadata()
+    )
+    saved = save_adapter(found.scaled(scale), output)
+    typer.echo(f"Wrote {output}, with a direction for {len(saved.modules)} blocks.")
 
 
 @app.command()

@@ -38,7 +38,7 @@ def yes_and_no(tokenizer: Any) -> tuple[list[int], list[int]]:
 def answering(tokenizer: Any) -> Iterator[Any]:
     """A tiny random model that always answers Yes or No."""
     model = tiny_model("llama", vocab_size=len(tokenizer))
-    ids = sum(yes_and_no(tokenizer), [])
+    ids = [token for answers in yes_and_no(tokenizer) for token in answers]
 
     def prefer(module: Any, args: Any, logits: Tensor) -> Tensor:
         return logits.index_add(-1, torch.tensor(ids), torch.full((*logits.shape[:-1], len(ids)), 30.0))

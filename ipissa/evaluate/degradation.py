@@ -8,6 +8,7 @@ prompt  mean negative log-likelihood per token of the question itself at α, les
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Sampling, generate_ids
 from ipissa.evaluate.steerer import Steerer
 from ipissa.sequences import PaddedBatch, continuation_logprobs, pad_batch, target_logprobs
+
+logger = logging.getLogger(__name__)
 
 ROWS_PER_BATCH = 16
 TOLERANCE = 0.05  # of the degradation that scales are matched to
@@ -99,6 +102,14 @@ def matching_scale(degradation_at: Callable[[float], float], wanted: float) -> f
         scale = min(max(scale * min(max(step, 1 / 16), 16), SCALE_LIMITS[0]), SCALE_LIMITS[1])
         found = degradation_at(scale)
         best = min(best, (abs(found - wanted), scale))
+    if best[0] > TOLERANCE * wanted:
+        logger.warning(
+            "No scale brings this method's degradation within %.0f %% of %.4f nats per token; the nearest, %.3g, is "
+            "used, so compare it by the figure of effect against degradation.",
+            100 * TOLERANCE,
+            wanted,
+            best[1],
+        )
     return best[1]
 
 

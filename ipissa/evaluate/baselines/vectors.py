@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipissa.adapter.layer import dense_weight
+from ipissa.base import block_names
 from ipissa.data.activations import pair_activations
 from ipissa.data.pairs import ContrastivePair
 
@@ -66,12 +67,6 @@ def middle_blocks(model: Any) -> range:
     depth = model.config.get_text_config().num_hidden_layers
     first, last = (int(fraction * depth) for fraction in VECTOR_DEPTH)
     return range(first, max(last, first + 1))
-
-
-def block_names(model: Any) -> list[str]:
-    """Full module names of the decoder blocks, by index."""
-    name_of: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
-    return [name_of[block] for block in model.get_decoder().layers]
 
 
 def _after_blocks(
