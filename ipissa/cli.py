@@ -17,10 +17,7 @@ from ipissa.cli_errors import run_cli
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts, spread
 from ipissa.errors import ConfigError
-from ipissa.evaluate.methods import METHODS, QUICK_METHODS
-from ipissa.evaluate.report.page import summary
-from ipissa.evaluate.run import evaluate as run_evaluation
-from ipissa.evaluate.settings import EvalSettings
+from ipissa.evaluate.cli import app as evaluation
 from ipissa.models import DEMO_MODEL, load_model
 from ipissa.train import TrainConfig
 from ipissa.train import train as run_training
@@ -38,6 +35,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(evaluation)
 AdapterOption = Annotated[Path, typer.Option("--adapter", help="Adapter file (.safetensors).")]
 
 
@@ -115,63 +113,6 @@ def words(
     typer.echo(HEADER)
     for found in compare_words(loaded, tokenizer, split, spread(training, max_prompts), seed=seed):
         typer.echo(found.row())
-
-
-@app.command(name="eval")
-def evaluate(
-    adapter: AdapterOption,
-    output: Annotated[Path, typer.Option(help="Folder for the report; begun again, it goes on where it was.")],
-    baselines: Annotated[
-        str, typer.Option(help=f"Other ways to steer, with commas, of {', '.join(METHODS)}; empty for none.")
-    ] = ",".join(QUICK_METHODS),
-    model: Annotated[str | None, typer.Option(help="Base model. Default: the one the adapter names.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="Text file, one prompt per line. Default: bundled.")] = None,
-    held_out: Annotated[int, typer.Option(help="Held-out prompts, at most.", min=2)] = 100,
-    dataset: Annotated[
-        str, typer.Option(help="Dilemmas: bundled, a JSONL or CSV file, a hub id; empty for none.")
-    ] = "bundled",
-    target: Annotated[str | None, typer.Option(help="The value to measure. Default: the data set's own.")] = None,
-    topic: Annotated[str | None, typer.Option(help="Only dilemmas of this topic.")] = None,
-    max_items: Annotated[int | None, typer.Option(help="Items, at most; about the target first.", min=6)] = None,
-    alphas: Annotated[str, typer.Option(help="At which dilemmas are asked, with commas.")] = "-1,-0.5,0,0.5,1",
-    null: Annotated[int, typer.Option(help="Random adapters to compare with.", min=0)] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling and of methods that are random or trained.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-) -> None:
-    """Measure an adapter beside other ways to steer, on held-out texts and in dilemmas."""
-    findings = run_evaluation(
-        adapter,
-        output,
-        EvalSettings(
-            baselines=tuple(_listed(baselines)),
-            model=model,
-            prompts=prompts,
-            held_out=held_out,
-            dataset=dataset or None,
-            target=target,
-            topic=topic,
-            max_items=max_items,
-            alphas=tuple(_number(each) for each in _listed(alphas)),
-            null=null,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-        ),
-    )
-    typer.echo(summary(findings))
-    typer.echo(f"Wrote {output / 'report.html'}.")
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"alphas hold {text!r}, which is not a number; use some such as -1,0,1.") from None
 
 
 @app.command()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ipissa.adapter import VectorAdapter
 from ipissa.base import describe_base
-from ipissa.data.activations import pair_activations
+from ipissa.data.activations import PairActivations, pair_activations
 from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Continuation
 from ipissa.data.pairs import ContrastivePair, Opening, contrastive_pairs
@@ -23,7 +23,13 @@ from ipissa.evaluate.baselines.random import random_like
 from ipissa.evaluate.baselines.reft import ReftDial
 from ipissa.evaluate.baselines.sspace import sspace_like
 from ipissa.evaluate.baselines.tuners import training_config
-from ipissa.evaluate.baselines.vectors import first_component, first_components, mean_differences, module_components
+from ipissa.evaluate.baselines.vectors import (
+    first_component,
+    first_components,
+    linear_layers,
+    mean_differences,
+    module_components,
+)
 from ipissa.evaluate.compare import adapter_degradation, markdown, measure_method
 from ipissa.evaluate.degradation import PlainText, text_degradation
 from ipissa.evaluate.dial import ScaledDial
@@ -50,6 +56,10 @@ def pairs(tokenizer: Any) -> list[ContrastivePair]:
     return contrastive_pairs(tokenizer, TRAIT, [Opening("How are you?", tokenizer.encode(text)) for text in texts])
 
 
+def activations(model: Any, tokenizer: Any, pairs: list[ContrastivePair]) -> PairActivations:
+    return pair_activations(model, tokenizer, pairs, linear_layers(model, [1, 2]))
+
+
 def description(model: Any) -> dict[str, Any]:
     return {"base_model": describe_base(model, "tiny"), "trait": TRAIT.to_metadata()}
 
@@ -69,10 +79,11 @@ def reft_dial(model: Any) -> ReftDial:
 def dial_of(kind: str, model: Any, tokenizer: Any, pairs: list[ContrastivePair]) -> Any:
     if kind == "reft":
         return reft_dial(model)
+    found = activations(model, tokenizer, pairs)
     if kind == "sspace":
-        return attach(model, sspace_like(model, tokenizer, pairs, random_adapter(model, suffixes=("1.mlp.down_proj",))))
+        return attach(model, sspace_like(model, found, random_adapter(model, suffixes=("1.mlp.down_proj",))))
     directions = {"caa": mean_differences, "repeng": first_components, "module_pca": module_components}[kind]
-    return attach(model, vector(model, directions(model, tokenizer, pairs, [1, 2])))
+    return attach(model, vector(model, directions(model, found, [1, 2])))
 
 
 @pytest.mark.parametrize("kind", ["caa", "repeng", "module_pca", "sspace", "reft"])
@@ -100,7 +111,7 @@ def test_vectors_add_the_mean_difference_after_their_blocks(
 ) -> None:
     stream = pair_activations(model, tokenizer, pairs, {}).stream
     expected = (stream[2, 0] - stream[2, 1]).mean(0)
-    directions = mean_differences(model, tokenizer, pairs, [1])
+    directions = mean_differences(model, activations(model, tokenizer, pairs), [1])
     assert torch.allclose(directions["model.layers.1"], expected)
     outputs: list[Tensor] = []
     handle = model.model.layers[2].register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
@@ -120,7 +131,7 @@ def test_the_first_component_points_to_the_chosen_side_of_most_pairs_and_is_as_l
 ) -> None:
     stream = pair_activations(model, tokenizer, pairs, {}).stream[3]
     difference = stream[0] - stream[1]
-    (found,) = first_components(model, tokenizer, pairs, [2]).values()
+    (found,) = first_components(model, activations(model, tokenizer, pairs), [2]).values()
     assert (difference @ found > 0).sum() >= len(pairs) / 2
     assert found.norm().item() == pytest.approx(difference.mean(0).norm().item(), rel=1e-4)
     centred = difference - difference.mean(0)
@@ -137,7 +148,7 @@ def test_the_sign_of_a_component_is_that_of_most_pairs() -> None:
 def test_module_components_are_those_of_each_linear_layers_output(
     model: Any, tokenizer: Any, pairs: list[ContrastivePair]
 ) -> None:
-    found = module_components(model, tokenizer, pairs, [1])
+    found = module_components(model, activations(model, tokenizer, pairs), [1])
     assert len(found) == 7
     assert all(name.startswith("model.layers.1.") for name in found)
     name = "model.layers.1.self_attn.v_proj"

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from ipissa.adapter.checkpoint import Adapter, AnyAdapter
 from ipissa.adapter.vector import VectorAdapter
+from ipissa.data.activations import PairActivations, pair_activations
 from ipissa.data.continuations import Continuation
 from ipissa.data.pairs import ContrastivePair
 from ipissa.data.personas import Trait
@@ -25,6 +26,7 @@ from ipissa.evaluate.baselines.tuners import TUNERS, trained_tuner
 from ipissa.evaluate.baselines.vectors import (
     Directions,
     first_components,
+    linear_layers,
     mean_differences,
     middle_blocks,
     module_components,
@@ -60,6 +62,14 @@ class Materials:
     plain: Sequence[PlainText]
     learn: Callable[[], tuple[TrainConfig, Sequence[Target]]]
     seed: int = 0
+
+    @cached_property
+    def activations(self) -> PairActivations:
+        """What the unsteered model does on the pairs, read once for all methods that need it."""
+        layers = linear_layers(self.model, middle_blocks(self.model))
+        if isinstance(self.adapter, Adapter):
+            layers |= {name: self.model.get_submodule(name) for name in self.adapter.modules}
+        return pair_activations(self.model, self.tokenizer, self.pairs, layers)
 
     def innerpissa(self) -> Adapter:
         """The adapter, for methods that need its modules and rank.
@@ -101,13 +111,13 @@ def _vector(directions: Callable[..., Directions], m: Materials) -> Iterator[Ste
 
 def vector_adapter(directions: Callable[..., Directions], m: Materials) -> VectorAdapter:
     """A vector method as an adapter that can be saved and served."""
-    modules = directions(m.model, m.tokenizer, m.pairs, middle_blocks(m.model))
+    modules = directions(m.model, m.activations, middle_blocks(m.model))
     return VectorAdapter(modules=modules, base_model=m.adapter.base_model, trait=m.adapter.trait)
 
 
 @contextmanager
 def _sspace(m: Materials) -> Iterator[Steerer]:
-    with attached(m.model, sspace_like(m.model, m.tokenizer, m.pairs, m.innerpissa())) as steerer:
+    with attached(m.model, sspace_like(m.model, m.activations, m.innerpissa())) as steerer:
         yield steerer
 
 

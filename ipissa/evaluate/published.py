@@ -89,6 +89,21 @@ def coherent(valid: float, shift: float) -> bool:
     return valid >= COHERENT_SHARE and abs(shift) < COHERENT_NATS
 
 
+def loss_gap(history: pd.DataFrame) -> float | None:
+    """Held-out loss less training loss at the last validation of a run: below 3 good, above 10 catastrophic.
+
+    Args:
+        history: `history.csv` of a run, `loss` per step and `eval_loss` at validations. Without any, None.
+    """
+    if "eval_loss" not in history or not history["eval_loss"].notna().any():
+        return None
+    last = history["eval_loss"].last_valid_index()
+    seen = history.loc[:last]
+    before = seen["eval_loss"].shift().last_valid_index()  # the row after the validation before
+    since = seen.loc[before:] if before is not None else seen
+    return float(history.loc[last, "eval_loss"] - since["loss"].mean())
+
+
 @dataclass(frozen=True)
 class SteeringF1:
     """Wrong answers put right, against right ones put wrong and controls that change at all."""

@@ -28,6 +28,7 @@ from ipissa.evaluate.compare import Measured, adapter_degradation, measure_metho
 from ipissa.evaluate.degradation import sample_plain
 from ipissa.evaluate.methods import ADAPTER, TRAINED, Materials, attached
 from ipissa.evaluate.null import NullCheck, null_check, null_slopes
+from ipissa.evaluate.published import loss_gap
 from ipissa.evaluate.report.page import Findings, write_report
 from ipissa.evaluate.report.parts import Parts, measured_from_json, measured_to_json, records
 from ipissa.evaluate.settings import EvalSettings
@@ -70,6 +71,7 @@ def evaluate(path: str | os.PathLike[str], output: str | os.PathLike[str], setti
         measured=measured,
         texts=_kept(parts, "texts", bench.texts),
         null=_null(bench, parts, dataset, measured),
+        loss_gap=_loss_gap(Path(path)),
     )
     write_report(findings, folder)
     return findings
@@ -118,6 +120,12 @@ def _null(
     at_poles = complete(rows[rows["alpha"].isin(POLES)])
     own = balanced_slope(with_labels(at_poles, item_labels(dataset)[dataset.target])).trait.value
     return null_check(own, random), random, own
+
+
+def _loss_gap(path: Path) -> float | None:
+    """Of the run that made the adapter, where its folder is still beside the file."""
+    history = path.with_suffix(".run") / "history.csv"
+    return loss_gap(pd.read_csv(history)) if history.exists() else None
 
 
 def _kept(parts: Parts, name: str, make: Any) -> Any:

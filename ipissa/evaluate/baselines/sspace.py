@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,17 +14,15 @@ from torch import nn
 
 from ipissa.adapter.checkpoint import Adapter, ModuleFactors
 from ipissa.adapter.layer import thin_svd
-from ipissa.data.activations import pair_activations
-from ipissa.data.pairs import ContrastivePair
+from ipissa.data.activations import PairActivations
 
 
-def sspace_like(model: Any, tokenizer: Any, pairs: Sequence[ContrastivePair], adapter: Adapter) -> Adapter:
-    """The untrained relative of an adapter, on the same modules and rank."""
-    layers: dict[str, nn.Linear] = {name: model.get_submodule(name) for name in adapter.modules}
-    found = pair_activations(model, tokenizer, pairs, dict(layers))
+def sspace_like(model: Any, found: PairActivations, adapter: Adapter) -> Adapter:
+    """The untrained relative of an adapter, on the same modules and rank; their inputs must have been read."""
     modules = {}
-    for name, layer in layers.items():
-        u, s, v = (part[..., : adapter.config.rank].cpu().contiguous() for part in thin_svd(layer))
+    for name in adapter.modules:
+        svd = thin_svd(model.get_submodule(name))
+        u, s, v = (part[..., : adapter.config.rank].cpu().contiguous() for part in svd)
         # y U√S = x Wᵀ U√S = x V S √S
         chosen, rejected = (side @ (v * s**1.5) for side in found.inputs[name])
         delta = nn.functional.normalize((chosen - rejected).mean(0), dim=0)

@@ -18,39 +18,39 @@ from torch import Tensor
 
 from ipissa.adapter.layer import dense_weight
 from ipissa.base import block_names
-from ipissa.data.activations import pair_activations
-from ipissa.data.pairs import ContrastivePair
+from ipissa.data.activations import PairActivations
 
 Directions = dict[str, Tensor]  # (d,) by module name
 VECTOR_DEPTH = (1 / 3, 2 / 3)  # blocks that get a vector, as fractions of the depth
 
 
-def mean_differences(model: Any, tokenizer: Any, pairs: Sequence[ContrastivePair], blocks: Sequence[int]) -> Directions:
+def mean_differences(model: Any, found: PairActivations, blocks: Sequence[int]) -> Directions:
     """CAA directions after every block of `blocks`."""
-    return _after_blocks(model, tokenizer, pairs, blocks, lambda difference: difference.mean(0))
+    return _after_blocks(model, found, blocks, lambda difference: difference.mean(0))
 
 
-def first_components(model: Any, tokenizer: Any, pairs: Sequence[ContrastivePair], blocks: Sequence[int]) -> Directions:
+def first_components(model: Any, found: PairActivations, blocks: Sequence[int]) -> Directions:
     """repeng directions after every block of `blocks`."""
-    return _after_blocks(model, tokenizer, pairs, blocks, first_component)
+    return _after_blocks(model, found, blocks, first_component)
 
 
-def module_components(
-    model: Any, tokenizer: Any, pairs: Sequence[ContrastivePair], blocks: Sequence[int]
-) -> Directions:
-    """Directions in the output of every linear layer of `blocks`."""
+def module_components(model: Any, found: PairActivations, blocks: Sequence[int]) -> Directions:
+    """Directions in the output of every linear layer of `blocks`, whose inputs must have been read."""
+    return {
+        # The bias is the same on both sides, so differences of outputs need only the weight.
+        name: first_component((found.inputs[name][0] - found.inputs[name][1]) @ dense_weight(layer).cpu().T)
+        for name, layer in linear_layers(model, blocks).items()
+    }
+
+
+def linear_layers(model: Any, blocks: Sequence[int]) -> dict[str, Any]:
+    """Every linear layer of `blocks`, quantised ones too, by name."""
     names = block_names(model)
     inside = tuple(f"{names[block]}." for block in blocks)
-    layers = {
+    return {
         name: module
         for name, module in model.named_modules()
         if name.startswith(inside) and hasattr(module, "in_features")
-    }
-    inputs = pair_activations(model, tokenizer, pairs, layers).inputs
-    return {
-        # The bias is the same on both sides, so differences of outputs need only the weight.
-        name: first_component((inputs[name][0] - inputs[name][1]) @ dense_weight(layer).cpu().T)
-        for name, layer in layers.items()
     }
 
 
@@ -70,12 +70,7 @@ def middle_blocks(model: Any) -> range:
 
 
 def _after_blocks(
-    model: Any,
-    tokenizer: Any,
-    pairs: Sequence[ContrastivePair],
-    blocks: Sequence[int],
-    direction: Callable[[Tensor], Tensor],
+    model: Any, found: PairActivations, blocks: Sequence[int], direction: Callable[[Tensor], Tensor]
 ) -> Directions:
-    stream = pair_activations(model, tokenizer, pairs, {}).stream  # (blocks + 1, 2, pairs, d)
     names = block_names(model)
-    return {names[block]: direction(stream[block + 1, 0] - stream[block + 1, 1]) for block in blocks}
+    return {names[block]: direction(found.stream[block + 1, 0] - found.stream[block + 1, 1]) for block in blocks}

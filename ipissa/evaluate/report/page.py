@@ -20,7 +20,7 @@ from ipissa.evaluate.analysis import Analysis, analyse, base_differences, ranked
 from ipissa.evaluate.compare import Measured, markdown
 from ipissa.evaluate.null import NullCheck
 from ipissa.evaluate.report import figures, tables
-from ipissa.evaluate.report.parts import records, write_whole
+from ipissa.evaluate.report.parts import records, write_text
 from ipissa.evaluate.settings import EvalSettings
 
 DPI = 110
@@ -56,6 +56,7 @@ class Findings:
     measured: list[Measured]
     texts: str
     null: tuple[NullCheck, pd.DataFrame, float] | None
+    loss_gap: float | None = None  # of the adapter's training
 
     def analyses(self) -> list[Analysis]:
         """Of every method, what it does in dilemmas."""
@@ -68,16 +69,16 @@ def write_report(findings: Findings, folder: Path) -> None:
     frames = _frames(findings, analyses)
     drawn = _draw(findings, frames)
     for name, frame in frames.items():
-        write_whole(_inside(folder, "tables") / f"{name}.csv", frame.to_csv(index=False))
+        write_text(_inside(folder, "tables") / f"{name}.csv", frame.to_csv(index=False))
     pictures = {name: _png(figure) for name, figure in drawn.items()}
     for name, picture in pictures.items():
         (_inside(folder, "figures") / f"{name}.png").write_bytes(picture)
-    write_whole(folder / "yardsticks.md", markdown(findings.measured) + "\n")
-    write_whole(folder / "yardsticks.json", json.dumps(_yardsticks(findings), indent=2) + "\n")
-    write_whole(folder / "texts.md", findings.texts + "\n")
+    write_text(folder / "yardsticks.md", markdown(findings.measured) + "\n")
+    write_text(folder / "yardsticks.json", json.dumps(_yardsticks(findings), indent=2) + "\n")
+    write_text(folder / "texts.md", findings.texts + "\n")
     if findings.dataset is not None:
-        write_whole(folder / "choices.json", json.dumps(_choices(findings), ensure_ascii=False) + "\n")
-    write_whole(folder / "report.html", _page(findings, analyses, frames, pictures))
+        write_text(folder / "choices.json", json.dumps(_choices(findings), ensure_ascii=False) + "\n")
+    write_text(folder / "report.html", _page(findings, analyses, frames, pictures))
 
 
 def summary(findings: Findings) -> str:
@@ -194,6 +195,7 @@ def _page(
         verdict=verdict(findings.measured, analyses) if analyses else None,
         values=_html(frames["values"][frames["values"]["method"] == findings.measured[0].method]) if analyses else None,
         null=findings.null[0].sentence() if findings.null else None,
+        loss_gap=findings.loss_gap,
         texts=findings.texts,
         pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +13,7 @@ import pandas as pd
 from ipissa.errors import ConfigError
 from ipissa.evaluate.compare import Degradation, Measured
 from ipissa.evaluate.yardsticks import Yardsticks
+from ipissa.train.run_folder import write_whole
 
 SETTINGS = "settings.json"
 PARTS = "parts"
@@ -43,7 +42,7 @@ class Parts:
                     f"{folder} holds an evaluation with another {', '.join(differing)}; choose another --output, or "
                     "delete the folder."
                 )
-        write_whole(path, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
+        write_text(path, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
 
     def load(self, name: str) -> Any:
         """A part, or None."""
@@ -52,7 +51,7 @@ class Parts:
 
     def save(self, name: str, value: Any) -> None:
         """Keep a part, whole or not at all."""
-        write_whole(self._folder / f"{name}.json", json.dumps(value, allow_nan=False) + "\n")
+        write_text(self._folder / f"{name}.json", json.dumps(value, allow_nan=False) + "\n")
 
 
 def measured_to_json(measured: Measured) -> dict[str, Any]:
@@ -83,14 +82,6 @@ def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
