@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from ipissa.adapter.checkpoint import Adapter
+from ipissa.adapter.checkpoint import Adapter, AnyAdapter
+from ipissa.adapter.vector import VectorAdapter
 from ipissa.errors import BaseModelMismatchError
 
 # Quantising or rounding a weight moves its leading singular triples by a few per cent; another
@@ -50,13 +51,22 @@ def _fingerprint(config: Any) -> str:
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
 
 
-def check_base(model: PreTrainedModel, adapter: Adapter) -> None:
+def block_names(model: PreTrainedModel) -> list[str]:
+    """Full module names of the decoder blocks, by index."""
+    name_of: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+    return [name_of[block] for block in model.get_decoder().layers]
+
+
+def check_base(model: PreTrainedModel, adapter: AnyAdapter) -> None:
     """Raise `BaseModelMismatchError` unless `adapter` was made for `model`.
 
     The shapes must agree, and in three modules W V = U S must hold for the leading singular triples:
-    those identify the weights themselves, whatever they were quantised to or called.
+    those identify the weights themselves, whatever they were quantised to or called. A vector has no such
+    mark: only the shapes are compared.
     """
     _check_shape(fingerprint(model), adapter)
+    if isinstance(adapter, VectorAdapter):
+        return
     for name in _samples(adapter):
         _check_residual(_residual(find_linear(model, name, adapter), adapter, name), adapter, name)
 
@@ -96,7 +106,7 @@ def _samples(adapter: Adapter) -> set[str]:
     return {names[0], names[len(names) // 2], names[-1]}
 
 
-def _check_shape(found: str, adapter: Adapter) -> None:
+def _check_shape(found: str, adapter: AnyAdapter) -> None:
     if adapter.base_model.get("fingerprint") != found:
         raise BaseModelMismatchError(
             f"The adapter {adapter.name!r} was made for {_made_for(adapter)}, whose shape differs from this model's; "
@@ -112,8 +122,25 @@ def _check_residual(residual: float, adapter: Adapter, name: str) -> None:
         )
 
 
-def _made_for(adapter: Adapter) -> str:
+def _made_for(adapter: AnyAdapter) -> str:
     return adapter.base_model.get("name", "another model")
+
+
+def find_added_to(model: PreTrainedModel, name: str, adapter: VectorAdapter) -> nn.Module:
+    """The block or linear layer `name` of `model`, if the adapter's direction fits its output."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise BaseModelMismatchError(
+            f"The adapter {adapter.name!r} adds to {name}, which this model lacks; load the base model it was made for."
+        ) from None
+    width = getattr(module, "out_features", _text_config(model).hidden_size)
+    if adapter.modules[name].shape != (width,):
+        raise BaseModelMismatchError(
+            f"The adapter {adapter.name!r} adds {adapter.modules[name].numel()} numbers to {name}, whose output has "
+            f"{width}; load the base model it was made for."
+        )
+    return module
 
 
 def find_linear(model: PreTrainedModel, name: str, adapter: Adapter) -> nn.Linear:

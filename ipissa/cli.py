@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
-from ipissa.adapter import load_adapter, to_lora
+from ipissa.adapter import load_adapter, load_innerpissa, save_adapter, to_lora
+from ipissa.adapter.control_vector import read_control_vector
 from ipissa.adapter.convert import to_peft_folder
 from ipissa.adapter.lora import merge, new_folder
+from ipissa.base import block_names, describe_base
 from ipissa.cli_errors import assignments, run_cli
+from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts, spread
 from ipissa.errors import ConfigError
-from ipissa.evaluate.compare import METHODS, QUICK_METHODS, markdown
-from ipissa.evaluate.run import evaluate as run_evaluation
+from ipissa.evaluate.cli import app as evaluation
 from ipissa.models import DEMO_MODEL, load_model
 from ipissa.train import TrainConfig
 from ipissa.train import train as run_training
@@ -32,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(evaluation)
 AdapterOption = Annotated[Path, typer.Option("--adapter", help="Adapter file (.safetensors).")]
 
 
@@ -111,35 +114,6 @@ def words(
         typer.echo(found.row())
 
 
-@app.command(name="eval")
-def evaluate(
-    adapter: AdapterOption,
-    output: Annotated[Path, typer.Option(help="Folder for yardsticks.md, yardsticks.json and texts.md.")],
-    baselines: Annotated[
-        str, typer.Option(help=f"Other ways to steer, with commas, of {', '.join(METHODS)}; empty for none.")
-    ] = ",".join(QUICK_METHODS),
-    model: Annotated[str | None, typer.Option(help="Base model. Default: the one the adapter names.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="Text file, one prompt per line. Default: bundled.")] = None,
-    held_out: Annotated[int, typer.Option(help="Held-out prompts, at most.")] = 100,
-    seed: Annotated[int, typer.Option(help="Seed of sampling and of the random adapter.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
-) -> None:
-    """Measure an adapter beside other ways to steer, on held-out texts."""
-    rows = run_evaluation(
-        adapter,
-        output,
-        baselines=[name.strip() for name in baselines.split(",") if name.strip()],
-        model_name=model,
-        prompts=prompts,
-        held_out=held_out,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-    )
-    typer.echo(markdown(rows))
-
-
 @app.command()
 def sweep(
     grid: Annotated[Path, typer.Argument(help="YAML file with `base`, shared settings, and `grid`, lists to combine.")],
@@ -166,11 +140,11 @@ def export(
     if format not in EXPORTS:
         raise ConfigError(f"format {format!r} is unknown; use {', '.join(EXPORTS)}.")
     if format == "peft":
-        folder = to_peft_folder(load_adapter(adapter), output)
+        folder = to_peft_folder(load_innerpissa(adapter), output)
     elif alpha is None:
         raise ConfigError(f"format {format} fixes α, so it needs --alpha, such as --alpha 0.75.")
     elif format == "lora":
-        folder = to_lora(load_adapter(adapter), alpha=alpha, output_dir=output, dtype=dtype)
+        folder = to_lora(load_innerpissa(adapter), alpha=alpha, output_dir=output, dtype=dtype)
     else:
         folder = _export_merged(adapter, alpha, model, dtype, output)
     typer.echo(f"Wrote {folder}.")
@@ -180,13 +154,32 @@ EXPORTS = ("lora", "merged", "peft")
 
 
 def _export_merged(path: Path, alpha: float, model_name: str | None, dtype: str, output: Path) -> Path:
-    loaded = load_adapter(path)
+    loaded = load_innerpissa(path)
     model, tokenizer = load_model(model_name or loaded.base_model["name"], device="cpu", dtype=dtype)
     merge(model, loaded, alpha=alpha)
     with new_folder(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return output
+
+
+@app.command(name="import")
+def import_vector(
+    vector: Annotated[Path, typer.Argument(help="Control vector of repeng or llama.cpp (.gguf).")],
+    output: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+    positive: Annotated[str, typer.Option(help="What the vector points to, such as honest.")],
+    negative: Annotated[str, typer.Option(help="The opposite, such as dishonest.")],
+    model: Annotated[str, typer.Option(help="The model it was made for.")] = DEMO_MODEL,
+    scale: Annotated[float, typer.Option(help="The coefficient that α = 1 is to mean.")] = 1.0,
+) -> None:
+    """Turn a control vector into an adapter file that can be served, measured and compared."""
+    trait = Trait.from_words(positive, negative)
+    loaded, _ = load_model(model, device="cpu")
+    found = read_control_vector(
+        vector, blocks=block_names(loaded), base_model=describe_base(loaded, model), trait=trait.to_metadata()
+    )
+    saved = save_adapter(found.scaled(scale), output)
+    typer.echo(f"Wrote {output}, with a direction for {len(saved.modules)} blocks.")
 
 
 @app.command()

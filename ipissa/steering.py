@@ -5,7 +5,7 @@
         model.generate(...)
     steered.detach()
 
-Forward hooks on the adapted linear layers add each adapter's delta. Weights, module tree and state
+Forward hooks on the adapted layers add each adapter's delta. Weights, module tree and state
 dict are never touched, so detaching leaves the model bitwise as it was.
 """
 
@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ipissa.adapter.checkpoint import Adapter
-from ipissa.base import check_base, find_linear
+from ipissa.adapter.checkpoint import Adapter, AnyAdapter
+from ipissa.base import check_base, find_added_to, find_linear
 from ipissa.errors import AlphaError
 from ipissa.phases import Addend, Coefficients, FoldedDelta, FoldedFactors, PhaseDelta, make_delta
+from ipissa.vectors import VectorDelta
 
 Alpha = float | Sequence[float] | Tensor
 Rows = tuple[float, ...]  # one α for all batch rows, or one per row
@@ -37,7 +38,7 @@ STACKS_CACHED = 8  # combinations of adapters whose factors are kept side by sid
 
 
 def attach(
-    model: PreTrainedModel, adapters: Adapter | Mapping[str, Adapter], *, cache_size: int = DEFAULT_CACHE_SIZE
+    model: PreTrainedModel, adapters: AnyAdapter | Mapping[str, AnyAdapter], *, cache_size: int = DEFAULT_CACHE_SIZE
 ) -> SteeredModel:
     """Attach one adapter, or several by name, to `model`; α is 0 until set.
 
@@ -49,7 +50,7 @@ def attach(
     Raises:
         BaseModelMismatchError: an adapter was made for another base model. Nothing is attached then.
     """
-    named = {adapters.name: adapters} if isinstance(adapters, Adapter) else dict(adapters)
+    named = dict(adapters) if isinstance(adapters, Mapping) else {adapters.name: adapters}
     steered = SteeredModel(model, cache_size=cache_size)
     try:
         for name, adapter in named.items():
@@ -73,11 +74,11 @@ class SteeredModel:
         self._forget()
 
     @property
-    def adapters(self) -> dict[str, Adapter]:
+    def adapters(self) -> dict[str, AnyAdapter]:
         """The attached adapters by name."""
         return {name: attached.adapter for name, attached in list(self._attached.items())}
 
-    def add(self, name: str, adapter: Adapter) -> None:
+    def add(self, name: str, adapter: AnyAdapter) -> None:
         """Attach one more adapter at α = 0, after checking that it fits the model."""
         if name in self._attached:
             raise ValueError(f"An adapter named {name!r} is attached already; detach it or choose another name.")
@@ -127,9 +128,13 @@ class SteeredModel:
         """Hits, misses, size and capacity of each adapter's phase cache, by adapter name."""
         return {name: attached.phases.cache_info() for name, attached in list(self._attached.items())}
 
+    def steered_modules(self) -> set[nn.Module]:
+        """The modules that any attached adapter changes."""
+        return {self.model.get_submodule(name) for name in self._hooks}
+
     def first_steered_layer(self, layers: Sequence[nn.Module]) -> int:
         """Index of the first of `layers` that any attached adapter changes; len(layers) if none does."""
-        steered = {self.model.get_submodule(name) for name in self._hooks}
+        steered = self.steered_modules()
         return next((i for i, layer in enumerate(layers) if not steered.isdisjoint(layer.modules())), len(layers))
 
     def _by_name(self, value: Alpha | Mapping[str, Alpha]) -> Mapping[str, Alpha]:
@@ -179,6 +184,8 @@ class SteeredModel:
 
     def _hook(self, module_name: str) -> Any:
         def add_deltas(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if output is args[0]:
+                return output  # a block that a run of some of the layers passes over (`server.engine.forward`)
             for delta, coefficients in self._now.get(module_name, ()):
                 x = args[0] if args[0].dim() == 3 else args[0][None]
                 rows = coefficients[0].shape[0]
@@ -193,15 +200,10 @@ class SteeredModel:
 class _Attached:
     """One adapter on one model: its delta per module, and their phases per α."""
 
-    def __init__(self, model: PreTrainedModel, adapter: Adapter, cache_size: int) -> None:
+    def __init__(self, model: PreTrainedModel, adapter: AnyAdapter, cache_size: int) -> None:
         check_base(model, adapter)
         self.adapter = adapter
-        self.deltas: dict[str, PhaseDelta] = {
-            name: make_delta(
-                adapter.config, adapter.modules[name], _reference(model, find_linear(model, name, adapter))
-            )
-            for name in adapter.modules
-        }
+        self.deltas = {name: _delta(model, adapter, name) for name in adapter.modules}
         self.phases = lru_cache(maxsize=cache_size)(self._phases_of)
         sizes = [[part.shape[-1] for part in delta.coefficients(0.0)] for delta in self.deltas.values()]
         self._sizes = list(zip(*sizes, strict=True))  # [part][module]
@@ -216,6 +218,13 @@ class _Attached:
         stacked = [torch.stack(parts) for parts in zip(*map(self.phases, alphas), strict=True)]
         split = [part.split(sizes, dim=-1) for part, sizes in zip(stacked, self._sizes, strict=True)]
         return dict(zip(self.deltas, zip(*split, strict=True), strict=True))
+
+
+def _delta(model: PreTrainedModel, adapter: AnyAdapter, name: str) -> PhaseDelta:
+    if isinstance(adapter, Adapter):
+        like = _reference(model, find_linear(model, name, adapter))
+        return make_delta(adapter.config, adapter.modules[name], like)
+    return VectorDelta(adapter.modules[name], _reference(model, find_added_to(model, name, adapter)))
 
 
 def _side_by_side(coefficients: list[Coefficients]) -> Coefficients:

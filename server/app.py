@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from fastapi import Depends, FastAPI, Request
 
 import ipissa
-from ipissa.adapter import Adapter, load_adapter
+from ipissa.adapter import AnyAdapter, load_adapter
 from ipissa.errors import ConfigError
 
 from .deps import check_key
@@ -28,7 +28,7 @@ from .threads import in_passing_thread
 logger = logging.getLogger(__name__)
 
 
-def load_torch(settings: Settings, adapters: dict[str, Adapter]) -> Engine:
+def load_torch(settings: Settings, adapters: dict[str, AnyAdapter]) -> Engine:
     """The model in this process."""
     return TorchEngine(
         settings.model,
@@ -42,7 +42,7 @@ def load_torch(settings: Settings, adapters: dict[str, Adapter]) -> Engine:
     )
 
 
-def load_vllm(settings: Settings, adapters: dict[str, Adapter]) -> Engine:
+def load_vllm(settings: Settings, adapters: dict[str, AnyAdapter]) -> Engine:
     """The model in vLLM's processes."""
     if find_spec("vllm") is None:
         raise ConfigError("The engine vllm needs vLLM in this environment; docs/scaling.md says how to install it.")
@@ -61,10 +61,10 @@ def load_vllm(settings: Settings, adapters: dict[str, Adapter]) -> Engine:
     )
 
 
-ENGINES: dict[str, Callable[[Settings, dict[str, Adapter]], Engine]] = {"torch": load_torch, "vllm": load_vllm}
+ENGINES: dict[str, Callable[[Settings, dict[str, AnyAdapter]], Engine]] = {"torch": load_torch, "vllm": load_vllm}
 
 
-def load_engine(settings: Settings, adapters: dict[str, Adapter]) -> Engine:
+def load_engine(settings: Settings, adapters: dict[str, AnyAdapter]) -> Engine:
     """Load the model and its adapters, and start the engine that was asked for."""
     return ENGINES[settings.engine](settings, adapters)
 
@@ -109,7 +109,9 @@ async def _no_such_route(request: Request) -> None:
     raise not_found(f"There is no {request.method} {request.url.path}; /docs lists the routes.")
 
 
-async def _load(app: FastAPI, adapters: dict[str, Adapter], on_load_error: Callable[[Exception], None] | None) -> None:
+async def _load(
+    app: FastAPI, adapters: dict[str, AnyAdapter], on_load_error: Callable[[Exception], None] | None
+) -> None:
     settings: Settings = app.state.settings
     try:
         engine = await asyncio.to_thread(load_engine, settings, adapters)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from ipissa.adapter import Adapter
+from ipissa.adapter import AnyAdapter
 from ipissa.buckets import to_bucket
 
 from .engine.base import Steer
@@ -27,7 +27,7 @@ class SteerSpec:
 
 
 def resolve_steer(
-    model: str | None, steer_alpha: SteerAlpha, adapters: dict[str, Adapter], settings: Settings
+    model: str | None, steer_alpha: SteerAlpha, adapters: dict[str, AnyAdapter], settings: Settings
 ) -> SteerSpec:
     """The `SteerSpec` of a request.
 
@@ -50,7 +50,7 @@ def check_model(model: str | None, adapters: Collection[str], settings: Settings
         )
 
 
-def _selected_adapter(model: str | None, adapters: dict[str, Adapter], settings: Settings) -> str | None:
+def _selected_adapter(model: str | None, adapters: dict[str, AnyAdapter], settings: Settings) -> str | None:
     """The adapter a plain number is for: the one named as the model, or the only one."""
     check_model(model, adapters, settings)
     if model in adapters:
@@ -59,7 +59,7 @@ def _selected_adapter(model: str | None, adapters: dict[str, Adapter], settings:
 
 
 def _one_setting(
-    value: float | dict[str, float] | None, selected: str | None, adapters: dict[str, Adapter], settings: Settings
+    value: float | dict[str, float] | None, selected: str | None, adapters: dict[str, AnyAdapter], settings: Settings
 ) -> Steer:
     if value is None and (selected is None) and (settings.default_alpha == 0 or not adapters):
         return {}
@@ -78,7 +78,7 @@ def _one_setting(
     return {selected: bucketed(value, settings)}
 
 
-def _check_names(names: Iterable[str], adapters: dict[str, Adapter]) -> None:
+def _check_names(names: Iterable[str], adapters: dict[str, AnyAdapter]) -> None:
     for name in names:
         if name not in adapters:
             known = ", ".join(adapters) or "none"

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import logits_of, random_adapter, tiny_model
 from torch import Tensor
-from typer.testing import CliRunner
 
-from ipissa.cli import app
-from ipissa.data.activations import pair_activations
+from ipissa.adapter import VectorAdapter
+from ipissa.base import describe_base
+from ipissa.data.activations import PairActivations, pair_activations
 from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Continuation
 from ipissa.data.pairs import ContrastivePair, Opening, contrastive_pairs
 from ipissa.data.personas import Trait
-from ipissa.errors import AlphaError, ConfigError
+from ipissa.errors import ConfigError
+from ipissa.evaluate.baselines.engineered import EngineeredTrait
 from ipissa.evaluate.baselines.random import random_like
-from ipissa.evaluate.baselines.sspace import SSpaceDial
+from ipissa.evaluate.baselines.reft import ReftDial
+from ipissa.evaluate.baselines.sspace import sspace_like
 from ipissa.evaluate.baselines.tuners import training_config
-from ipissa.evaluate.baselines.vectors import VectorDial, first_components, mean_differences
-from ipissa.evaluate.compare import METHODS, SCALES, Materials, compare, markdown
+from ipissa.evaluate.baselines.vectors import (
+    first_component,
+    first_components,
+    linear_layers,
+    mean_differences,
+    module_components,
+)
+from ipissa.evaluate.compare import adapter_degradation, markdown, measure_method
+from ipissa.evaluate.degradation import PlainText, text_degradation
+from ipissa.evaluate.dial import ScaledDial
+from ipissa.evaluate.methods import ADAPTER, METHODS, Materials, made
 from ipissa.evaluate.side_by_side import side_by_side
+from ipissa.evaluate.steerer import Steerer
 from ipissa.evaluate.yardsticks import measure_persona_prompt
 from ipissa.steering import attach
 from ipissa.train.config import TrainConfig
@@ -46,38 +56,54 @@ def pairs(tokenizer: Any) -> list[ContrastivePair]:
     return contrastive_pairs(tokenizer, TRAIT, [Opening("How are you?", tokenizer.encode(text)) for text in texts])
 
 
-def dials(model: Any, tokenizer: Any, pairs: list[ContrastivePair]) -> dict[str, Any]:
-    return {
-        "vector": VectorDial(model, mean_differences(model, tokenizer, pairs, [1, 2])),
-        "sspace": SSpaceDial(model, tokenizer, pairs, ["model.layers.1.mlp.down_proj"], rank=5),
-    }
+def activations(model: Any, tokenizer: Any, pairs: list[ContrastivePair]) -> PairActivations:
+    return pair_activations(model, tokenizer, pairs, linear_layers(model, [1, 2]))
 
 
-@pytest.mark.parametrize("kind", ["vector", "sspace"])
+def description(model: Any) -> dict[str, Any]:
+    return {"base_model": describe_base(model, "tiny"), "trait": TRAIT.to_metadata()}
+
+
+def vector(model: Any, directions: dict[str, Tensor]) -> VectorAdapter:
+    return VectorAdapter(modules=directions, **description(model))
+
+
+def reft_dial(model: Any) -> ReftDial:
+    """Edits that change something, as trained ones do."""
+    dial = ReftDial(model, seed=0, blocks=2)
+    for block in dial.steered_modules():
+        torch.nn.init.normal_(block.loreft.source.weight, std=0.3)
+    return dial
+
+
+def dial_of(kind: str, model: Any, tokenizer: Any, pairs: list[ContrastivePair]) -> Any:
+    if kind == "reft":
+        return reft_dial(model)
+    found = activations(model, tokenizer, pairs)
+    if kind == "sspace":
+        return attach(model, sspace_like(model, found, random_adapter(model, suffixes=("1.mlp.down_proj",))))
+    directions = {"caa": mean_differences, "repeng": first_components, "module_pca": module_components}[kind]
+    return attach(model, vector(model, directions(model, found, [1, 2])))
+
+
+@pytest.mark.parametrize("kind", ["caa", "repeng", "module_pca", "sspace", "reft"])
 def test_a_baseline_has_one_alpha_per_row_is_exact_at_zero_and_leaves_no_trace(
     kind: str, model: Any, tokenizer: Any, pairs: list[ContrastivePair]
 ) -> None:
     base = logits_of(model, IDS)
-    all_dials = dials(model, tokenizer, pairs)
-    dial = all_dials.pop(kind)
-    for other in all_dials.values():
-        other.detach()
+    names = [name for name, _ in model.named_modules()]
+    dial = dial_of(kind, model, tokenizer, pairs)
     with dial.alpha([0.7, 0.0]):
         rows = logits_of(model, IDS)
     with dial.alpha(0.7):
         alone = logits_of(model, IDS[:1])
-    assert (rows[0] - alone[0]).abs().max() < 1e-5
+    assert (rows[0] - alone[0]).abs().max() < 1e-4
     assert torch.equal(rows[1], base[1])
     assert (rows[0] - base[0]).abs().max() > 1e-3
     assert torch.equal(logits_of(model, IDS), base)
-    dial.scale = 0.5
-    with dial.alpha(1.4):
-        assert (logits_of(model, IDS[:1]) - alone).abs().max() < 1e-5
-    with pytest.raises(AlphaError, match="not finite"), dial.alpha(float("nan")):
-        pass
     dial.detach()
-    with dial.alpha(0.7):
-        assert torch.equal(logits_of(model, IDS), base)
+    assert torch.equal(logits_of(model, IDS), base)
+    assert [name for name, _ in model.named_modules()] == names
 
 
 def test_vectors_add_the_mean_difference_after_their_blocks(
@@ -85,11 +111,11 @@ def test_vectors_add_the_mean_difference_after_their_blocks(
 ) -> None:
     stream = pair_activations(model, tokenizer, pairs, {}).stream
     expected = (stream[2, 0] - stream[2, 1]).mean(0)
-    directions = mean_differences(model, tokenizer, pairs, [1])
-    assert torch.allclose(directions[1], expected)
+    directions = mean_differences(model, activations(model, tokenizer, pairs), [1])
+    assert torch.allclose(directions["model.layers.1"], expected)
     outputs: list[Tensor] = []
     handle = model.model.layers[2].register_forward_pre_hook(lambda _, args: outputs.append(args[0]))
-    dial = VectorDial(model, directions)
+    dial = attach(model, vector(model, directions))
     logits_of(model, IDS)
     with dial.alpha([2.0, -1.0]):
         logits_of(model, IDS)
@@ -100,21 +126,46 @@ def test_vectors_add_the_mean_difference_after_their_blocks(
     assert (added[1] + expected).abs().max() < 1e-5
 
 
-def test_the_first_component_points_to_the_chosen_side_and_is_as_long_as_the_mean(
+def test_the_first_component_points_to_the_chosen_side_of_most_pairs_and_is_as_long_as_the_mean(
     model: Any, tokenizer: Any, pairs: list[ContrastivePair]
 ) -> None:
     stream = pair_activations(model, tokenizer, pairs, {}).stream[3]
     difference = stream[0] - stream[1]
-    (found,) = first_components(model, tokenizer, pairs, [2]).values()
-    assert found @ difference.mean(0) > 0
+    (found,) = first_components(model, activations(model, tokenizer, pairs), [2]).values()
+    assert (difference @ found > 0).sum() >= len(pairs) / 2
     assert found.norm().item() == pytest.approx(difference.mean(0).norm().item(), rel=1e-4)
-    unit = found / found.norm()
-    _, vectors = torch.linalg.eigh(difference.T @ difference)
-    assert (vectors[:, -1] @ unit).abs().item() == pytest.approx(1, abs=1e-4)
+    centred = difference - difference.mean(0)
+    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    assert (vectors[:, -1] @ found / found.norm()).abs().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_the_sign_of_a_component_is_that_of_most_pairs() -> None:
+    along = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.1], [-9.0, 0.0]])  # most positive, mean negative
+    assert first_component(along)[0] > 0
+    assert first_component(-along)[0] < 0
+
+
+def test_module_components_are_those_of_each_linear_layers_output(
+    model: Any, tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    found = module_components(model, activations(model, tokenizer, pairs), [1])
+    assert len(found) == 7
+    assert all(name.startswith("model.layers.1.") for name in found)
+    name = "model.layers.1.self_attn.v_proj"
+    layer = model.get_submodule(name)
+    outputs: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda _, args, output: outputs.append(output[0, -1]))
+    for pair in pairs:
+        for context in (pair.chosen, pair.rejected):
+            logits_of(model, torch.tensor([context + pair.opening]))
+    handle.remove()
+    stacked = torch.stack(outputs).unflatten(0, (-1, 2))
+    expected = first_component(stacked[:, 0] - stacked[:, 1])
+    assert torch.nn.functional.cosine_similarity(found[name], expected, dim=0).item() == pytest.approx(1, abs=1e-3)
 
 
 def test_s_space_equals_its_formula(model: Any, tokenizer: Any, pairs: list[ContrastivePair]) -> None:
-    name, rank = "model.layers.1.mlp.down_proj", 5
+    name, rank = "model.layers.1.mlp.down_proj", 6
     layer = model.get_submodule(name)
     inputs = pair_activations(model, tokenizer, pairs, {name: layer}).inputs[name]
     W = layer.weight.detach()
@@ -123,13 +174,34 @@ def test_s_space_equals_its_formula(model: Any, tokenizer: Any, pairs: list[Cont
     difference = ((inputs[0] - inputs[1]) @ W.T @ Us).mean(0)
     x = torch.randn(2, 3, layer.in_features)
     expected = -0.6 * ((x @ Vs) * (difference / difference.norm())) @ Us.T
-    dial = SSpaceDial(model, tokenizer, pairs, [name], rank=rank)
+    dial = dial_of("sspace", model, tokenizer, pairs)
     with torch.no_grad():
         before = layer(x)
         with dial.alpha(-0.6):
             after = layer(x)
     dial.detach()
     assert (after - before - expected).abs().max() < 1e-5
+
+
+def test_loreft_equals_its_formula_in_an_orthonormal_subspace(model: Any) -> None:
+    dial = reft_dial(model)
+    reft = model.model.layers[-1].loreft
+    R, W, b = (t.detach() for t in (reft.subspace.weight, reft.source.weight, reft.source.bias))
+    assert (R @ R.T - torch.eye(len(R))).abs().max() < 1e-5
+    h = torch.randn(2, 3, R.shape[1])
+    reft.alpha = torch.tensor([1.0, -0.5])
+    expected = h + torch.tensor([1.0, -0.5]).view(-1, 1, 1) * ((h @ W.T + b - h @ R.T) @ R)
+    with torch.no_grad():
+        assert (reft(h) - expected).abs().max() < 1e-5
+    dial.detach()
+
+
+def test_engineered_prompts_say_it_at_length_in_the_system_turn_only() -> None:
+    trait = EngineeredTrait(**vars(TRAIT))
+    system, user = trait.messages("Why?", -1)
+    assert (system["role"], user) == ("system", {"role": "user", "content": "Why?"})
+    assert system["content"].count("an angry person") == 2
+    assert trait.messages("Why?", 0) == trait.messages("Why?", None) == [user]
 
 
 def test_a_random_adapter_turns_as_far_and_elsewhere(model: Any) -> None:
@@ -146,34 +218,52 @@ def test_a_random_adapter_turns_as_far_and_elsewhere(model: Any) -> None:
     assert all(torch.equal(again.modules[n].rotation_v, other.modules[n].rotation_v) for n in adapter.modules)
 
 
-def test_a_comparison_measures_all_methods_on_the_same_texts(
-    model: Any, tokenizer: Any, pairs: list[ContrastivePair]
-) -> None:
+def materials(model: Any, tokenizer: Any, pairs: list[ContrastivePair], adapter: Any) -> Materials:
     generator = torch.Generator().manual_seed(0)
-    texts = [
-        Continuation(f"Prompt {i}", pole, torch.randint(100, 9000, (4,), generator=generator).tolist())
-        for i in range(4)
-        for pole in (1, -1)
-    ]
-    base = logits_of(model, IDS)
-    adapter = random_adapter(model, suffixes=("o_proj",))
+
+    def tokens() -> list[int]:
+        return torch.randint(100, 9000, (4,), generator=generator).tolist()
+
+    texts = [Continuation(f"Prompt {i}", pole, tokens()) for i in range(4) for pole in (1, -1)]
+    plain = [PlainText(f"Prompt {i}", tokens()) for i in range(4)]
     config = TrainConfig("kind", "angry", rank=4, epochs=1, batch_size=4, target_modules=("o_proj",), lr=1e-2)
 
     def learn() -> tuple[TrainConfig, list[Target]]:
         return config, build_targets(model, tokenizer, TRAIT, texts[:4], top_k=32)
 
-    materials = Materials(model, tokenizer, TRAIT, adapter, pairs, texts[:4], texts[4:], learn, seed=1)
-    rows = list(compare(materials, methods=METHODS))
-    assert [row.method for row in rows] == ["adapter", *METHODS]
-    assert [row.method for row in rows if row.scale in SCALES] == ["caa", "repeng", "sspace"]
-    assert {row.yardsticks.prompts for row in rows} == {2}
+    return Materials(model, tokenizer, TRAIT, adapter, pairs, plain[:2], texts[4:], plain[2:], learn, seed=1)
+
+
+def test_a_comparison_measures_all_methods_on_the_same_texts_at_equal_degradation(
+    model: Any, tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    base = logits_of(model, IDS)
+    adapter = random_adapter(model, suffixes=("o_proj",))
+    gentle = {
+        name: replace(factors, rotation_v=0.05 * factors.rotation_v, delta_s=0.05 * factors.delta_s)
+        for name, factors in adapter.modules.items()
+    }
+    m = materials(model, tokenizer, pairs, replace(adapter, modules=gentle))
+    wanted = adapter_degradation(m)
+    rows = [measure_method(method, m, None, (-1, 1), degradation=wanted) for method in (ADAPTER, *METHODS)]
     assert torch.equal(logits_of(model, IDS), base)
+    assert [row.method for row in rows if row.scale is None] == [ADAPTER, "prompt", "engineered"]
+    assert {row.yardsticks.prompts for row in rows} == {2}
     assert len(markdown(rows).splitlines()) == 2 + len(rows)
     told = rows[1].yardsticks
     for pole in (told.positive, told.negative):
         assert (pole.trait_gain.value, pole.contrast.value) == (1.0, 1.0)
     gains = [(row.yardsticks.positive.trait_gain.value, row.yardsticks.negative.plain_gain.value) for row in rows]
     assert len(set(gains)) == len(gains)  # no two methods are the same thing under two names
+    for row in rows:
+        assert [point.alpha for point in row.degradation] == [-1, 0, 1]
+        assert row.degradation[1].text == 0
+    for method in ("caa", "sspace", "random", "lora", "reft"):
+        scale = next(row.scale for row in rows if row.method == method)
+        with made(method, m) as steerer:
+            scaled = Steerer(ScaledDial(steerer.dial, scale))
+            found = [text_degradation(scaled, tokenizer, m.tuning, alpha) for alpha in (-1.0, 1.0)]
+        assert sum(found) / 2 == pytest.approx(wanted, rel=0.06), method
 
 
 def test_the_plain_gain_of_a_persona_prompt_equals_its_definition(model: Any, tokenizer: Any) -> None:
@@ -217,23 +307,3 @@ def test_tuners_need_an_adapter_that_says_how_it_was_trained(model: Any) -> None
     assert training_config(replace(adapter, evaluation={"training": how})).positive == "kind"
     with pytest.raises(ConfigError, match="trained with objective 'contrastive'"):
         training_config(replace(adapter, evaluation={"training": how | {"objective": "contrastive"}}))
-
-
-def test_the_eval_command_writes_what_it_prints(tiny: Path, tmp_path: Path) -> None:
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(f"Tell me about the number {i}." for i in range(16)))
-    output = tmp_path / "report"
-    arguments = ["eval", "--adapter", str(tiny / "adapters" / "honest.safetensors"), "--output", str(output)]
-    options = ["--model", str(tiny / "model"), "--prompts", str(prompts), "--baselines", "caa, random"]
-    result = CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
-    assert (output / "yardsticks.md").read_text() in result.stdout
-    texts = (output / "texts.md").read_text()
-    assert texts.count("| told | steered |") == 4
-    assert all(
-        f"{who} person, α = {pole}" in texts for who, pole in (("an honest", "+1"), ("a", "+0"), ("a dishonest", "-1"))
-    )
-    report = json.loads((output / "yardsticks.json").read_text())
-    assert report["prompts"] == 4
-    assert [row["method"] for row in report["methods"]] == ["adapter", "caa", "random"]
-    with pytest.raises(ConfigError, match="baseline 'magic' is unknown"):
-        CliRunner().invoke(app, [*arguments, "--baselines", "magic"], catch_exceptions=False)

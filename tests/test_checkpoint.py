@@ -85,7 +85,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     ("metadata", "says"),
     [
         ({"format": "other"}, "format 'other'"),
-        ({"kind": "vector"}, "kind 'vector'"),
+        ({"kind": "other"}, "kind 'other'"),
         ({"format_version": "99"}, "format_version '99'"),
         ({"config": "{"}, "unreadable JSON"),
         ({"config": '{"rank": 6, "rotation": "magic", "modules": ["x"]}'}, "rotation 'magic' is unknown"),

@@ -157,7 +157,7 @@ class Surer(HookDial):
 
     def __init__(self, model: Any) -> None:
         super().__init__(model)
-        self.handles.append(model.lm_head.register_forward_hook(self._sharpen))
+        self.hook(model.lm_head, self._sharpen)
 
     def _sharpen(self, module: Any, inputs: Any, logits: torch.Tensor) -> torch.Tensor:
         return logits if self.rows is None else logits * (1 + self.per_row(logits).abs())

@@ -3,23 +3,35 @@
 Importing this package registers the tuner with PEFT.
 """
 
-from ipissa.adapter.checkpoint import Adapter, AdapterConfig, ModuleFactors, load_adapter, save_adapter
+from ipissa.adapter.checkpoint import (
+    Adapter,
+    AdapterConfig,
+    AnyAdapter,
+    ModuleFactors,
+    load_adapter,
+    load_innerpissa,
+    save_adapter,
+)
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.layer import InnerPissaLayer
 from ipissa.adapter.lora import merge, to_lora
 from ipissa.adapter.model import InnerPissaModel, layer_alpha, register
+from ipissa.adapter.vector import VectorAdapter
 
 register()
 
 __all__ = [
     "Adapter",
     "AdapterConfig",
+    "AnyAdapter",
     "InnerPissaConfig",
     "InnerPissaLayer",
     "InnerPissaModel",
     "ModuleFactors",
+    "VectorAdapter",
     "layer_alpha",
     "load_adapter",
+    "load_innerpissa",
     "merge",
     "save_adapter",
     "to_lora",

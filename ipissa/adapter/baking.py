@@ -16,10 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ipissa.adapter.checkpoint import Adapter, ModuleFactors
+from ipissa.adapter.checkpoint import Adapter, AnyAdapter, ModuleFactors
 from ipissa.adapter.config import one_of
 from ipissa.adapter.delta import delta_core
 from ipissa.adapter.lora import TENSOR_NAME, write_lora
+from ipissa.errors import ConfigError
 from ipissa.models import DTYPES
 
 Part = tuple[Tensor, list[tuple[str, ModuleFactors]]]  # Vᵀ (r, d_in), and the adapters that share it
@@ -31,11 +32,14 @@ class Baker:
     Args:
         adapters: By the names that settings use; all for one base model.
         dtype: What the factors are stored in; the arithmetic of α is float64 whatever it is.
+
+    Raises:
+        ConfigError: an adapter is a vector, which adds to a module's output whatever its input.
     """
 
-    def __init__(self, adapters: Mapping[str, Adapter], *, dtype: str = "float32") -> None:
+    def __init__(self, adapters: Mapping[str, AnyAdapter], *, dtype: str = "float32") -> None:
         one_of(dtype, DTYPES, name="dtype")
-        self.adapters = dict(adapters)
+        self.adapters = {name: _turning(name, adapter) for name, adapter in adapters.items()}
         self._dtype = DTYPES[dtype]
 
     def rank(self, names: list[str] | None = None) -> int:
@@ -71,6 +75,14 @@ class Baker:
             )[0]
             total = total + factors.U @ core.mT.to(factors.U.dtype)
         return total
+
+
+def _turning(name: str, adapter: AnyAdapter) -> Adapter:
+    if not isinstance(adapter, Adapter):
+        raise ConfigError(
+            f"The adapter {name!r} is of kind {adapter.kind!r}, which no LoRA can do; serve it with --engine torch."
+        )
+    return adapter
 
 
 def _by_module(adapters: Mapping[str, Adapter], names: list[str]) -> dict[str, list[Part]]:

@@ -1,13 +1,14 @@
 """The one-file adapter format: a `.safetensors` file, read strictly.
 
-Tensors, per adapted module path as in the base model:
+Tensors, of kind `innerpissa`, per adapted module path as in the base model:
 
     <module>.U (d_out, r)   <module>.S (r,)   <module>.V (d_in, r)
     <module>.rotation_v (r, r)  the effective skew matrix, after clamping (zero if that side is off)
     <module>.rotation_u (r, r)  only if the output side rotates
     <module>.delta_s (r,)       unless the scale mode is `none`
 
-Metadata values are strings; `config`, `base_model`, `trait`, `alpha_range` and `evaluation` hold JSON.
+and of kind `vector` (`ipissa.adapter.vector`) <module>.direction (d,). Metadata values are strings;
+`config`, `base_model`, `trait`, `alpha_range` and `evaluation` hold JSON.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,13 +27,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ipissa.adapter.config import one_of
+from ipissa.adapter.described import Described
+from ipissa.adapter.vector import VectorAdapter, VectorConfig
 from ipissa.errors import AdapterFileError, ConfigError
 from ipissa.rotation import CLAMPS, ROTATIONS
 from ipissa.scaling import SCALE_MODES
 
 FORMAT = "ipissa"
 FORMAT_VERSION = "1"
-KIND = "innerpissa"
 SKEW_TOLERANCE = 1e-5
 
 
@@ -73,23 +75,22 @@ class ModuleFactors:
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """One adapter, as read from or to be written to a file."""
+@dataclass(frozen=True, kw_only=True)
+class Adapter(Described):
+    """One InnerPiSSA adapter, as read from or to be written to a file."""
+
+    kind: ClassVar[str] = "innerpissa"
 
     config: AdapterConfig
     modules: dict[str, ModuleFactors]
-    base_model: dict[str, Any]
-    trait: dict[str, str]
-    alpha_range: tuple[float, float] = (-1.0, 1.0)
-    evaluation: dict[str, Any] = field(default_factory=dict)
-    license: str = "apache-2.0"
-    digest: str | None = None  # sha256 of the file, set when read or written
 
-    @property
-    def name(self) -> str:
-        """What to call the adapter when the user gives no name: the positive pole's words."""
-        return self.trait["positive"].removeprefix("an ").removeprefix("a ")
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names they have in the file."""
+        return {
+            f"{module}.{name}": value
+            for module, factors in self.modules.items()
+            for name, value in factors.tensors().items()
+        }
 
     def flipped(self) -> Adapter:
         """The adapter that does at α what this one does at -α, exactly, in every rotation and scale mode."""
@@ -109,22 +110,22 @@ class Adapter:
         return replace(self, modules=modules, digest=None)
 
 
-def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
+AnyAdapter = Adapter | VectorAdapter
+Kind = TypeVar("Kind", Adapter, VectorAdapter)
+
+
+def save_adapter(adapter: Kind, path: str | os.PathLike[str]) -> Kind:
     """Write the adapter to one `.safetensors` file, whole or not at all; returns it with its digest.
 
     Raises:
         AdapterFileError: the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    tensors = {
-        f"{module}.{name}": value.detach().to("cpu", torch.float32).contiguous()
-        for module, factors in adapter.modules.items()
-        for name, value in factors.tensors().items()
-    }
+    tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in adapter.tensors().items()}
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "kind": KIND,
+        "kind": adapter.kind,
         "config": json.dumps(asdict(adapter.config)),
         "base_model": json.dumps(adapter.base_model),
         "trait": json.dumps(adapter.trait),
@@ -150,8 +151,20 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Adapter:
     return replace(adapter, digest=_sha256(path))
 
 
-def load_adapter(path: str | os.PathLike[str]) -> Adapter:
-    """Read and check an adapter file.
+def load_innerpissa(path: str | os.PathLike[str]) -> Adapter:
+    """`load_adapter` for what only the kind `innerpissa` can do.
+
+    Raises:
+        AdapterFileError: also where the file is of another kind.
+    """
+    adapter = load_adapter(path)
+    if not isinstance(adapter, Adapter):
+        raise AdapterFileError(f"{path} is of kind {adapter.kind!r}; this needs an adapter of kind {Adapter.kind!r}.")
+    return adapter
+
+
+def load_adapter(path: str | os.PathLike[str]) -> AnyAdapter:
+    """Read and check an adapter file of either kind.
 
     Raises:
         AdapterFileError: the file is missing, truncated, not safetensors, of another format, kind or
@@ -176,23 +189,35 @@ def load_adapter(path: str | os.PathLike[str]) -> Adapter:
             f"{path} is not a readable safetensors file ({error}); it may be truncated or of another format."
         ) from error
     config, fields = _read_metadata(path, metadata)
-    modules = {module: module_factors(path, module, config, tensors) for module in config.modules}
+    adapter: AnyAdapter
+    if isinstance(config, VectorConfig):
+        directions = {module: _take(path, tensors, f"{module}.direction", None) for module in config.modules}
+        adapter = VectorAdapter(modules=directions, digest=_sha256(path), **fields)
+    else:
+        factors = {module: module_factors(path, module, config, tensors) for module in config.modules}
+        adapter = Adapter(config=config, modules=factors, digest=_sha256(path), **fields)
     if tensors:
         raise AdapterFileError(f"{path} holds the unexpected tensor {min(tensors)!r}; it was not written by ipissa.")
-    return Adapter(config=config, modules=modules, digest=_sha256(path), **fields)
+    return adapter
+
+
+CONFIGS: dict[str, type[AdapterConfig] | type[VectorConfig]] = {
+    Adapter.kind: AdapterConfig,
+    VectorAdapter.kind: VectorConfig,
+}
 
 
 def _check_kind(path: Path, metadata: dict[str, str]) -> None:
-    for key, expected in (("format", FORMAT), ("format_version", FORMAT_VERSION), ("kind", KIND)):
+    for key, known in (("format", [FORMAT]), ("format_version", [FORMAT_VERSION]), ("kind", list(CONFIGS))):
         found = metadata.get(key)
-        if found != expected:
+        if found not in known:
             raise AdapterFileError(
-                f"{path} has {key} {found!r} where this version of ipissa reads {expected!r}; "
+                f"{path} has {key} {found!r} where this version of ipissa reads {' or '.join(map(repr, known))}; "
                 "it is not an adapter that can be served here."
             )
 
 
-def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[AdapterConfig, dict[str, Any]]:
+def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[AdapterConfig | VectorConfig, dict[str, Any]]:
     def read(key: str) -> Any:
         try:
             return json.loads(metadata[key], parse_constant=_refuse_constant)
@@ -203,7 +228,7 @@ def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[AdapterConfig,
 
     try:
         raw = read("config")
-        config = AdapterConfig(**{**raw, "modules": tuple(raw["modules"])})
+        config = CONFIGS[metadata["kind"]](**{**raw, "modules": tuple(raw["modules"])})
         low, high = (float(value) for value in read("alpha_range"))
         trait = {str(key): str(value) for key, value in read("trait").items()}
         base_model, evaluation = dict(read("base_model")), dict(read("evaluation"))
@@ -242,16 +267,7 @@ def module_factors(path: Path, module: str, config: AdapterConfig, tensors: dict
     """
 
     def take(name: str, *shape: int | None) -> Tensor:
-        key = f"{module}.{name}"
-        if key not in tensors:
-            raise AdapterFileError(f"{path} lacks the tensor {key!r}; it is incomplete.")
-        value = tensors.pop(key).float()
-        wanted = tuple(have if want is None else want for want, have in zip(shape, value.shape, strict=False))
-        if tuple(value.shape) != wanted or len(wanted) != len(shape):
-            raise AdapterFileError(f"{path}: {key!r} has shape {tuple(value.shape)}, expected {wanted}.")
-        if not torch.isfinite(value).all():
-            raise AdapterFileError(f"{path}: {key!r} holds NaN or infinite values; the adapter is broken.")
-        return value
+        return _take(path, tensors, f"{module}.{name}", *shape)
 
     def take_skew(name: str, r: int) -> Tensor:
         value = take(name, r, r)
@@ -271,6 +287,19 @@ def module_factors(path: Path, module: str, config: AdapterConfig, tensors: dict
         rotation_u=take_skew("rotation_u", r) if config.rotate_u else None,
         delta_s=take("delta_s", r) if config.scale_mode != "none" else None,
     )
+
+
+def _take(path: Path, tensors: dict[str, Tensor], key: str, *shape: int | None) -> Tensor:
+    """A tensor of a shape, None for any size, out of `tensors`."""
+    if key not in tensors:
+        raise AdapterFileError(f"{path} lacks the tensor {key!r}; it is incomplete.")
+    value = tensors.pop(key).float()
+    wanted = tuple(have if want is None else want for want, have in zip(shape, value.shape, strict=False))
+    if tuple(value.shape) != wanted or len(wanted) != len(shape):
+        raise AdapterFileError(f"{path}: {key!r} has shape {tuple(value.shape)}, expected {wanted}.")
+    if not torch.isfinite(value).all():
+        raise AdapterFileError(f"{path}: {key!r} holds NaN or infinite values; the adapter is broken.")
+    return value
 
 
 def _sha256(path: Path) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ipissa.errors import AlphaError
@@ -25,15 +26,49 @@ class Dial(Protocol):
         """Steer at a number, or at one α per batch row, inside the block; at 0 outside."""
         ...
 
+    def steered_modules(self) -> Collection[nn.Module]:
+        """The modules whose outputs α changes."""
+        ...
+
+
+class ScaledDial:
+    """A dial whose α = 1 means `scale` of another's, to compare ways to steer at the same strength."""
+
+    def __init__(self, dial: Dial, scale: float) -> None:
+        self._dial = dial
+        self.scale = scale
+
+    @property
+    def model(self) -> Any:
+        """The other's model."""
+        return self._dial.model
+
+    def alpha(self, value: float | Sequence[float]) -> AbstractContextManager[Any]:
+        """Steer the other at `scale` times the value."""
+        if isinstance(value, Real):
+            return self._dial.alpha(self.scale * float(value))
+        return self._dial.alpha([self.scale * each for each in value])  # type: ignore[union-attr]
+
+    def steered_modules(self) -> Collection[nn.Module]:
+        """The other's."""
+        return self._dial.steered_modules()
+
 
 class HookDial:
-    """A dial made of hooks that read `rows`, the α per batch row now in force; base of the baselines."""
+    """A dial made of hooks that read `rows`, the α per batch row now in force."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self.scale = 1.0  # what α = 1 means
         self.rows: Tensor | None = None  # (rows,) or (1,); None: not steered
-        self.handles: list[RemovableHandle] = []
+        self._hooks: dict[nn.Module, RemovableHandle] = {}
+
+    def hook(self, module: nn.Module, change: Callable[[Any, Any, Any], Any]) -> None:
+        """Let `change`, a forward hook, steer a module."""
+        self._hooks[module] = module.register_forward_hook(change)
+
+    def steered_modules(self) -> Collection[nn.Module]:
+        """The modules with a hook."""
+        return self._hooks.keys()
 
     @contextmanager
     def alpha(self, value: float | Sequence[float]) -> Iterator[HookDial]:
@@ -53,10 +88,11 @@ class HookDial:
 
     def detach(self) -> None:
         """Leave the model as it was."""
-        for handle in self.handles:
+        for handle in self._hooks.values():
             handle.remove()
+        self._hooks.clear()
 
     def per_row(self, like: Tensor) -> Tensor:
-        """α times the scale, shaped to multiply hidden states (rows, tokens, d)."""
+        """α, shaped to multiply hidden states (rows, tokens, d)."""
         assert self.rows is not None
-        return (self.scale * self.rows).to(like).view(-1, 1, 1)
+        return self.rows.to(like).view(-1, 1, 1)

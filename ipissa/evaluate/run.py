@@ -1,23 +1,39 @@
-"""Evaluate an adapter file: sample held-out texts from its base model, and compare it with baselines on them."""
+"""Evaluate an adapter file: yardsticks first, then dilemmas, beside other ways to steer, and a report of it all."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
-from ipissa.adapter.checkpoint import load_adapter
-from ipissa.adapter.config import one_of
-from ipissa.data.continuations import Sampling, sample_continuations
+import pandas as pd
+from tqdm import tqdm
+
+from ipissa.adapter.checkpoint import Adapter, AnyAdapter, load_adapter
+from ipissa.data.continuations import Continuation, Sampling, sample_continuations
+from ipissa.data.datasets import load_items
+from ipissa.data.items import Dataset
 from ipissa.data.pairs import contrastive_pairs, openings_from_continuations
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts
-from ipissa.evaluate.baselines.tuners import TUNERS, distillation_targets, training_config
-from ipissa.evaluate.compare import METHODS, QUICK_METHODS, Compared, Materials, attached, compare, markdown
+from ipissa.errors import ConfigError
+from ipissa.evaluate.analysis import POLES, item_labels
+from ipissa.evaluate.baselines.random import random_like
+from ipissa.evaluate.baselines.tuners import distillation_targets, training_config
+from ipissa.evaluate.choices import complete
+from ipissa.evaluate.compare import Measured, adapter_degradation, measure_method, scale_to
+from ipissa.evaluate.degradation import sample_plain
+from ipissa.evaluate.methods import ADAPTER, TRAINED, Materials, attached
+from ipissa.evaluate.null import NullCheck, null_check, null_slopes
+from ipissa.evaluate.published import loss_gap
+from ipissa.evaluate.report.page import Findings, write_report
+from ipissa.evaluate.report.parts import Parts, measured_from_json, measured_to_json, records
+from ipissa.evaluate.settings import EvalSettings
 from ipissa.evaluate.side_by_side import side_by_side
+from ipissa.evaluate.slopes import balanced_slope, with_labels
 from ipissa.models import load_model
 from ipissa.train.config import TrainConfig
 from ipissa.train.objectives.distill import Target
@@ -27,60 +43,142 @@ PAIR_PROMPTS = 96
 SIDE_BY_SIDE_PROMPTS = 6
 
 
-def evaluate(
-    path: str | os.PathLike[str],
-    output: str | os.PathLike[str],
-    *,
-    baselines: Sequence[str] = QUICK_METHODS,
-    model_name: str | None = None,
-    prompts: str | None = None,
-    held_out: int = 100,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> list[Compared]:
-    """Write `yardsticks.json`, `yardsticks.md` and `texts.md` to the folder `output`.
+def evaluate(path: str | os.PathLike[str], output: str | os.PathLike[str], settings: EvalSettings) -> Findings:
+    """Measure, and write the report to the folder `output`; begun again, it goes on where it was.
 
-    Vectors are computed from pairs of training prompts and scaled on a few of them; LoRA and DoRA are
-    trained as the adapter was. What is reported is measured on held-out prompts, the same for all.
+    Vectors are computed from pairs of training prompts; trained methods are trained as the adapter was; all are
+    brought to the adapter's degradation on a few training prompts. What is reported is measured on held-out
+    prompts and on dilemmas, the same for all.
 
     Raises:
         AdapterFileError, BaseModelMismatchError, ConfigError: before anything is sampled.
     """
-    for name in baselines:
-        one_of(name, dict.fromkeys(METHODS), name="baseline")
     adapter = load_adapter(path)
-    if set(baselines) & set(TUNERS):
-        training_config(adapter)  # refused now rather than after the other methods
-    trait = Trait(**{field.name: adapter.trait[field.name] for field in fields(Trait)})
-    training, test_prompts = load_prompts(prompts)
-    model, tokenizer = load_model(model_name or adapter.base_model["name"], device=device, dtype=dtype)
-
-    def sampled(some: Sequence[str], seed: int) -> list:
-        return sample_continuations(model, tokenizer, trait, some, per_prompt=1, sampling=Sampling.whole(), seed=seed)
-
-    known = sampled(training[:PAIR_PROMPTS], seed)
-    tuning = [c for c in known if c.prompt in training[:TUNING_PROMPTS]]
-    pairs = contrastive_pairs(tokenizer, trait, openings_from_continuations(known, seed=seed))
-    test = sampled(test_prompts[:held_out], seed + 1)
-
-    @cache
-    def learn() -> tuple[TrainConfig, list[Target]]:
-        config = training_config(adapter)
-        return config, distillation_targets(model, tokenizer, trait, config, training)
-
-    materials = Materials(model, tokenizer, trait, adapter, pairs, tuning, test, learn, seed)
-    rows = list(compare(materials, methods=baselines))
+    dataset = None
+    if settings.dataset is not None:
+        dataset = load_items(
+            settings.dataset, target=settings.target, topic=settings.topic, max_items=settings.max_items
+        )
+    _check(adapter, settings)
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    report = {
-        "adapter": adapter.digest,
-        "prompts": len(test_prompts[:held_out]),
-        "methods": [asdict(row) for row in rows],
-    }
-    (folder / "yardsticks.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    (folder / "yardsticks.md").write_text(markdown(rows) + "\n", encoding="utf-8")
-    with attached(model, adapter) as dial:
-        texts = side_by_side(dial, tokenizer, trait, test_prompts[:SIDE_BY_SIDE_PROMPTS])
-    (folder / "texts.md").write_text(texts + "\n", encoding="utf-8")
-    return rows
+    parts = Parts(folder, {"adapter": adapter.digest, **asdict(settings)})
+    bench = _Bench(adapter, settings)
+    measured = _all_methods(bench, parts, dataset)
+    findings = Findings(
+        settings=settings,
+        adapter=adapter,
+        dataset=dataset,
+        measured=measured,
+        texts=_kept(parts, "texts", bench.texts),
+        null=_null(bench, parts, dataset, measured),
+        loss_gap=_loss_gap(Path(path)),
+    )
+    write_report(findings, folder)
+    return findings
+
+
+def _check(adapter: AnyAdapter, settings: EvalSettings) -> None:
+    """Refuse now what would fail after the other methods are measured."""
+    if set(settings.baselines) & set(TRAINED):
+        if not isinstance(adapter, Adapter):
+            raise ConfigError(f"{adapter.name!r} is a vector and was not trained; leave out {', '.join(TRAINED)}.")
+        training_config(adapter)
+
+
+def _all_methods(bench: _Bench, parts: Parts, dataset: Dataset | None) -> list[Measured]:
+    alphas = bench.settings.grid()
+    methods = [ADAPTER, *bench.settings.baselines]
+    found = []
+    for method in tqdm(methods, desc="methods", unit="method"):
+        part = parts.load(method)
+        if part is None:
+            degradation = _kept(parts, "degradation", lambda: adapter_degradation(bench.materials))
+            measured = measure_method(method, bench.materials, dataset, alphas, degradation=degradation)
+            part = measured_to_json(measured)
+            parts.save(method, part)
+        found.append(measured_from_json(part))
+    return found
+
+
+def _null(
+    bench: _Bench, parts: Parts, dataset: Dataset | None, measured: Sequence[Measured]
+) -> tuple[NullCheck, pd.DataFrame, float] | None:
+    """The null check with the random slopes and the adapter's own, over α in -1, 0 and 1."""
+    if dataset is None or not bench.settings.null:
+        return None
+
+    def slopes() -> list[dict[str, Any]]:
+        m = bench.materials
+        degradation = _kept(parts, "degradation", lambda: adapter_degradation(m))
+        with attached(m.model, random_like(m.innerpissa(), seed=0)) as steerer:
+            scale = scale_to(degradation, steerer, m)
+        return records(null_slopes(m, dataset, scale=scale, seeds=range(bench.settings.null)))
+
+    random = pd.DataFrame(_kept(parts, "null", slopes))
+    rows = measured[0].rows
+    assert rows is not None
+    at_poles = complete(rows[rows["alpha"].isin(POLES)])
+    own = balanced_slope(with_labels(at_poles, item_labels(dataset)[dataset.target])).trait.value
+    return null_check(own, random), random, own
+
+
+def _loss_gap(path: Path) -> float | None:
+    """Of the run that made the adapter, where its folder is still beside the file."""
+    history = path.with_suffix(".run") / "history.csv"
+    return loss_gap(pd.read_csv(history)) if history.exists() else None
+
+
+def _kept(parts: Parts, name: str, make: Any) -> Any:
+    """A part from disk, or made and kept."""
+    found = parts.load(name)
+    if found is None:
+        found = make()
+        parts.save(name, found)
+    return found
+
+
+class _Bench:
+    """The model and what is sampled from it, made when first needed: an evaluation that is complete needs neither."""
+
+    def __init__(self, adapter: AnyAdapter, settings: EvalSettings) -> None:
+        self.adapter = adapter
+        self.settings = settings
+        self.training, held_out = load_prompts(settings.prompts)
+        self.held_out = held_out[: settings.held_out]
+
+    @cached_property
+    def materials(self) -> Materials:
+        settings, seed = self.settings, self.settings.seed
+        name = settings.model or self.adapter.base_model["name"]
+        model, tokenizer = load_model(name, device=settings.device, dtype=settings.dtype)
+        trait = Trait(**{field.name: self.adapter.trait[field.name] for field in fields(Trait)})
+
+        def told(prompts: Sequence[str], seed: int) -> list[Continuation]:
+            whole = Sampling.whole()
+            return sample_continuations(model, tokenizer, trait, prompts, per_prompt=1, sampling=whole, seed=seed)
+
+        @cache
+        def learn() -> tuple[TrainConfig, list[Target]]:
+            assert isinstance(self.adapter, Adapter)  # `_check`
+            config = training_config(self.adapter)
+            return config, distillation_targets(model, tokenizer, trait, config, self.training)
+
+        openings = openings_from_continuations(told(self.training[:PAIR_PROMPTS], seed), seed=seed)
+        return Materials(
+            model=model,
+            tokenizer=tokenizer,
+            trait=trait,
+            adapter=self.adapter,
+            pairs=contrastive_pairs(tokenizer, trait, openings),
+            tuning=sample_plain(model, tokenizer, self.training[:TUNING_PROMPTS], seed=seed),
+            test=told(self.held_out, seed + 1),
+            plain=sample_plain(model, tokenizer, self.held_out, seed=seed + 1),
+            learn=learn,
+            seed=seed,
+        )
+
+    def texts(self) -> str:
+        """Told and steered answers side by side, in Markdown."""
+        m = self.materials
+        with attached(m.model, m.adapter) as steerer:
+            return side_by_side(steerer.dial, m.tokenizer, m.trait, self.held_out[:SIDE_BY_SIDE_PROMPTS])

@@ -3,6 +3,8 @@
 A choice is matched by its exact text, spaces and case aside: for "No" the tokens " No", "No", " no",
 "NO" ... count and "Not" or "Now" do not. A choice without any single-token form is scored as a token
 sequence instead, with and without a leading space.
+
+`/v1/score` and `ipissa eval` find and sum choices by the same functions; the server brings its own batching.
 """
 
 from __future__ import annotations
@@ -14,9 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ipissa.errors import ConfigError
-from ipissa.sequences import continuation_logprobs, pad_batch, target_logprobs
+from ipissa.evaluate.dial import Dial
+from ipissa.evaluate.shared_layers import rows_repeated
+from ipissa.sequences import pad_batch
+
+ROWS_PER_BATCH = 32
 
 
 @dataclass(frozen=True)
@@ -71,29 +78,81 @@ def _sequences(tokenizer: Any, text: str) -> tuple[tuple[int, ...], ...]:
     return tuple(dict.fromkeys(tuple(tokenizer.encode(form, add_special_tokens=False)) for form in forms))
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class NextTokens:
+    """What is said after some contexts, in nats."""
+
+    choices: Tensor  # (..., choices) log P(choice | context)
+    likeliest: Tensor  # (...) log-probability of the likeliest next token
+
+
 def score_choices(model: Any, tokenizer: Any, context: Sequence[int], choices: Sequence[Choice], rows: int) -> Tensor:
     """log P(choice | context) for each of `rows` equal rows, (rows, choices); steer the rows outside.
 
     The rows differ only by the α the caller has set on the model.
     """
-    if all(len(variant) == 1 for choice in choices for variant in choice.variants):
-        ids = torch.tensor([list(context)] * rows, device=model.device)
-        logprobs = model(input_ids=ids, logits_to_keep=1, use_cache=False).logits[:, -1].float().log_softmax(-1)
-        columns = [[variant[0] for variant in choice.variants] for choice in choices]
-        return torch.stack([logprobs[:, column].logsumexp(-1) for column in columns], dim=-1)
-    scores = []
-    for choice in choices:
-        variants = [_sequence_logprob(model, tokenizer, context, variant, rows) for variant in choice.variants]
-        scores.append(torch.stack(variants).logsumexp(0))
-    return torch.stack(scores, dim=-1)
+    return next_tokens(model, tokenizer, [context] * rows, choices).choices
 
 
-def _sequence_logprob(model: Any, tokenizer: Any, context: Sequence[int], variant: Sequence[int], rows: int) -> Tensor:
-    batch = pad_batch(
-        [list(context)] * rows, [list(variant)] * rows, pad_id=tokenizer.pad_token_id, device=model.device
-    )
-    return target_logprobs(continuation_logprobs(model, batch), batch).sum(-1)
+def score_contexts(
+    dial: Dial,
+    tokenizer: Any,
+    contexts: Sequence[Sequence[int]],
+    choices: Sequence[Choice],
+    alphas: Sequence[float],
+    *,
+    rows_per_batch: int = ROWS_PER_BATCH,
+) -> NextTokens:
+    """Every context at every α; fields are (contexts, alphas, ...), in float32 on the CPU.
+
+    Contexts of similar length share a batch, and all α of a context are in one batch, so that what comes
+    before the first steered layer is computed once for all of them.
+    """
+    order = sorted(range(len(contexts)), key=lambda i: len(contexts[i]))
+    per_batch = max(1, rows_per_batch // len(alphas))
+    choice_parts, likeliest_parts = [], []
+    for start in tqdm(range(0, len(order), per_batch), desc="choices", unit="batch"):
+        batch = [contexts[i] for i in order[start : start + per_batch]]
+        with dial.alpha(list(alphas) * len(batch)), rows_repeated(dial, len(alphas)) as repeat:
+            found = next_tokens(dial.model, tokenizer, repeat(batch), choices)
+        choice_parts.append(found.choices.unflatten(0, (len(batch), -1)).cpu())
+        likeliest_parts.append(found.likeliest.unflatten(0, (len(batch), -1)).cpu())
+    back = torch.tensor(order).argsort()
+    return NextTokens(torch.cat(choice_parts)[back], torch.cat(likeliest_parts)[back])
+
+
+@torch.no_grad()
+def next_tokens(model: Any, tokenizer: Any, contexts: Sequence[Sequence[int]], choices: Sequence[Choice]) -> NextTokens:
+    """One row per context, or more where the model repeats rows inside (`rows_repeated`)."""
+    spellings = [variant for choice in choices for variant in choice.variants]
+    longest = max(map(len, spellings))
+    if longest == 1:
+        logprobs = _next_logprobs(model, tokenizer, contexts, ())[:, -1]  # (rows, vocab)
+        of = {variant: logprobs[:, variant[0]] for variant in spellings}
+        first = logprobs
+    else:
+        of = {}
+        for variant in spellings:
+            logprobs = _next_logprobs(model, tokenizer, contexts, variant)  # (rows, tokens + 1, vocab)
+            of[variant] = sum((logprobs[:, i, token] for i, token in enumerate(variant)), torch.tensor(0.0))
+            first = logprobs[:, 0]
+    summed = [torch.stack([of[variant] for variant in choice.variants]).logsumexp(0) for choice in choices]
+    return NextTokens(torch.stack(summed, dim=-1), first.max(-1).values)
+
+
+def _next_logprobs(
+    model: Any, tokenizer: Any, contexts: Sequence[Sequence[int]], continuation: Sequence[int]
+) -> Tensor:
+    """log p after every context and after every token of the continuation, (rows, 1 + tokens, vocab)."""
+    batch = pad_batch(contexts, [continuation] * len(contexts), pad_id=tokenizer.pad_token_id, device=model.device)
+    logits = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        logits_to_keep=1 + len(continuation),
+        use_cache=False,
+    ).logits
+    return logits.float().log_softmax(-1)
 
 
 def choice_scores(logprobs: Tensor, choices: Sequence[Choice]) -> list[ChoiceScore]:

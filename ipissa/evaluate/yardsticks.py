@@ -26,7 +26,7 @@ Intervals are 95 % percentile bootstraps over prompts, the unit that was held ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,6 +79,15 @@ class Yardsticks:
         """Plain values, for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Yardsticks:
+        """What `to_dict` gave."""
+
+        def pole(name: str) -> PoleYardsticks:
+            return PoleYardsticks(**{figure: Estimate(**each) for figure, each in values[name].items()})
+
+        return cls(values["alpha"], values["prompts"], positive=pole("positive"), negative=pole("negative"))
+
     def shortcomings(self) -> list[str]:
         """What a user must know before relying on the adapter, one sentence each; empty if it works."""
         found = []
@@ -97,10 +106,11 @@ class Yardsticks:
 
 @dataclass(frozen=True)
 class _Setting:
-    """One way to read a continuation: under which persona (None: plain) and at which signed α."""
+    """One way to read a continuation: under which persona (None: plain), told how, and at which signed α."""
 
     persona: int | None
     alpha: float
+    told_by: Trait | None = None  # None: as the trait that is measured
 
 
 def measure_yardsticks(
@@ -126,13 +136,24 @@ def measure_yardsticks(
 
 
 def measure_persona_prompt(
-    dial: Dial, tokenizer: Any, trait: Trait, continuations: Sequence[Continuation], *, seed: int = 0
+    dial: Dial,
+    tokenizer: Any,
+    trait: Trait,
+    continuations: Sequence[Continuation],
+    *,
+    told_by: Trait | None = None,
+    seed: int = 0,
 ) -> Yardsticks:
-    """The same yardsticks of telling the model: gain and contrast are 1 by definition, plain gain is measured."""
+    """The same yardsticks of telling the model.
+
+    Told by the trait itself, gain and contrast are 1 by definition, and the plain gain is measured. `told_by`
+    tells it in other words.
+    """
+    words = None if told_by == trait else told_by
 
     def settings(pole: int) -> dict[str, _Setting]:
         told = {"neutral_steered": pole, "plain_steered": pole, "plain_opposite": -pole}
-        return _references(pole) | {name: _Setting(persona, 0.0) for name, persona in told.items()}
+        return _references(pole) | {name: _Setting(persona, 0.0, words) for name, persona in told.items()}
 
     return _measure(dial, tokenizer, trait, continuations, settings, alpha=1.0, seed=seed)
 
@@ -251,7 +272,7 @@ def _expected_sums(
     """(texts, settings): Σ_t Σ_v p_told(v) log p_setting(v), where the first setting is being told."""
     read = [(c, setting) for c in texts for setting in settings]
     batch = pad_batch(
-        [chat_ids(tokenizer, trait.messages(c.prompt, setting.persona)) for c, setting in read],
+        [chat_ids(tokenizer, (setting.told_by or trait).messages(c.prompt, setting.persona)) for c, setting in read],
         [c.tokens for c, _ in read],
         pad_id=tokenizer.pad_token_id,
         device=dial.model.device,

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ipissa.adapter.checkpoint import Adapter
+from ipissa.adapter.checkpoint import Adapter, AnyAdapter
 from ipissa.train.config import OPTIONS, TrainConfig
 from ipissa.train.result import TrainResult
 from ipissa.train.samples import samples_table
@@ -33,22 +33,17 @@ def write_card(result: TrainResult, output: str | os.PathLike[str]) -> Path:
     return card
 
 
-def describe(adapter: Adapter) -> str:
+def describe(adapter: AnyAdapter) -> str:
     """What an adapter is, its range, and its yardsticks, in Markdown."""
-    config, trait = adapter.config, adapter.trait
+    trait = adapter.trait
     low, high = adapter.alpha_range
-    parameters = sum(
-        value.numel() for m in adapter.modules.values() for name, value in m.tensors().items() if name not in "USV"
-    )
     rows = {
-        "kind": "innerpissa",
+        "kind": adapter.kind,
         "base model": adapter.base_model.get("name", "unknown"),
         "α = +1": f"{trait['positive']} person",
         "α = -1": f"{trait['negative']} person",
         "calibrated α range": f"{low:+g} to {high:+g}, where generated text holds together",
-        "adapted modules": f"{len(adapter.modules)}, rank {config.rank}, {parameters:,} parameters",
-        "rotation": f"{config.rotation}, {_sides(config)}; scale mode {config.scale_mode}; clamp {config.clamp} "
-        f"{config.max_rotation:g}",
+        **(_rotations(adapter) if isinstance(adapter, Adapter) else {"modules": f"{len(adapter.modules)}"}),
         "sha256": adapter.digest or "not saved yet",
         "licence": adapter.license,
     }
@@ -63,6 +58,18 @@ def describe(adapter: Adapter) -> str:
     if "calibration" in adapter.evaluation:
         sections.append(_calibration(adapter.evaluation["calibration"]))
     return "\n\n".join(sections)
+
+
+def _rotations(adapter: Adapter) -> dict[str, str]:
+    config = adapter.config
+    parameters = sum(
+        value.numel() for m in adapter.modules.values() for name, value in m.tensors().items() if name not in "USV"
+    )
+    return {
+        "adapted modules": f"{len(adapter.modules)}, rank {config.rank}, {parameters:,} parameters",
+        "rotation": f"{config.rotation}, {_sides(config)}; scale mode {config.scale_mode}; clamp {config.clamp} "
+        f"{config.max_rotation:g}",
+    }
 
 
 def _sides(config: Any) -> str:

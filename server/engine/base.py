@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ipissa.adapter import Adapter
+from ipissa.adapter import AnyAdapter
 from ipissa.errors import IpissaError
 from ipissa.evaluate.scoring import ChoiceScore
 
@@ -147,7 +147,7 @@ class Engine(ABC):
 
     @property
     @abstractmethod
-    def adapters(self) -> Mapping[str, Adapter]:
+    def adapters(self) -> Mapping[str, AnyAdapter]:
         """The adapters that requests may name."""
 
     @abstractmethod
@@ -165,7 +165,7 @@ class Engine(ABC):
         """One score per steering setting, in order. Does not wait behind generations."""
 
     @abstractmethod
-    async def add_adapter(self, name: str, adapter: Adapter) -> None:
+    async def add_adapter(self, name: str, adapter: AnyAdapter) -> None:
         """Make one more adapter available; `AdapterExistsError`, or `BaseModelMismatchError` if it does not fit."""
 
     @abstractmethod

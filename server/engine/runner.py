@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ipissa.adapter import Adapter
+from ipissa.adapter import AnyAdapter
 from ipissa.errors import ConfigError
 from ipissa.steering import SteeredModel
 
@@ -42,7 +42,7 @@ class Runner:
         """Leave the model as it was."""
         self._staged.close()
 
-    def check(self, adapter: Adapter) -> None:
+    def check(self, adapter: AnyAdapter) -> None:
         """Refuse an adapter that steers what rows of a batch do not have to themselves.
 
         Raises:

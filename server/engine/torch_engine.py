@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ipissa.adapter import Adapter
+from ipissa.adapter import AnyAdapter
 from ipissa.errors import ConfigError, IpissaError
 from ipissa.evaluate.scoring import ChoiceScore, find_choices
 from ipissa.models import end_token_ids, load_model
@@ -77,7 +77,7 @@ class TorchEngine(Engine):
     def __init__(
         self,
         model_name: str,
-        adapters: Mapping[str, Adapter],
+        adapters: Mapping[str, AnyAdapter],
         *,
         device: str = "auto",
         dtype: str = "auto",
@@ -106,7 +106,7 @@ class TorchEngine(Engine):
         loaded.result()
 
     @property
-    def adapters(self) -> Mapping[str, Adapter]:
+    def adapters(self) -> Mapping[str, AnyAdapter]:
         return self._steered.adapters
 
     # --- called from the event loop -----------------------------------------------------------
@@ -143,7 +143,7 @@ class TorchEngine(Engine):
             finally:
                 job.cancelled = True
 
-    async def add_adapter(self, name: str, adapter: Adapter) -> None:
+    async def add_adapter(self, name: str, adapter: AnyAdapter) -> None:
         await self._call(partial(self._add, name, adapter))
 
     async def remove_adapter(self, name: str) -> None:
@@ -213,7 +213,7 @@ class TorchEngine(Engine):
                     _fail(job, error)
         self._end_everything()
 
-    def _load(self, adapters: Mapping[str, Adapter], *, device: str, dtype: str, max_model_len: int | None) -> None:
+    def _load(self, adapters: Mapping[str, AnyAdapter], *, device: str, dtype: str, max_model_len: int | None) -> None:
         model, self.tokenizer = load_model(self.model_name, device=device, dtype=dtype)
         self._steered = attach(model, adapters)
         trained_for = getattr(model.config.get_text_config(), "max_position_embeddings", DEFAULT_MODEL_LEN)
@@ -363,7 +363,7 @@ class TorchEngine(Engine):
             _fail(job, UnknownAdapterError(f"The adapter {gone[0]!r} was unloaded meanwhile."))
         return not gone
 
-    def _add(self, name: str, adapter: Adapter) -> None:
+    def _add(self, name: str, adapter: AnyAdapter) -> None:
         if name in self.adapters:
             raise AdapterExistsError(f"An adapter named {name!r} is loaded already; choose another name.")
         self._runner.check(adapter)

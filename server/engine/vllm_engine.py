@@ -24,7 +24,7 @@ from vllm.lora.request import LoRARequest
 from vllm.utils import random_uuid
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from ipissa.adapter import Adapter
+from ipissa.adapter import Adapter, AnyAdapter
 from ipissa.adapter.baking import Baker
 from ipissa.base import check_base_files
 from ipissa.errors import ConfigError, ModelLoadError
@@ -71,7 +71,7 @@ class VllmEngine(Engine):
     def __init__(
         self,
         model_name: str,
-        adapters: Mapping[str, Adapter],
+        adapters: Mapping[str, AnyAdapter],
         *,
         device: str = "auto",
         dtype: str = "auto",
@@ -84,12 +84,13 @@ class VllmEngine(Engine):
         self.model_name, self.max_batch = model_name, max_batch
         self._source = model_source(model_name)
         self._read_config()
-        for adapter in adapters.values():
+        turning = Baker(adapters).adapters
+        for adapter in turning.values():
             check_base_files(self._source, adapter)
         started = plan(
             self._source,
-            rank=Baker(adapters).rank() if adapters else 0,
-            modules={module for adapter in adapters.values() for module in adapter.modules},
+            rank=Baker(turning).rank() if turning else 0,
+            modules={module for adapter in turning.values() for module in adapter.modules},
             device=device,
             dtype=dtype,
             max_batch=max_batch,
@@ -102,7 +103,7 @@ class VllmEngine(Engine):
             self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**started.arguments))
         except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
             raise ConfigError(f"vLLM does not start: {error}") from error
-        self._describe(started.arguments["dtype"], adapters)
+        self._describe(started.arguments["dtype"], turning)
         self._max_queue = max_queue
         self._requests = 0
         self._generated_tokens = 0
@@ -231,17 +232,18 @@ class VllmEngine(Engine):
 
     # --- adapters -----------------------------------------------------------------------------
 
-    async def add_adapter(self, name: str, adapter: Adapter) -> None:
+    async def add_adapter(self, name: str, adapter: AnyAdapter) -> None:
         if name in self.adapters:
             raise AdapterExistsError(f"An adapter named {name!r} is loaded already; choose another name.")
-        await asyncio.to_thread(check_base_files, self._source, adapter)
-        rank = Baker({**self.adapters, name: adapter}).rank()
+        baker = Baker({**self.adapters, name: adapter})
+        await asyncio.to_thread(check_base_files, self._source, baker.adapters[name])
+        rank = baker.rank()
         if rank > self._max_rank:
             raise ConfigError(
                 f"With the adapter {name!r} the adapters together have rank {rank}, and this server takes "
                 f"{self._max_rank}; start it with a larger --vllm max_lora_rank=RANK."
             )
-        self._loras.adapters[name] = adapter
+        self._loras.adapters[name] = baker.adapters[name]
         try:
             await self._try(name)
         except BaseException:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
 
-from ipissa.adapter import Adapter, load_adapter
+from ipissa.adapter import AnyAdapter, load_adapter
 
 from ..deps import EngineDep, SettingsDep
 from ..errors import ApiError, bad_request
@@ -69,13 +69,14 @@ async def remove_adapter(name: str, request: Request, engine: EngineDep, setting
     return {"id": name, "object": "adapter.deleted", "deleted": True}
 
 
-def describe(name: str, adapter: Adapter, path: Path | None, settings: Settings) -> dict[str, Any]:
+def describe(name: str, adapter: AnyAdapter, path: Path | None, settings: Settings) -> dict[str, Any]:
     """An adapter as the API shows it; `card` is the Markdown file beside the adapter's."""
     card = path.with_suffix(".md") if path else None
     return {
         "id": name,
         "object": "adapter",
         "parent": settings.model,
+        "kind": adapter.kind,
         "digest": adapter.digest,
         "alpha_range": list(adapter.alpha_range),
         "max_alpha": settings.max_alpha,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from ipissa.adapter.checkpoint import Adapter
 from ipissa.adapter.config import InnerPissaConfig
@@ -37,6 +39,10 @@ class PeftDial:
         """Steer at a number or at one α per batch row inside the block."""
         with layer_alpha(self.model, torch.as_tensor(value, dtype=torch.float32).reshape(-1)):
             yield self
+
+    def steered_modules(self) -> Collection[nn.Module]:
+        """The tuner's layers."""
+        return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def training_config(adapter: Adapter) -> TrainConfig:

@@ -1,0 +1,206 @@
+"""From what was measured in dilemmas to the figures of a report: one method at a time, and side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ipissa.data.items import CONTROLS, Dataset
+from ipissa.errors import ConfigError
+from ipissa.evaluate import published
+from ipissa.evaluate.choices import complete
+from ipissa.evaluate.clusters import clusters_of
+from ipissa.evaluate.compare import Measured
+from ipissa.evaluate.response import flips, monotonic_share, symmetry
+from ipissa.evaluate.slopes import MIN_CLUSTERS, balanced_slope, plain_slope, value_slopes, with_labels
+
+POLES = (-1.0, 0.0, 1.0)
+SAME_BASE_NATS = 1e-2  # log-odds at α = 0 of one item; rounding between batches is a tenth of it
+WARN_NATS = 0.5
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What one method does in dilemmas.
+
+    Args:
+        figures: One row of the table of methods.
+        dose: Per α: change of the balanced score since α = 0 with its interval, choice mass, valid share.
+        values: Per value: slope and interval, p corrected.
+        clusters: Slope less 1 per cluster, ranked.
+    """
+
+    method: str
+    figures: dict[str, Any]
+    dose: pd.DataFrame
+    values: pd.DataFrame
+    clusters: pd.DataFrame
+
+
+def analyse(measured: Measured, dataset: Dataset) -> Analysis:
+    """Every figure of a method; its rows must be there.
+
+    Raises:
+        ConfigError: too few dilemmas have an answer at every α.
+    """
+    assert measured.rows is not None
+    rows = complete(measured.rows)
+    labels = item_labels(dataset)
+    target = with_labels(rows, labels[dataset.target])
+    if target["dilemma"].nunique() < MIN_CLUSTERS or target["label"].nunique() < 2:
+        raise ConfigError(
+            f"With {measured.method} only {target['dilemma'].nunique()} dilemmas about {dataset.target!r} have an "
+            "answer at every α; use smaller --alphas or more items."
+        )
+    values = value_slopes(rows, labels)
+    means = value_means(rows, labels)
+    figures = {
+        "method": measured.method,
+        "scale": measured.scale,
+        **_slopes(target),
+        **_published(target, means, rows, measured, dataset),
+        **_shape(target, means, dataset.target),
+        "valid": float(measured.rows["valid"].mean()),
+        "choice_mass": float(rows.loc[rows["alpha"] == 0, "choice_mass"].mean()),
+    }
+    clusters = published.cluster_slopes(means, dataset.target, clusters_of(means.columns))
+    return Analysis(measured.method, figures, _dose(target, measured.rows), values, clusters)
+
+
+def item_labels(dataset: Dataset) -> dict[str, dict[int, int]]:
+    """Per value, the label of every item that has one; the target first."""
+    return {
+        value: {i: item.labels[value] for i, item in enumerate(dataset.items) if value in item.labels}
+        for value in dataset.values
+    }
+
+
+def value_means(rows: pd.DataFrame, labels: Mapping[str, Mapping[int, int]]) -> pd.DataFrame:
+    """Mean of l y per value, (α, value), negated once."""
+    scored = {value: with_labels(rows, by_item) for value, by_item in labels.items()}
+    return pd.DataFrame(
+        {
+            value: (own["log_odds"] * own["label"]).groupby(own["alpha"]).mean()
+            for value, own in scored.items()
+            if not own.empty
+        }
+    )
+
+
+def _slopes(target: pd.DataFrame) -> dict[str, Any]:
+    balanced = balanced_slope(target)
+    return {
+        **{f"balanced_{name}": value for name, value in asdict(balanced.trait).items()},
+        **{f"acquiescence_{name}": getattr(balanced.acquiescence, name) for name in ("value", "t", "p")},
+        **{f"plain_{name}": getattr(plain_slope(target), name) for name in ("value", "t", "p")},
+    }
+
+
+def _published(
+    target: pd.DataFrame, means: pd.DataFrame, rows: pd.DataFrame, measured: Measured, dataset: Dataset
+) -> dict[str, Any]:
+    at_poles = target[target["alpha"].isin(POLES)]
+    once = at_poles["log_odds"] * at_poles["label"]
+    prompt = {each.alpha: each.prompt for each in measured.degradation}
+    degradation = prompt.get(1.0) or 0.0
+    found: dict[str, Any] = {"prompt_degradation": degradation}
+    for name, score in (("once_negated", once), ("published", once * at_poles["side"])):
+        effect = published.effect(score, at_poles["alpha"])
+        found |= {f"{name}_{key}": value for key, value in asdict(effect).items()}
+        found[f"{name}_gain"] = published.gain(effect.effect, degradation)
+    if set(POLES) <= set(means.index):
+        shift = float(means[dataset.target].loc[1.0] - means[dataset.target].loc[0.0])
+        mass = rows.groupby("alpha")["choice_mass"].mean()
+        found |= {
+            "transfer": published.transfer(means, dataset.target),
+            "coherent": published.coherent(float(measured.rows["valid"].mean()), shift),  # type: ignore[index]
+            **{f"steering_{key}": value for key, value in asdict(_f1(target, rows, dataset, mass)).items()},
+        }
+    return found
+
+
+def _f1(target: pd.DataFrame, rows: pd.DataFrame, dataset: Dataset, mass: pd.Series) -> published.SteeringF1:
+    controls = {
+        i: label for i, item in enumerate(dataset.items) if item.domain in CONTROLS for label in item.labels.values()
+    }
+    return published.steering_f1(
+        _by_item(target), _by_item(with_labels(rows, controls)), {int(alpha): mass[alpha] for alpha in POLES}
+    )
+
+
+def _by_item(rows: pd.DataFrame) -> pd.DataFrame:
+    """l y per item, columns -1, 0 and 1."""
+    scored = rows[rows["alpha"].isin(POLES)].assign(score=lambda r: r["log_odds"] * r["label"])
+    table = scored.pivot(index="item", columns="alpha", values="score").reindex(columns=POLES)
+    return table.set_axis([int(alpha) for alpha in POLES], axis=1)
+
+
+def _shape(target: pd.DataFrame, means: pd.DataFrame, name: str) -> dict[str, Any]:
+    if not set(POLES) <= set(means.index):
+        return {}
+    poles = means.loc[list(POLES)]
+    shape = symmetry(*poles[name].tolist())
+    scores = _by_item(target)
+    up, down = flips(scores[0], scores[1]), flips(scores[0], scores[-1])
+    return {
+        "symmetry": shape.share,
+        "opposite": shape.opposite,
+        "dose_monotonic": monotonic_share(means.sort_index()),
+        "flips_towards_at_plus": up.towards,
+        "flips_away_at_plus": up.away,
+        "flips_towards_at_minus": down.towards,
+        "flips_away_at_minus": down.away,
+    }
+
+
+def _dose(target: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    found = []
+    for alpha, own in rows.groupby("alpha"):
+        point = {"alpha": alpha, "change": 0.0, "low": 0.0, "high": 0.0}
+        if alpha != 0:
+            slope = balanced_slope(target[target["alpha"].isin([0.0, alpha])]).trait
+            # A slope over 0 and α, times α, is the change between them.
+            low, high = sorted((slope.low * alpha, slope.high * alpha))
+            point |= {"change": slope.value * alpha, "low": low, "high": high}
+        found.append({**point, "choice_mass": own["choice_mass"].mean(), "valid": own["valid"].mean()})
+    return pd.DataFrame(found)
+
+
+def base_differences(measured: Sequence[Measured]) -> dict[str, float]:
+    """Per method, the largest difference of an item's log-odds at α = 0 from the first method's, in nats."""
+
+    def at_zero(each: Measured) -> pd.Series:
+        assert each.rows is not None
+        return each.rows[each.rows["alpha"] == 0].set_index("item")["log_odds"]
+
+    first = at_zero(measured[0])
+    return {each.method: float((at_zero(each) - first).abs().max()) for each in measured}
+
+
+def why_unranked(differences: Mapping[str, float]) -> str | None:
+    """Why methods must not be ranked, or None if all are the same model at α = 0."""
+    off = {method: nats for method, nats in differences.items() if not nats <= SAME_BASE_NATS}
+    if not off:
+        return None
+    worst = max(off, key=lambda method: np.nan_to_num(off[method], nan=np.inf))
+    loud = " That is more than half a nat: they were not measured on the same model." if off[worst] > WARN_NATS else ""
+    return (
+        f"Not ranked: at α = 0 the answers with {', '.join(sorted(off))} differ from the others by up to "
+        f"{off[worst]:.2f} nats, so they do not start from the same model.{loud}"
+    )
+
+
+def ranked(analyses: Sequence[Analysis], differences: Mapping[str, float]) -> list[str]:
+    """Methods by their balanced slope, largest first.
+
+    Raises:
+        ConfigError: they do not start from the same model.
+    """
+    reason = why_unranked(differences)
+    if reason:
+        raise ConfigError(reason)
+    return [each.method for each in sorted(analyses, key=lambda each: -each.figures["balanced_value"])]

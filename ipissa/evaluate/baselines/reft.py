@@ -1,0 +1,97 @@
+"""LoReFT (arXiv 2404.03592): an edit of the residual stream inside a small subspace, learnt.
+
+    h(α) = h + α Rᵀ (W h + b - R h)        R (rank, d) with orthonormal rows, after each of the last blocks
+
+The published one edits some prompt positions at α = 1 and knows no other α. Here it edits every position
+and has a dial, so that it can be trained at both poles under the adapter's own objective.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
+
+from ipissa.adapter.model import layer_alpha
+from ipissa.train.config import TrainConfig
+from ipissa.train.fit import fit
+from ipissa.train.objectives.distill import Distillation, Target
+
+RANK = 4
+BLOCKS = 5
+LEARNING_RATE = 4e-3
+NAME = "loreft"
+
+
+class LoReft(nn.Module, BaseTunerLayer):
+    """The edit after one block; a tuner layer, so that `layer_alpha` turns it."""
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.alpha: float | Tensor = 0.0
+        self.subspace = orthogonal(nn.Linear(width, rank, bias=False))  # R
+        self.source = nn.Linear(width, rank)  # W, b
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h (rows, tokens, d), α a number or (rows,)."""
+        alpha = torch.as_tensor(self.alpha, dtype=torch.float32, device=h.device).reshape(-1, 1, 1)
+        h32 = h.float()
+        edit = (self.source(h32) - self.subspace(h32)) @ self.subspace.weight
+        return h + (alpha * edit).to(h.dtype)
+
+
+class ReftDial:
+    """A model with an edit after each of its last blocks."""
+
+    def __init__(self, model: Any, *, seed: int, rank: int = RANK, blocks: int = BLOCKS) -> None:
+        self.model = model
+        self._blocks = list(model.get_decoder().layers)[-blocks:]
+        width = model.config.get_text_config().hidden_size
+        torch.manual_seed(seed)
+        self._hooks = []
+        for block in self._blocks:
+            block.add_module(NAME, LoReft(width, rank).to(model.device))
+            self._hooks.append(block.register_forward_hook(_edit))
+
+    @contextmanager
+    def alpha(self, value: float | Sequence[float]) -> Iterator[ReftDial]:
+        """Steer at a number or at one α per batch row inside the block."""
+        with layer_alpha(self.model, torch.as_tensor(value, dtype=torch.float32).reshape(-1)):
+            yield self
+
+    def steered_modules(self) -> Collection[nn.Module]:
+        """The edited blocks."""
+        return self._blocks
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        for hook, block in zip(self._hooks, self._blocks, strict=True):
+            hook.remove()
+            delattr(block, NAME)
+
+
+def _edit(block: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return block.get_submodule(NAME)(output)
+
+
+@contextmanager
+def trained_reft(model: Any, tokenizer: Any, config: TrainConfig, targets: Sequence[Target]) -> Iterator[ReftDial]:
+    """`model` with edits fitted to `targets`, as many steps as the adapter had; itself again afterwards."""
+    model.requires_grad_(False)
+    dial = ReftDial(model, seed=config.seed)
+    try:
+        # Checkpoints of a model that is not PEFT's would hold all of its weights.
+        settings = replace(config, lr=LEARNING_RATE, trainer={**config.trainer, "save_strategy": "no"})
+        with tempfile.TemporaryDirectory() as folder:
+            fit(model, Distillation(targets, pad_id=tokenizer.pad_token_id), settings, Path(folder))
+        yield dial
+    finally:
+        dial.detach()

@@ -1,0 +1,166 @@
+"""Every way to steer that is measured: a table of functions that make one from the same materials.
+
+A method is a context manager that yields a `Steerer`, and leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from typing import Any
+
+from ipissa.adapter.checkpoint import Adapter, AnyAdapter
+from ipissa.adapter.vector import VectorAdapter
+from ipissa.data.activations import PairActivations, pair_activations
+from ipissa.data.continuations import Continuation
+from ipissa.data.pairs import ContrastivePair
+from ipissa.data.personas import Trait
+from ipissa.errors import ConfigError
+from ipissa.evaluate.baselines.engineered import EngineeredTrait
+from ipissa.evaluate.baselines.random import random_like
+from ipissa.evaluate.baselines.reft import trained_reft
+from ipissa.evaluate.baselines.sspace import sspace_like
+from ipissa.evaluate.baselines.tuners import TUNERS, trained_tuner
+from ipissa.evaluate.baselines.vectors import (
+    Directions,
+    first_components,
+    linear_layers,
+    mean_differences,
+    middle_blocks,
+    module_components,
+)
+from ipissa.evaluate.degradation import PlainText
+from ipissa.evaluate.dial import HookDial
+from ipissa.evaluate.steerer import Steerer
+from ipissa.steering import attach
+from ipissa.train.config import TrainConfig
+from ipissa.train.objectives.distill import Target
+
+
+@dataclass(frozen=True)
+class Materials:
+    """What methods are made from, and what they are measured on.
+
+    Args:
+        adapter: The one to be measured; methods take its modules, rank and training.
+        pairs: Contrastive pairs of training prompts, that vectors are computed from.
+        tuning: Unsteered answers to training prompts, on which methods are brought to equal degradation.
+        test: Told continuations of held-out prompts, for the yardsticks.
+        plain: Unsteered answers to held-out prompts, for the degradation that is reported.
+        learn: The adapter's training settings and targets, for methods that are trained as it was.
+    """
+
+    model: Any
+    tokenizer: Any
+    trait: Trait
+    adapter: AnyAdapter
+    pairs: Sequence[ContrastivePair]
+    tuning: Sequence[PlainText]
+    test: Sequence[Continuation]
+    plain: Sequence[PlainText]
+    learn: Callable[[], tuple[TrainConfig, Sequence[Target]]]
+    seed: int = 0
+
+    @cached_property
+    def activations(self) -> PairActivations:
+        """What the unsteered model does on the pairs, read once for all methods that need it."""
+        layers = linear_layers(self.model, middle_blocks(self.model))
+        if isinstance(self.adapter, Adapter):
+            layers |= {name: self.model.get_submodule(name) for name in self.adapter.modules}
+        return pair_activations(self.model, self.tokenizer, self.pairs, layers)
+
+    def innerpissa(self) -> Adapter:
+        """The adapter, for methods that need its modules and rank.
+
+        Raises:
+            ConfigError: it is a vector.
+        """
+        if not isinstance(self.adapter, Adapter):
+            raise ConfigError(
+                f"{self.adapter.name!r} is a vector; random, sspace, lora, dora and reft need innerpissa."
+            )
+        return self.adapter
+
+
+Method = Callable[[Materials], AbstractContextManager[Steerer]]
+ADAPTER = "adapter"
+
+
+@contextmanager
+def attached(model: Any, adapter: AnyAdapter) -> Iterator[Steerer]:
+    """The model with an adapter on it inside the block."""
+    steered = attach(model, adapter)
+    try:
+        yield Steerer(steered)
+    finally:
+        steered.detach()
+
+
+@contextmanager
+def _told(trait_of: Callable[[Trait], Trait], m: Materials) -> Iterator[Steerer]:
+    yield Steerer(HookDial(m.model), told=trait_of(m.trait))
+
+
+@contextmanager
+def _vector(directions: Callable[..., Directions], m: Materials) -> Iterator[Steerer]:
+    with attached(m.model, vector_adapter(directions, m)) as steerer:
+        yield steerer
+
+
+def vector_adapter(directions: Callable[..., Directions], m: Materials) -> VectorAdapter:
+    """A vector method as an adapter that can be saved and served."""
+    modules = directions(m.model, m.activations, middle_blocks(m.model))
+    return VectorAdapter(modules=modules, base_model=m.adapter.base_model, trait=m.adapter.trait)
+
+
+@contextmanager
+def _sspace(m: Materials) -> Iterator[Steerer]:
+    with attached(m.model, sspace_like(m.model, m.activations, m.innerpissa())) as steerer:
+        yield steerer
+
+
+@contextmanager
+def _random(m: Materials) -> Iterator[Steerer]:
+    with attached(m.model, random_like(m.innerpissa(), seed=m.seed)) as steerer:
+        yield steerer
+
+
+@contextmanager
+def _tuned(kind: str, m: Materials) -> Iterator[Steerer]:
+    with trained_tuner(kind, m.model, m.tokenizer, *m.learn()) as dial:
+        yield Steerer(dial)
+
+
+@contextmanager
+def _reft(m: Materials) -> Iterator[Steerer]:
+    with trained_reft(m.model, m.tokenizer, *m.learn()) as dial:
+        yield Steerer(dial)
+
+
+def _engineered(trait: Trait) -> Trait:
+    return EngineeredTrait(**asdict(trait))
+
+
+VECTORS: dict[str, Callable[..., Directions]] = {
+    "caa": mean_differences,
+    "repeng": first_components,
+    "module_pca": module_components,
+}
+METHODS: dict[str, Method] = {
+    "prompt": partial(_told, lambda trait: trait),
+    "engineered": partial(_told, _engineered),
+    **{name: partial(_vector, directions) for name, directions in VECTORS.items()},
+    "sspace": _sspace,
+    "random": _random,
+    **{name: partial(_tuned, name) for name in TUNERS},
+    "reft": _reft,
+}
+TRAINED = (*TUNERS, "reft")
+QUICK_METHODS = tuple(name for name in METHODS if name not in TRAINED)
+
+
+def made(method: str, m: Materials) -> AbstractContextManager[Steerer]:
+    """A method of the table, or the adapter itself."""
+    return attached(m.model, m.adapter) if method == ADAPTER else METHODS[method](m)

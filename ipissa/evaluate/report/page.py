@@ -1,0 +1,217 @@
+"""Write a report: every row, tables, figures, and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pandas as pd
+from matplotlib.figure import Figure
+
+from ipissa.adapter.checkpoint import AnyAdapter
+from ipissa.data.items import Dataset
+from ipissa.evaluate.analysis import Analysis, analyse, base_differences, ranked, why_unranked
+from ipissa.evaluate.compare import Measured, markdown
+from ipissa.evaluate.null import NullCheck
+from ipissa.evaluate.report import figures, tables
+from ipissa.evaluate.report.parts import records, write_text
+from ipissa.evaluate.settings import EvalSettings
+
+DPI = 110
+# What the page shows of the table of methods; the CSV has all.
+SHOWN = {
+    "method": "method",
+    "balanced_value": "balanced slope",
+    "balanced_low": "low",
+    "balanced_high": "high",
+    "balanced_t": "t",
+    "acquiescence_value": "acquiescence",
+    "flips_towards_at_plus": "flips towards, +1",
+    "flips_away_at_plus": "away, +1",
+    "symmetry": "symmetry",
+    "opposite": "opposite signs",
+    "dose_monotonic": "monotonic",
+    "valid": "valid",
+    "once_negated_effect": "Effect, once negated",
+    "published_effect": "Effect, published",
+    "published_gain": "Gain, published",
+    "steering_f1": "Steering F1",
+    "transfer": "transfer",
+}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that an evaluation found; without a data set there are yardsticks and texts only."""
+
+    settings: EvalSettings
+    adapter: AnyAdapter
+    dataset: Dataset | None
+    measured: list[Measured]
+    texts: str
+    null: tuple[NullCheck, pd.DataFrame, float] | None
+    loss_gap: float | None = None  # of the adapter's training
+
+    def analyses(self) -> list[Analysis]:
+        """Of every method, what it does in dilemmas."""
+        return [] if self.dataset is None else [analyse(each, self.dataset) for each in self.measured]
+
+
+def write_report(findings: Findings, folder: Path) -> None:
+    """`yardsticks.md`, `yardsticks.json`, `texts.md`, `choices.json`, `tables/`, `figures/`, `report.html`."""
+    analyses = findings.analyses()
+    frames = _frames(findings, analyses)
+    drawn = _draw(findings, frames)
+    for name, frame in frames.items():
+        write_text(_inside(folder, "tables") / f"{name}.csv", frame.to_csv(index=False))
+    pictures = {name: _png(figure) for name, figure in drawn.items()}
+    for name, picture in pictures.items():
+        (_inside(folder, "figures") / f"{name}.png").write_bytes(picture)
+    write_text(folder / "yardsticks.md", markdown(findings.measured) + "\n")
+    write_text(folder / "yardsticks.json", json.dumps(_yardsticks(findings), indent=2) + "\n")
+    write_text(folder / "texts.md", findings.texts + "\n")
+    if findings.dataset is not None:
+        write_text(folder / "choices.json", json.dumps(_choices(findings), ensure_ascii=False) + "\n")
+    write_text(folder / "report.html", _page(findings, analyses, frames, pictures))
+
+
+def summary(findings: Findings) -> str:
+    """What a user reads first, in Markdown: yardsticks, then slopes in dilemmas, the ranking and the null check."""
+    lines = [markdown(findings.measured)]
+    analyses = findings.analyses()
+    if analyses:
+        lines += ["", "| method | balanced slope | t | acquiescence |", "|-|-|-|-|"]
+        for each in analyses:
+            f = each.figures
+            interval = f"{f['balanced_value']:.3f} [{f['balanced_low']:.3f}, {f['balanced_high']:.3f}]"
+            lines.append(f"| {each.method} | {interval} | {f['balanced_t']:.1f} | {f['acquiescence_value']:.3f} |")
+        lines += ["", verdict(findings.measured, analyses)]
+    if findings.null:
+        lines += ["", findings.null[0].sentence()]
+    return "\n".join(lines)
+
+
+def verdict(measured: Sequence[Measured], analyses: Sequence[Analysis]) -> str:
+    """The ranking in a sentence, or why there is none."""
+    if len(measured) < 2:
+        return "Nothing to rank: there is one method."
+    differences = base_differences(measured)
+    reason = why_unranked(differences)
+    if reason:
+        return reason
+    order = ranked(analyses, differences)
+    return f"By balanced slope, the largest first: {', '.join(order)}."
+
+
+def _frames(findings: Findings, analyses: Sequence[Analysis]) -> dict[str, pd.DataFrame]:
+    found = {
+        "yardsticks": tables.yardstick_table(findings.measured),
+        "degradation": tables.degradation_table(findings.measured),
+    }
+    if analyses:
+        found |= {
+            "methods": tables.method_table(analyses),
+            "dose": tables.stacked(analyses, "dose"),
+            "values": tables.stacked(analyses, "values"),
+            "clusters": tables.stacked(analyses, "clusters"),
+            "pareto": tables.pareto_table(analyses, findings.measured),
+        }
+    if findings.null:
+        found["null"] = findings.null[1]
+    return found
+
+
+def _draw(findings: Findings, frames: dict[str, pd.DataFrame]) -> dict[str, Figure]:
+    found = {"yardsticks": figures.yardstick_figure(frames["yardsticks"])}
+    if "dose" in frames:
+        own = frames["values"][frames["values"]["method"] == findings.measured[0].method]
+        found["dose"] = figures.dose_figure(frames["dose"])
+        found["pareto"] = figures.pareto_figure(frames["pareto"])
+        found["values"] = figures.values_figure(own)
+        if not frames["clusters"].empty:
+            found["clusters"] = figures.clusters_figure(frames["clusters"])
+    if findings.null:
+        _, random, own_slope = findings.null
+        found["null"] = figures.null_figure(random, own_slope)
+    return found
+
+
+def _yardsticks(findings: Findings) -> dict[str, Any]:
+    return {
+        "adapter": findings.adapter.digest,
+        "prompts": findings.measured[0].yardsticks.prompts,
+        "methods": [
+            {
+                "method": each.method,
+                "scale": each.scale,
+                "yardsticks": each.yardsticks.to_dict(),
+                "degradation": [asdict(point) for point in each.degradation],
+            }
+            for each in findings.measured
+        ],
+    }
+
+
+def _choices(findings: Findings) -> dict[str, Any]:
+    dataset = findings.dataset
+    assert dataset is not None
+    return {
+        "dataset": dataset.name,
+        "target": dataset.target,
+        "notes": dataset.notes,
+        "items": [asdict(item) for item in dataset.items],
+        "rows": {each.method: records(each.rows) for each in findings.measured if each.rows is not None},
+    }
+
+
+def _page(
+    findings: Findings,
+    analyses: Sequence[Analysis],
+    frames: dict[str, pd.DataFrame],
+    pictures: dict[str, bytes],
+) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ipissa.evaluate.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    shown = None
+    if analyses:
+        columns = {name: title for name, title in SHOWN.items() if name in frames["methods"]}
+        shown = _html(frames["methods"][list(columns)].rename(columns=columns))
+    return environment.get_template("report.html.j2").render(
+        adapter=findings.adapter,
+        settings=asdict(findings.settings),
+        shortcomings=findings.measured[0].yardsticks.shortcomings(),
+        prompts=findings.measured[0].yardsticks.prompts,
+        yardsticks=_html(frames["yardsticks"]),
+        degradation=_html(frames["degradation"]),
+        dataset=findings.dataset,
+        dilemmas=shown,
+        verdict=verdict(findings.measured, analyses) if analyses else None,
+        values=_html(frames["values"][frames["values"]["method"] == findings.measured[0].method]) if analyses else None,
+        null=findings.null[0].sentence() if findings.null else None,
+        loss_gap=findings.loss_gap,
+        texts=findings.texts,
+        pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
+    )
+
+
+def _html(table: pd.DataFrame) -> str:
+    return table.to_html(index=False, border=0, float_format=lambda value: f"{value:.3g}", na_rep="")
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = folder / name
+    path.mkdir(exist_ok=True)
+    return path

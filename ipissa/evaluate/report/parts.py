@@ -1,0 +1,87 @@
+"""Finished measurements on disk, one file each, so that an evaluation begun again goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ipissa.errors import ConfigError
+from ipissa.evaluate.compare import Degradation, Measured
+from ipissa.evaluate.yardsticks import Yardsticks
+from ipissa.train.run_folder import write_whole
+
+SETTINGS = "settings.json"
+PARTS = "parts"
+
+
+class Parts:
+    """The folder of an evaluation.
+
+    Args:
+        settings: What the measurements depend on.
+
+    Raises:
+        ConfigError: the folder holds an evaluation with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self._folder = folder / PARTS
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = folder / SETTINGS
+        wanted = json.loads(json.dumps(dict(settings)))  # as JSON gives it back
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
+            if differing:
+                raise ConfigError(
+                    f"{folder} holds an evaluation with another {', '.join(differing)}; choose another --output, or "
+                    "delete the folder."
+                )
+        write_text(path, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
+
+    def load(self, name: str) -> Any:
+        """A part, or None."""
+        path = self._folder / f"{name}.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def save(self, name: str, value: Any) -> None:
+        """Keep a part, whole or not at all."""
+        write_text(self._folder / f"{name}.json", json.dumps(value, allow_nan=False) + "\n")
+
+
+def measured_to_json(measured: Measured) -> dict[str, Any]:
+    """Plain values; NaN, of answers that are none, as null."""
+    return {
+        "method": measured.method,
+        "scale": measured.scale,
+        "yardsticks": measured.yardsticks.to_dict(),
+        "degradation": [asdict(each) for each in measured.degradation],
+        "rows": None if measured.rows is None else records(measured.rows),
+    }
+
+
+def measured_from_json(part: Mapping[str, Any]) -> Measured:
+    """What `measured_to_json` wrote."""
+    rows = part["rows"]
+    return Measured(
+        method=part["method"],
+        scale=part["scale"],
+        yardsticks=Yardsticks.from_dict(part["yardsticks"]),
+        degradation=[Degradation(**each) for each in part["degradation"]],
+        rows=None if rows is None else pd.DataFrame(rows).astype({"log_odds": float, "alpha": float}),
+    )
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as JSON has them, NaN as null."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

@@ -1,0 +1,97 @@
+"""One evaluation over several seeds: medians with their range and count, as only they are worth quoting."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from ipissa.errors import ConfigError
+from ipissa.evaluate.report.parts import SETTINGS, write_text
+
+ENOUGH_SEEDS = 3
+FIGURES = {
+    "yardsticks": ("trait_gain", "plain_gain", "contrast"),
+    "methods": (
+        "balanced_value", "balanced_t", "acquiescence_value", "published_effect", "published_gain", "steering_f1",
+        "transfer", "symmetry", "dose_monotonic",
+    ),
+}  # fmt: skip
+
+
+def summarise_seeds(folders: Sequence[Path], output: Path) -> str:
+    """Write `medians.csv` and `medians.md` to `output`; returns the Markdown.
+
+    Args:
+        folders: Of `ipissa eval`, with the same settings but for the seed.
+
+    Raises:
+        ConfigError: one is no evaluation, or they differ in more than the seed.
+    """
+    _check_same(folders)
+    long = pd.concat([_figures(folder) for folder in folders], ignore_index=True)
+    medians = (
+        long.groupby(["method", "figure"], sort=False)["value"]
+        .agg(median="median", lowest="min", highest="max", seeds="count")
+        .reset_index()
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "medians.csv", medians.to_csv(index=False))
+    text = _markdown(medians)
+    write_text(output / "medians.md", text + "\n")
+    return text
+
+
+def _check_same(folders: Sequence[Path]) -> None:
+    if len(folders) < 2:
+        raise ConfigError(f"{len(folders)} evaluations have no median; give folders of at least two seeds.")
+    settings = []
+    for folder in folders:
+        try:
+            settings.append(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{folder} is not a folder that `ipissa eval` wrote ({error}).") from error
+    seeds = [each.pop("seed") for each in settings]
+    if len(set(seeds)) < len(seeds):
+        raise ConfigError(f"The evaluations have the seeds {seeds}; give one folder per seed.")
+    for folder, each in zip(folders, settings, strict=True):
+        differing = sorted(key for key in each.keys() | settings[0].keys() if each.get(key) != settings[0].get(key))
+        if differing:
+            raise ConfigError(f"{folder} differs from {folders[0]} in {', '.join(differing)}; only seeds may differ.")
+
+
+def _figures(folder: Path) -> pd.DataFrame:
+    """method, figure, value of every figure of one evaluation."""
+    yardsticks = pd.read_csv(folder / "tables" / "yardsticks.csv")
+    parts = [
+        yardsticks.assign(figure=f"{name} {pole}", value=yardsticks[name])[yardsticks["pole"] == pole]
+        for name in FIGURES["yardsticks"]
+        for pole in ("+", "-")
+    ]
+    path = folder / "tables" / "methods.csv"
+    if path.exists():
+        methods = pd.read_csv(path)
+        parts += [methods.assign(figure=name, value=methods[name]) for name in FIGURES["methods"]]
+    return pd.concat([part[["method", "figure", "value"]] for part in parts], ignore_index=True)
+
+
+def _markdown(medians: pd.DataFrame) -> str:
+    seeds = int(medians["seeds"].max())
+    few = "" if seeds >= ENOUGH_SEEDS else f" Fewer than {ENOUGH_SEEDS} seeds: claim nothing from them."
+    figures = list(dict.fromkeys(medians["figure"]))
+    cell = {
+        (row.method, row.figure): f"{row.median:.3g} [{row.lowest:.3g}, {row.highest:.3g}]"
+        for row in medians.itertuples()
+        if row.seeds
+    }
+    lines = [
+        f"Medians over {seeds} seeds, with the lowest and the highest.{few}",
+        "",
+        f"| method | {' | '.join(figures)} |",
+        "|-" * (len(figures) + 1) + "|",
+    ]
+    for method in dict.fromkeys(medians["method"]):
+        lines.append(f"| {method} | {' | '.join(cell.get((method, figure), '') for figure in figures)} |")
+    return "\n".join(lines)

@@ -1,0 +1,59 @@
+"""What an evaluation measures, and on what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ipissa.adapter.config import one_of
+from ipissa.errors import ConfigError
+from ipissa.evaluate.methods import METHODS, QUICK_METHODS
+
+ALPHAS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+MIN_NULL = 5
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """Settings of `ipissa eval`.
+
+    Args:
+        baselines: Other ways to steer, by name.
+        model: Base model; None for the one the adapter names.
+        prompts: Text file for the yardsticks; None for the bundled ones.
+        held_out: Held-out prompts, at most.
+        dataset: `bundled`, a JSONL or CSV file, or a hub id; None to leave dilemmas out.
+        target: The value to measure in dilemmas; None for the data set's own.
+        topic: Only dilemmas of this topic.
+        max_items: Items, at most.
+        alphas: At which dilemmas are asked; 0 and the poles are always among them.
+        null: Random adapters to compare with; 0 for none.
+        seed: Of sampling, of the random adapter and of methods that are trained.
+    """
+
+    baselines: tuple[str, ...] = QUICK_METHODS
+    model: str | None = None
+    prompts: str | None = None
+    held_out: int = 100
+    dataset: str | None = "bundled"
+    target: str | None = None
+    topic: str | None = None
+    max_items: int | None = None
+    alphas: tuple[float, ...] = ALPHAS
+    null: int = 0
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in self.baselines:
+            one_of(name, METHODS, name="baseline")
+        if not all(-1e3 < alpha < 1e3 for alpha in self.alphas):
+            raise ConfigError(f"alphas {list(self.alphas)} hold a number that is no α; use some such as -1, 0.5, 1.")
+        if self.null and self.null < MIN_NULL:
+            raise ConfigError(f"null {self.null} random adapters say nothing; use at least {MIN_NULL}, or 0 for none.")
+        if self.null and self.dataset is None:
+            raise ConfigError("null compares slopes in dilemmas, and there is no data set; give --dataset.")
+
+    def grid(self) -> list[float]:
+        """The α of dilemmas, 0 and the poles among them, rising."""
+        return sorted({-1.0, 0.0, 1.0, *(float(alpha) for alpha in self.alphas)})

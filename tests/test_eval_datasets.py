@@ -1,0 +1,170 @@
+"""Dilemmas from files: what is read, how it is labelled and paired, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+from ipissa.data import dilemmas
+from ipissa.data.datasets import load_items
+from ipissa.data.items import CHOICES, PREFIX, Item
+from ipissa.errors import ConfigError
+
+DATA = ROOT.parent / "shared" / "data"
+HEADER = "idx,dilemma_situation,action_type,action,parties_direct,values_direct,values_names,wvs,mft,topic_group\n"
+
+
+def by_dilemma(items: list[Item]) -> dict[str, dict[int, Item]]:
+    found: dict[str, dict[int, Item]] = {}
+    for item in items:
+        found.setdefault(item.dilemma, {})[item.side] = item
+    return found
+
+
+def test_the_bundled_items_have_both_sides_and_the_value_as_often_on_either() -> None:
+    dataset = load_items()
+    sides = by_dilemma(dataset.items)
+    assert len(dataset.items) == 2 * len(sides)
+    for value in ("honesty", "kindness"):
+        firsts = [pair[1].labels[value] for pair in sides.values() if value in pair[1].labels]
+        assert sum(firsts) == 0
+        assert len(firsts) >= 14
+    for pair in sides.values():
+        assert pair[1].situation == pair[-1].situation
+        assert dict(pair[1].labels) == {value: -label for value, label in pair[-1].labels.items()}
+    assert dataset.target == "honesty"
+
+
+def test_maths_and_preferences_are_there_as_controls() -> None:
+    domains = Counter(item.domain for item in load_items().items)
+    assert domains["maths"] == domains["preference"] == 12
+    assert load_items().values == ["honesty", "kindness", "maths", "preference"]
+
+
+def test_a_question_names_situation_action_and_both_answers() -> None:
+    item = Item("d", 1, "It rains.", "Take the umbrella.", {"care": 1})
+    assert all(part in item.question() for part in ("It rains.", "Take the umbrella.", *CHOICES, PREFIX))
+
+
+def write_lines(path: Path, *records: dict[str, Any]) -> Path:
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n")
+    return path
+
+
+def test_json_lines_of_ones_own_are_paired_by_situation(tmp_path: Path) -> None:
+    records = [
+        {"situation": f"Situation {i}", "action": f"{action} {i}", "label": label}
+        for i in range(3)
+        for action, label in (("lie", -1), ("tell", 1))
+    ]
+    dataset = load_items(write_lines(tmp_path / "own.jsonl", *records))
+    assert [(item.dilemma, item.side, dict(item.labels)) for item in dataset.items[:3]] == [
+        ("Situation 0", 1, {"target": -1}),
+        ("Situation 0", -1, {"target": 1}),
+        ("Situation 1", 1, {"target": -1}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("", "holds no items"),
+        ("not json", "line 1 is not JSON"),
+        ("[1]", "line 1 is not an object"),
+        ('{"action": "a", "label": 1}', "line 1 has no situation"),
+        ('{"situation": "s", "action": " ", "label": 1}', "line 1 has no action"),
+        ('{"situation": "s", "action": "a"}', "has the label None for 'target'"),
+        ('{"situation": "s", "action": "a", "label": true}', "has the label True"),
+        ('{"situation": "s", "action": "a", "values": {}}', "has no label"),
+        ('{"situation": "s", "action": "a", "label": 1, "domain": "poetry"}', "domain 'poetry'"),
+    ],
+)
+def test_an_unusable_line_is_named(tmp_path: Path, line: str, says: str) -> None:
+    (tmp_path / "own.jsonl").write_text(line + "\n")
+    with pytest.raises(ConfigError, match=says):
+        load_items(tmp_path / "own.jsonl")
+
+
+def test_items_that_cannot_answer_the_question_are_refused(tmp_path: Path) -> None:
+    one_class = [{"situation": f"s{i}", "action": "a", "label": 1} for i in range(5)]
+    with pytest.raises(ConfigError, match=r"All 5 items .* have the label 1"):
+        load_items(write_lines(tmp_path / "one.jsonl", *one_class))
+    two = [{"situation": "s", "action": a, "label": label} for a, label in (("a", 1), ("b", -1))]
+    with pytest.raises(ConfigError, match="1 dilemmas about 'target'"):
+        load_items(write_lines(tmp_path / "two.jsonl", *two))
+    with pytest.raises(ConfigError, match="labels nothing with 'courage'; it labels honesty, kindness"):
+        load_items(target="courage")
+    with pytest.raises(ConfigError, match="has no dilemma of topic 'war'"):
+        load_items(topic="war")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_items(tmp_path / "absent.jsonl")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigError, match="neither those of MoralChoice"):
+        load_items(tmp_path / "other.csv")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_items(tmp_path / "empty.csv")
+
+
+def test_fewer_items_are_whole_dilemmas_about_the_target_first() -> None:
+    items = load_items(target="kindness", max_items=9).items
+    assert len(items) == 8
+    assert all("kindness" in item.labels for item in items)
+    assert all(set(pair) == {1, -1} for pair in by_dilemma(items).values())
+
+
+def test_only_values_of_the_one_who_decides_count_and_those_of_both_sides_cancel(tmp_path: Path) -> None:
+    def row(index: int, side: str, parties: str, values: str, names: str, wvs: str) -> str:
+        cells = [str(index), "S?", side, f"Action {side}", parties, values, names, wvs, "[nan]", "work"]
+        return ",".join(f'"{cell}"' for cell in cells)
+
+    lines = []
+    for i in range(3):
+        lines += [
+            row(i, "to_do", "['You', 'You', 'The boss']", "['Honesty, Courage', 'Trust', 'Greed']",
+                "['honesty', 'courage', 'trust']", "[nan, 'Self', 'Survival']"),
+            row(i, "not_to_do", "['you', 'You']", "['trust', 'Comfort']", "['trust', 'comfort']", "['Survival', nan]"),
+        ]  # fmt: skip
+    lines.append(row(9, "to_do", "['You']", "['honesty']", "['honesty']", "[nan]"))
+    (tmp_path / "dilemmas.csv").write_text(HEADER + "\n".join(lines) + "\n")
+    dataset = load_items(tmp_path / "dilemmas.csv")
+    first, second = dataset.items[:2]
+    assert dict(first.labels) == {"Value/honesty": 1, "Value/courage": 1, "WVS/Self": 1, "Value/comfort": -1}
+    assert dict(second.labels) == {value: -label for value, label in first.labels.items()}
+    assert (first.side, second.side, first.topic) == (1, -1, "work")
+    assert dataset.notes == ["Dilemma 9 has no to_do and not_to_do row and was left out."]
+    assert len(dataset.items) == 6
+
+
+def test_a_rule_labels_scenarios_where_only_one_action_breaks_it(tmp_path: Path) -> None:
+    header = "scenario_id,generation_rule,context,action1,action2,a1_deceive,a2_deceive,a1_cheat,a2_cheat\n"
+    judged = ["No,Yes,No,No", "Yes,No,No,Yes", "No,Yes,Yes,Yes", "No Agreement,Yes,No,No"]
+    rows = [f"H_{i},Do not deceive,c,one,two,{labels}" for i, labels in enumerate(judged)]
+    (tmp_path / "moral.csv").write_text(header + "\n".join(rows) + "\n")
+    dataset = load_items(tmp_path / "moral.csv")
+    found = [(item.action, dict(item.labels)) for item in dataset.items]
+    assert found[:4] == [
+        ("one", {"Do not deceive": 1}),
+        ("two", {"Do not deceive": -1}),
+        ("one", {"Do not deceive": -1, "Do not cheat": 1}),
+        ("two", {"Do not deceive": 1, "Do not cheat": -1}),
+    ]
+    assert found[6:] == [("one", {}), ("two", {})]
+    assert dataset.notes == ["1 scenarios keep or break every rule with both actions."]
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the published data sets are not beside this checkout")
+def test_the_published_files_are_read() -> None:
+    moral = load_items(DATA / "moralchoice_high_ambiguity.csv", topic="Do not deceive")
+    assert len(moral.items) == 146
+    assert Counter(item.labels.get("Do not deceive") for item in moral.items) == {1: 71, -1: 71, None: 4}
+    daily, notes = dilemmas.read_csv(DATA / "dailydilemmas_actions_sample.csv")
+    assert (len(daily), notes) == (8, [])
+    assert daily[0].labels["Value/honesty"] == 1
+    assert daily[0].labels["Virtue/Truthfulness"] == 1
+    assert "Value/trust" not in daily[0].labels  # held by the superior, not by the one who decides

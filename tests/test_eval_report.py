@@ -1,0 +1,257 @@
+"""`ipissa eval` from its arguments to the page, on a tiny model that answers Yes or No."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import random_adapter, tiny_model
+from typer.testing import CliRunner
+
+from ipissa.adapter import Adapter, save_adapter
+from ipissa.cli import app
+from ipissa.data.datasets import load_items
+from ipissa.data.items import CHOICES, Dataset
+from ipissa.errors import ConfigError
+from ipissa.evaluate.analysis import analyse, base_differences, ranked, why_unranked
+from ipissa.evaluate.compare import Measured
+from ipissa.evaluate.null import null_check
+from ipissa.evaluate.report.page import verdict
+from ipissa.evaluate.report.parts import measured_from_json
+from ipissa.evaluate.report.tables import pareto_table
+from ipissa.evaluate.scoring import find_choices
+from ipissa.evaluate.settings import EvalSettings
+from ipissa.evaluate.slopes import balanced_slope, with_labels
+
+METHODS = ["adapter", "prompt", "caa", "random"]
+ASKED = [f"{value}-{n}" for value, numbers in {
+    "honesty": (1, 2, 3, 11, 12, 13), "kindness": (1, 2, 8, 9), "maths": (1, 2, 3), "preference": (1, 2, 3)
+}.items() for n in numbers]  # fmt: skip
+ALPHAS = 4
+
+
+def gentle(adapter: Adapter) -> Adapter:
+    modules = {
+        name: replace(factors, rotation_v=0.1 * factors.rotation_v, delta_s=0.1 * factors.delta_s)
+        for name, factors in adapter.modules.items()
+    }
+    return replace(adapter, modules=modules)
+
+
+@pytest.fixture(scope="module")
+def home(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model that mostly answers Yes or No, an adapter for it, and prompts."""
+    folder = tmp_path_factory.mktemp("eval")
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    with torch.no_grad():
+        for choice in find_choices(tokenizer, CHOICES):
+            for (token,) in choice.variants:
+                model.lm_head.weight[token] *= 8
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    save_adapter(gentle(random_adapter(model, suffixes=("o_proj",))), folder / "honest.safetensors")
+    (folder / "prompts.txt").write_text("\n".join(f"Tell me about the number {i}." for i in range(8)))
+    bundled = files("ipissa.data").joinpath("items.jsonl").read_text(encoding="utf-8").splitlines()
+    some = [line for line in bundled if json.loads(line)["dilemma"] in ASKED]
+    (folder / "items.jsonl").write_text("\n".join(some))
+    return folder
+
+
+def arguments(home: Path, *more: str) -> list[str]:
+    return [
+        "eval", "--adapter", str(home / "honest.safetensors"), "--output", str(home / "report"),
+        "--model", str(home / "model"), "--prompts", str(home / "prompts.txt"),
+        "--baselines", ", ".join(METHODS[1:]), "--null", "5", "--dataset", str(home / "items.jsonl"),
+        "--target", "honesty", "--alphas", "0.5", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def printed(home: Path) -> str:
+    """What the command prints after it wrote the report."""
+    return CliRunner().invoke(app, arguments(home), catch_exceptions=False).stdout
+
+
+@pytest.fixture(scope="module")
+def report(home: Path, printed: str) -> Path:
+    return home / "report"
+
+
+@pytest.fixture(scope="module")
+def dataset(home: Path) -> Dataset:
+    return load_items(home / "items.jsonl", target="honesty")
+
+
+@pytest.fixture(scope="module")
+def measured(report: Path) -> list[Measured]:
+    return [measured_from_json(json.loads((report / "parts" / f"{name}.json").read_text())) for name in METHODS]
+
+
+def test_the_command_prints_yardsticks_first_then_slopes_and_where_chance_puts_them(printed: str) -> None:
+    head, slopes, ranking, chance = (
+        printed.index(text)
+        for text in ("| trait gain + ", "| balanced slope |", "By balanced slope", "random adapters")
+    )
+    assert head < slopes < ranking < chance
+    assert all(printed.count(f"| {name} |") == 2 for name in METHODS)
+
+
+def test_every_row_table_and_figure_is_written(report: Path) -> None:
+    choices = json.loads((report / "choices.json").read_text())
+    assert len(choices["items"]) == 2 * len(ASKED)
+    assert {name: len(rows) for name, rows in choices["rows"].items()} == {
+        name: 2 * len(ASKED) * (3 if name == "prompt" else ALPHAS) for name in METHODS
+    }
+    for name in ("yardsticks", "degradation", "methods", "dose", "values", "clusters", "pareto", "null"):
+        assert not pd.read_csv(report / "tables" / f"{name}.csv").empty
+    for name in ("yardsticks", "dose", "pareto", "values", "clusters", "null"):
+        assert (report / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert [each["method"] for each in json.loads((report / "yardsticks.json").read_text())["methods"]] == METHODS
+    assert (report / "texts.md").read_text().count("| told | steered |") == 2
+    assert (report / "yardsticks.md").read_text().startswith("| method |")
+
+
+def test_the_page_holds_everything_itself_and_has_the_yardsticks_first(report: Path) -> None:
+    page = (report / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 6
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    headings = re.findall(r"<h2>(.*?)</h2>", page)
+    assert headings[:2] == ["Does it steer: text", "Does it steer: dilemmas"]
+    assert "honesty" in page
+    assert "&lt;" not in page.split("<h2>Told and steered")[0]  # tables are tables, not their source
+
+
+def test_an_evaluation_begun_again_measures_only_what_is_missing(home: Path, report: Path, printed: str) -> None:
+    def times() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (report / "parts").iterdir()}
+
+    before = times()
+    (report / "parts" / "caa.json").unlink()
+    again = CliRunner().invoke(app, arguments(home), catch_exceptions=False).stdout
+    assert again == printed
+    after = times()
+    assert {name for name in before if before[name] != after[name]} == {"caa.json"}
+
+
+def test_a_folder_of_another_evaluation_is_refused(home: Path, report: Path) -> None:
+    with pytest.raises(ConfigError, match="holds an evaluation with another max_items, seed"):
+        CliRunner().invoke(app, arguments(home, "--seed", "1", "--max-items", "10"), catch_exceptions=False)
+
+
+def test_the_table_of_methods_has_every_figure_of_every_method(
+    report: Path, measured: list[Measured], dataset: Dataset
+) -> None:
+    table = pd.read_csv(report / "tables" / "methods.csv").set_index("method")
+    assert list(table.index) == METHODS
+    wanted = {
+        "balanced_value", "balanced_clustered", "balanced_paired", "acquiescence_value", "plain_value",
+        "published_effect", "published_gain", "once_negated_slope_by_p", "transfer", "steering_f1", "symmetry",
+        "opposite", "dose_monotonic", "flips_towards_at_plus", "prompt_degradation", "coherent", "valid",
+    }  # fmt: skip
+    assert wanted <= set(table.columns)
+    rows = measured[0].rows
+    assert rows is not None
+    whole = rows[rows.groupby("item")["valid"].transform("all").astype(bool)]
+    labels = {i: item.labels["honesty"] for i, item in enumerate(dataset.items) if "honesty" in item.labels}
+    expected = balanced_slope(with_labels(whole, labels)).trait
+    assert table.loc["adapter", "balanced_value"] == pytest.approx(expected.value)
+    assert table.loc["adapter", "balanced_t"] == pytest.approx(expected.t)
+    dose = pd.read_csv(report / "tables" / "dose.csv").set_index(["method", "alpha"])
+    own = with_labels(whole, labels)
+
+    def level(alpha: float) -> float:
+        at = own[own["alpha"] == alpha]
+        return (at[at["label"] == 1]["log_odds"].mean() - at[at["label"] == -1]["log_odds"].mean()) / 2
+
+    assert dose.loc[("adapter", 0.5), "change"] == pytest.approx(level(0.5) - level(0.0))
+
+
+def test_methods_that_do_not_start_from_the_same_model_are_not_ranked(
+    measured: list[Measured], dataset: Dataset
+) -> None:
+    analyses = [analyse(each, dataset) for each in measured]
+    differences = base_differences(measured)
+    assert max(differences.values()) < 1e-2
+    slopes = {each.method: each.figures["balanced_value"] for each in analyses}
+    assert ranked(analyses, differences) == sorted(METHODS, key=lambda name: -slopes[name])
+    rows = measured[2].rows
+    assert rows is not None
+    for nats, says in ((0.6, "more than half a nat"), (0.2, "differ from the others by up to 0.20 nats")):
+        other = replace(measured[2], rows=rows.assign(log_odds=rows["log_odds"] + nats))
+        shifted = [*measured[:2], other, *measured[3:]]
+        assert says in verdict(shifted, analyses)
+        assert verdict(shifted, analyses).startswith("Not ranked: at α = 0 the answers with caa differ")
+        with pytest.raises(ConfigError, match="Not ranked"):
+            ranked(analyses, base_differences(shifted))
+    assert why_unranked({"a": 0.0, "b": float("nan")}) is not None
+
+
+def test_the_front_holds_the_points_that_none_beats(measured: list[Measured], dataset: Dataset) -> None:
+    points = pareto_table([analyse(each, dataset) for each in measured], measured)
+    assert points["front"].any()
+    for point in points.itertuples():
+        beaten = any(
+            other.effect >= point.effect
+            and other.degradation <= point.degradation
+            and (other.effect, other.degradation) != (point.effect, point.degradation)
+            for other in points.itertuples()
+        )
+        assert point.front != beaten
+
+
+def test_control_items_are_among_the_values_that_are_reported(report: Path) -> None:
+    values = pd.read_csv(report / "tables" / "values.csv")
+    assert set(values["name"]) == {"honesty", "kindness", "maths", "preference"}
+    assert {"p_holm", "p_bh", "low", "high"} <= set(values.columns)
+
+
+def test_a_slope_is_placed_among_those_of_random_adapters() -> None:
+    random = pd.DataFrame({"value": [0.1, -0.2, 0.3, -0.4], "t": [1.0, -2.0, 3.0, -0.5]})
+    found = null_check(-0.35, random)
+    assert (found.seeds, found.share_below, found.median_t, found.largest_slope) == (4, 0.75, 1.5, 0.4)
+    assert found.p == pytest.approx(2 / 5)
+    assert "75%" in found.sentence()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"baselines": ("magic",)}, "baseline 'magic' is unknown"),
+        ({"alphas": (float("nan"),)}, "no α"),
+        ({"null": 2}, "null 2 random adapters say nothing"),
+        ({"null": 9, "dataset": None}, "there is no data set"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        EvalSettings(**settings)
+
+
+def test_without_dilemmas_there_are_yardsticks_and_texts(home: Path) -> None:
+    options = ["--dataset", "", "--null", "0", "--baselines", "", "--output", str(home / "texts only")]
+    result = CliRunner().invoke(app, arguments(home, *options), catch_exceptions=False)
+    assert "trait gain" in result.stdout
+    assert "balanced" not in result.stdout
+    assert not (home / "texts only" / "choices.json").exists()
+    assert "dilemmas" not in (home / "texts only" / "report.html").read_text()
+
+
+def test_a_number_that_is_none_is_named(home: Path) -> None:
+    with pytest.raises(ConfigError, match="alphas hold 'one'"):
+        CliRunner().invoke(app, arguments(home, "--alphas", "one,0"), catch_exceptions=False)
+
+
+def test_missing_answers_survive_the_way_to_disk_and_back(measured: list[Measured]) -> None:
+    rows = measured[0].rows
+    assert rows is not None
+    assert rows["log_odds"].dtype == float
+    assert (rows["log_odds"].isna() == ~rows["valid"].astype(bool)).all()
+    assert np.isfinite(rows.loc[rows["valid"].astype(bool), "log_odds"]).all()

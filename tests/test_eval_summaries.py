@@ -1,0 +1,145 @@
+"""What sums up evaluations and sweeps, and the drawing of the loss."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+from typer.testing import CliRunner
+
+from ipissa.cli import app
+from ipissa.errors import ConfigError
+from ipissa.evaluate.clusters import clusters_of
+from ipissa.evaluate.geometry import write_loss_geometry
+from ipissa.evaluate.published import loss_gap
+from ipissa.evaluate.report.seeds import FIGURES, summarise_seeds
+from ipissa.evaluate.report.sweeps import read_results, table_by
+
+
+def evaluation(folder: Path, seed: int, gain: float, **settings: Any) -> Path:
+    """A folder as `ipissa eval` leaves it, with one method."""
+    (folder / "tables").mkdir(parents=True)
+    (folder / "settings.json").write_text(json.dumps({"adapter": "abc", "held_out": 9, "seed": seed} | settings))
+    poles = [{"method": "adapter", "pole": pole, "trait_gain": gain, "plain_gain": 0.1, "contrast": 1} for pole in "+-"]
+    pd.DataFrame(poles).to_csv(folder / "tables" / "yardsticks.csv")
+    row = {"method": "adapter"} | dict.fromkeys(FIGURES["methods"], 2 * gain)
+    pd.DataFrame([row]).to_csv(folder / "tables" / "methods.csv")
+    return folder
+
+
+def test_seeds_are_summed_up_by_medians_with_range_and_count(tmp_path: Path) -> None:
+    folders = [evaluation(tmp_path / f"{seed}", seed, gain) for seed, gain in enumerate((0.1, 0.5, 0.2))]
+    command = ["medians", *map(str, folders), "--output", str(tmp_path / "out")]
+    text = CliRunner().invoke(app, command, catch_exceptions=False).stdout
+    assert "Medians over 3 seeds" in text
+    assert "0.2 [0.1, 0.5]" in text
+    table = pd.read_csv(tmp_path / "out" / "medians.csv").set_index("figure")
+    assert list(table.loc["balanced_value", ["median", "lowest", "highest", "seeds"]]) == [0.4, 0.2, 1.0, 3]
+    assert "Fewer than 3 seeds" in summarise_seeds(folders[:2], tmp_path / "two")
+
+
+def test_evaluations_that_differ_in_more_than_the_seed_are_not_summed_up(tmp_path: Path) -> None:
+    one = evaluation(tmp_path / "1", 0, 0.1)
+    with pytest.raises(ConfigError, match=r"differs from .* in held_out; only seeds may differ"):
+        summarise_seeds([one, evaluation(tmp_path / "2", 1, 0.1, held_out=8)], tmp_path)
+    with pytest.raises(ConfigError, match=r"seeds \[0, 0\]; give one folder per seed"):
+        summarise_seeds([one, evaluation(tmp_path / "3", 0, 0.1)], tmp_path)
+    with pytest.raises(ConfigError, match="at least two seeds"):
+        summarise_seeds([one], tmp_path)
+    with pytest.raises(ConfigError, match="is not a folder that `ipissa eval` wrote"):
+        summarise_seeds([one, tmp_path / "absent"], tmp_path)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Two depths, two weight decays, three seeds; the gain is depth + weight decay + a little of the seed."""
+    rows = [
+        {
+            "run": f"{depth}-{decay}-{seed}",
+            "varied": json.dumps({"depth_end": depth, "weight_decay": decay, "target_modules": ["o_proj"]}),
+            "seed": seed,
+            "trait_gain_positive": depth + decay + seed / 100,
+            "trait_gain_negative": depth,
+            "plain_gain_positive": 0.0,
+            "plain_gain_negative": 0.0,
+            "final_loss": 1.0,
+            "error": "",
+        }
+        for depth in (0.5, 0.9)
+        for decay in (0.0, 0.1)
+        for seed in range(3)
+    ]
+    rows.append({**rows[0], "run": "failed", "error": "The loss is nan", "trait_gain_positive": ""})
+    pd.DataFrame(rows).to_csv(tmp_path / "results.csv", index=False)
+    return tmp_path / "results.csv"
+
+
+def test_a_setting_of_a_sweep_is_compared_within_equal_other_settings(results: Path) -> None:
+    table = table_by(read_results(results), "depth_end")
+    assert list(table["depth_end"]) == [0.5, 0.9, 0.5, 0.9]
+    assert list(table["weight_decay"]) == [0.0, 0.0, 0.1, 0.1]
+    assert list(table["runs"]) == [3] * 4
+    assert table["enough_seeds"].all()
+    assert list(table["trait_gain_positive"]) == pytest.approx([0.51, 0.91, 0.61, 1.01])
+
+
+def test_tables_and_figures_of_a_sweep_are_generated_from_its_csv(results: Path, tmp_path: Path) -> None:
+    for setting in ("depth_end", "weight_decay", "target_modules"):
+        command = ["table", str(results), "--by", setting, "--output", str(tmp_path)]
+        assert setting in CliRunner().invoke(app, command, catch_exceptions=False).stdout
+        assert len(pd.read_csv(tmp_path / f"by-{setting}.csv")) == 4
+        assert (tmp_path / f"by-{setting}-trait_gain_positive.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_setting_that_was_not_varied_and_files_of_others_are_refused(results: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did not vary 'rank'; it varied depth_end"):
+        table_by(read_results(results), "rank")
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigError, match=r"is not a results.csv"):
+        read_results(tmp_path / "other.csv")
+    command = ["table", str(results), "--by", "depth_end", "--output", str(tmp_path), "--figure", "beauty"]
+    with pytest.raises(ConfigError, match="figure 'beauty' is unknown"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+
+
+def test_the_loss_gap_is_held_out_less_training_loss_since_the_last_validation() -> None:
+    nan = np.nan
+    history = pd.DataFrame(
+        {"loss": [9.0, 8.0, nan, 3.0, 5.0, nan, 1.0], "eval_loss": [nan, nan, 9.5, nan, nan, 6.0, nan]}
+    )
+    assert loss_gap(history) == pytest.approx(6.0 - 4.0)
+    assert loss_gap(history.iloc[:3]) == pytest.approx(9.5 - 8.5)
+    assert loss_gap(history[["loss"]]) is None
+    assert loss_gap(history.iloc[:2]) is None
+
+
+def test_values_belong_to_the_cluster_that_a_word_of_theirs_names() -> None:
+    found = clusters_of(["Value/honesty", "Do not deceive", "Virtue/Courage", "professional care", "MFT/Loyalty"])
+    assert found == {
+        "Value/honesty": "Conscientiousness",
+        "Do not deceive": "Conscientiousness",
+        "Virtue/Courage": "Agent",
+        "professional care": "Assistant",
+    }
+
+
+def test_the_loss_is_drawn_with_every_vector_named(tmp_path: Path) -> None:
+    write_loss_geometry(tmp_path / "loss.svg")
+    found, shipped = (_texts(path) for path in (tmp_path / "loss.svg", ROOT / "docs" / "loss-geometry.svg"))
+    assert found == shipped
+    assert found >= {
+        "h chosen", "h rejected", "u, preference direction", "reference separation", "α = +1", "α = -1",
+        "projection at +1", "projection at -1", "coherent: own tokens lose at most τ",
+    }  # fmt: skip
+
+
+def _texts(path: Path) -> set[str]:
+    root = ElementTree.parse(path).getroot()
+    assert root.tag.endswith("svg")
+    return {"".join(node.itertext()).strip() for node in root.iter() if node.tag.endswith("}text")}
