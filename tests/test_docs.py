@@ -8,7 +8,7 @@ from conftest import ROOT
 
 
 def test_every_test_that_the_feature_rows_name_exists() -> None:
-    written = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    written = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     defined = set(re.findall(r"def (test_\w+)", written))
     rows = (ROOT / "docs" / "feature-rows.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`(test_\w+)`", rows))

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from .client import Client
-from .dial import Dials, dial_value, dials_of, start
+from .dial import dial_value, dials, dials_of, start
 from .turns import Turns
 from .view import BASE, COMPARISONS, OTHER, View
 
@@ -24,6 +24,7 @@ class Asked:
     key: str
     adapters: Adapters
     dials: list[dict[str, Any]]  # as on the page
+    moved: int  # how often a dial of this page had been moved
     view: View
     rest: tuple[Any, ...]  # the values of the tab's own components
 
@@ -70,11 +71,11 @@ class Controls:
         self.scores, self.generations = Turns(), Turns()
         self.key = gr.Textbox(label="API key", type="password", visible=False, elem_id="api-key", **later)
         self.adapters = gr.State([], **later)
-        self.dial = Dials(label="α", elem_id="dial", **later)
+        self.dial = dials(label="α", elem_id="dial", **later)
         self.compare = gr.Radio(list(COMPARISONS), value=BASE, label="Compare with", elem_id="compare", **later)
-        self.other = Dials(label="α of the other setting", elem_id="other-dial", visible=False, **later)
-        self.prompt = gr.Textbox(usual.prompt, label="Prompt", lines=2, elem_id="prompt", **later)
-        self.question = gr.Textbox(usual.question, label="Question", lines=3, elem_id="question", **later)
+        self.other = dials(label="α of the other setting", elem_id="other-dial", visible=False, **later)
+        self.prompt = gr.Textbox(usual.prompt, label="Prompt", lines=2, scale=2, elem_id="prompt", **later)
+        self.question = gr.Textbox(usual.question, label="Question", lines=2, elem_id="question", **later)
         self.prefix = gr.Textbox(usual.prefix, label="The answer begins with", elem_id="prefix", **later)
         self.choices = gr.Textbox(usual.choices, label="Choices", elem_id="choices", **later)
         self.max_tokens = gr.Slider(8, 256, value=usual.max_tokens, step=8, label="Tokens", **later)
@@ -102,6 +103,11 @@ class Controls:
         """What every handler takes first."""
         return [self.key, self.adapters, *self.settings]
 
+    def leave(self, request: gr.Request) -> None:
+        """A user has closed the page."""
+        for turns in (self.scores, self.generations):
+            turns.forget(request.session_hash or "")
+
     def asked(self, request: gr.Request, values: Sequence[Any]) -> Asked | None:
         """A handler's values; None before any adapter is known, when nothing can be asked."""
         key, adapters, dial, compare, other, prompt, question, prefix, choices, max_tokens, temperature, seed, *rest = (
@@ -122,16 +128,24 @@ class Controls:
             temperature=temperature,
             seed=int(seed or 0),
         )
-        return Asked(request.session_hash or "", key or "", adapters, dial["dials"], view, tuple(rest))
+        return Asked(
+            request.session_hash or "",
+            key or "",
+            adapters,
+            dial["dials"],
+            max(dial["moved"], other["moved"]),
+            view,
+            tuple(rest),
+        )
 
     def restored(self, view: View, adapters: Adapters) -> list[Any]:
         """Values of `settings` that show the view."""
-        dials = dials_of(adapters)
-        alphas = view.alphas or start(dials)
+        found = dials_of(adapters)
+        alphas = view.alphas or start(found)
         return [
-            dial_value(dials, alphas, view.held),
+            dial_value(found, alphas, view.held),
             view.compare,
-            gr.update(value=dial_value(dials, view.other, ""), visible=view.compare == OTHER),
+            gr.update(value=dial_value(found, view.other, ""), visible=view.compare == OTHER),
             view.prompt,
             view.question,
             view.prefix,

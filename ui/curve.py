@@ -126,16 +126,20 @@ def _axes(scale: _Scale, first: str, second: str) -> str:
     for alpha in _ticks(scale.low, scale.high, 6):
         kind = "zero" if alpha == 0 else "grid"
         parts.append(f'<path class="{kind}" d="M{scale.x(alpha):.1f} {TOP}V{bottom}"/>')
-        parts.append(f'<text x="{scale.x(alpha):.1f}" y="{bottom + 15}" text-anchor="middle">{alpha:+g}</text>')
+        parts.append(f'<text x="{scale.x(alpha):.1f}" y="{bottom + 15}" text-anchor="middle">{_number(alpha)}</text>')
     for odds in _ticks(scale.bottom, scale.top, 5):
         kind = "zero" if odds == 0 else "grid"
         parts.append(f'<path class="{kind}" d="M{LEFT} {scale.y(odds):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{scale.y(odds) + 4:.1f}" text-anchor="end">{odds:+g}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{scale.y(odds) + 4:.1f}" text-anchor="end">{_number(odds)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">α</text>')
     parts.append(f'<text x="{LEFT + 6}" y="{TOP + 10}">↑ {first}, nats</text>')
     parts.append(f'<text x="{LEFT + 6}" y="{bottom - 6}">↓ {second}</text>')
     return "".join(parts)
+
+
+def _number(value: float) -> str:
+    return f"{value:+g}".replace("-", "−") if value else "0"
 
 
 def _ticks(low: float, high: float, most: int) -> list[float]:

@@ -15,25 +15,18 @@ START = 1.0
 JS = "ipissa.listen(element, props, trigger)"  # triggers 'input' while a dial moves and 'release' after it
 
 
-class Dials(gr.HTML):
-    """All dials at once. The value is `{"dials": [...], "alphas": {name: α}, "held": name}`.
+def dials(**props: Any) -> gr.HTML:
+    """All dials at once. The value is `{"dials": [...], "alphas": {name: α}, "held": name, "moved": n}`.
 
     One component rather than a slider each, so that a position is never that of half the dials, and because
-    a Gradio slider marks neither 0 nor a range.
+    a Gradio slider marks neither 0 nor a range. (Not a subclass: Gradio writes files beside those.)
     """
-
-    def __init__(self, **props: Any) -> None:
-        super().__init__(
-            empty(), html_template="${ipissa.drawDials(value)}", js_on_load=JS, apply_default_css=False, **props
-        )
-
-    def get_block_name(self) -> str:
-        return "html"
+    return gr.HTML(empty(), html_template="${ipissa.drawDials(value)}", js_on_load=JS, apply_default_css=False, **props)
 
 
 def empty() -> dict[str, Any]:
     """The value while no adapter is known."""
-    return {"dials": [], "alphas": {}, "held": ""}
+    return {"dials": [], "alphas": {}, "held": "", "moved": 0}
 
 
 def dials_of(adapters: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -58,7 +51,8 @@ def _dial(about: dict[str, Any]) -> dict[str, Any]:
 def dial_value(dials: list[dict[str, Any]], alphas: Mapping[str, float], held: str) -> dict[str, Any]:
     """The component's value with every dial at its α, kept within what the server takes; the others at 0."""
     positions = {each["name"]: max(-each["limit"], min(each["limit"], alphas.get(each["name"], 0.0))) for each in dials}
-    return {"dials": dials, "alphas": positions, "held": held if held in positions else next(iter(positions), "")}
+    held = held if held in positions else next(iter(positions), "")
+    return {"dials": dials, "alphas": positions, "held": held, "moved": 0}
 
 
 def start(dials: list[dict[str, Any]]) -> Steer:

@@ -40,13 +40,14 @@ window.ipissa = (() => {
   const drawDials = (value) =>
     (value?.dials ?? []).map((dial) => drawDial(dial, value.alphas[dial.name], value.held === dial.name)).join("");
 
+  let moves = 0; // tells the server which of two positions is the newer one
   function listen(element, props, trigger) {
     const nameOf = (target) => target.closest(".dial").dataset.name;
     const set = (name, typed) => {
       const dial = props.value.dials.find((each) => each.name === name);
       const whole = Math.round(Math.max(-dial.limit, Math.min(dial.limit, typed)) * 1000) / 1000;
       const alpha = Math.abs(whole) < 1e-9 ? 0 : whole; // -0 and what rounding leaves of 0 are 0
-      props.value = { ...props.value, alphas: { ...props.value.alphas, [name]: alpha }, held: name };
+      props.value = { ...props.value, alphas: { ...props.value.alphas, [name]: alpha }, held: name, moved: ++moves };
       trigger("input");
     };
     element.addEventListener("input", (event) => {

@@ -81,6 +81,7 @@ def _open(
     )
     opened.success(compare.write, c.inputs, [compare.answers, compare.panes], **c.slow)
     opened.success(share.describe, [*c.inputs, share.what, share.form], [share.query, share.code], **c.quick)
+    page.unload(c.leave)
     c.key.submit(None, c.key, None, js="ipissa.keepKey")
 
 

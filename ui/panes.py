@@ -34,7 +34,7 @@ def draw_panes(panes: Panes) -> str:
     """HTML of both panes. The first token that differs and all after it are marked."""
     at = parting(*panes.answers, finished=panes.finished)
     drawn = [_pane(panes, side, at) for side in (0, 1)]
-    tip = TIP if panes.finished else panes.note or "Writing…"
+    tip = TIP if panes.finished else "Writing…"
     if panes.finished and at is None:
         tip = f"Both settings write the same. {TIP}"
     note = f'<p class="refusal" role="alert">⚠️ {escape(panes.note)}</p>' if panes.finished and panes.note else ""

@@ -17,34 +17,43 @@ class _Line:
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     newest: asyncio.Event = field(default_factory=asyncio.Event)
+    order: int = 0
 
 
 class Turns:
     """A line per user.
 
-        async with turns.take(user) as overtaken:
+        async with turns.take(user, order) as overtaken:
             if not overtaken.is_set(): ...
 
     `take` waits until the user's running request is done. `overtaken` is set once a newer one has come:
-    who waits finds it set and leaves; who runs may watch it and give way.
+    who waits finds it set and leaves; who runs may watch it and give way. Browsers send over several
+    connections, so requests may come in the wrong order: one of a lower `order` is overtaken from the start.
     """
 
     def __init__(self) -> None:
         self._lines: dict[str, _Line] = {}
 
     @asynccontextmanager
-    async def take(self, user: str) -> AsyncIterator[asyncio.Event]:
+    async def take(self, user: str, order: int | None = None) -> AsyncIterator[asyncio.Event]:
         """The user's next turn."""
         line = self._lines.setdefault(user, _Line())
         overtaken = asyncio.Event()
+        if order is not None and order < line.order:
+            overtaken.set()
+            yield overtaken
+            return
+        line.order = line.order if order is None else order
         line.newest.set()
         line.newest = overtaken
-        try:
-            async with line.lock:
-                yield overtaken
-        finally:
-            if line.newest is overtaken:
-                self._lines.pop(user, None)
+        async with line.lock:
+            yield overtaken
+
+    def forget(self, user: str) -> None:
+        """The user has left; whatever still runs gives way."""
+        line = self._lines.pop(user, None)
+        if line:
+            line.newest.set()
 
 
 async def unless(overtaken: asyncio.Event, work: Awaitable[T]) -> T | None:

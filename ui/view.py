@@ -126,6 +126,6 @@ def _checked(name: str, value: Any) -> Any:
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e6:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e6:
         raise ValueError(f"{value!r} is not a setting of a dial")
     return float(value)

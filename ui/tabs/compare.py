@@ -33,13 +33,14 @@ class CompareTab:
 
     def _answers(self) -> None:
         controls = self.controls
-        self.preset = gr.Dropdown(list(PRESETS), value=None, label="Begin with", elem_id="preset")
-        controls.prompt.render()
+        with gr.Row():
+            controls.prompt.render()
+            self.preset = gr.Dropdown(list(PRESETS), value=None, label="Preset", min_width=140, elem_id="preset")
         controls.compare.render()
         controls.other.render()
         with gr.Row():
-            self.run = gr.Button("Write", variant="primary", elem_id="write")
-            self.stop = gr.Button("Stop", elem_id="stop")
+            self.run = gr.Button("Write", variant="primary", size="md", elem_id="write")
+            self.stop = gr.Button("Stop", size="md", elem_id="stop")
         self.answers = gr.HTML(elem_id="answers", apply_default_css=False)
         with gr.Accordion("Sampling", open=False), gr.Row():
             controls.max_tokens.render()
@@ -74,7 +75,7 @@ class CompareTab:
         asked = self.controls.asked(request, values)
         if asked is None:
             return gr.skip(), gr.skip()
-        async with self.controls.scores.take(asked.user) as overtaken:
+        async with self.controls.scores.take(asked.user, asked.moved) as overtaken:
             if overtaken.is_set():
                 return gr.skip(), gr.skip()
             try:
@@ -97,7 +98,7 @@ class CompareTab:
             for name in [each for each in dict.fromkeys((view.held, *dials)) if each not in drawn]:
                 alphas = sweep(dials[name]["low"], dials[name]["high"])
                 settings = [view.at(alpha) if name == view.held else {name: alpha} for alpha in alphas]
-                async with self.controls.scores.take(asked.user) as overtaken:
+                async with self.controls.scores.take(asked.user, asked.moved) as overtaken:
                     scores = await unless(overtaken, self._scores(asked, [view.left, view.base, *settings]))
                 if scores is None:
                     return
@@ -134,7 +135,7 @@ class CompareTab:
             yield draw_panes(_ended(panes, "Write a prompt.")), None
             return
         messages = [{"role": "user", "content": view.prompt}]
-        async with self.controls.generations.take(asked.user) as overtaken:
+        async with self.controls.generations.take(asked.user, asked.moved) as overtaken:
             if overtaken.is_set():
                 return
             yield draw_panes(panes), gr.skip()
