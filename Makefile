@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PORT   ?= 8000
 
-.PHONY: demo install test lint format bench clean
+.PHONY: demo install test test-ui lint format bench bench-page clean
 
 demo: install  ## the slider page and the API on port 8000, with the shipped adapters
 	$(BIN)/ipissa-serve --port $(PORT)
@@ -23,6 +23,14 @@ $(STAMP): pyproject.toml
 test: install  ## the whole test suite
 	$(BIN)/python -m pytest
 
+# Screenshots for the documents: make test-ui SCREENSHOTS=docs/images
+test-ui: $(VENV)/.installed-ui  ## the page in a browser; needs Chromium
+	IPISSA_SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest tests/ui
+
+$(VENV)/.installed-ui: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[ui-test]"
+	touch $@
+
 lint: install  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -34,6 +42,9 @@ format: install  ## apply the formatter and the safe fixes
 
 bench: install  ## measure; every figure is a ratio within one run
 	$(BIN)/python -m benchmarks
+
+bench-page: $(VENV)/.installed-ui  ## what the page adds to the API's times, in a browser
+	$(BIN)/python -m benchmarks.page
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -77,12 +77,13 @@ class Server:
 
 
 @contextmanager
-def serving(model: str, dtype: str) -> Iterator[Server]:
-    """`ipissa-serve` with the shipped adapters."""
+def serving(model: str, dtype: str, *, page: bool = False) -> Iterator[Server]:
+    """`ipissa-serve` with the shipped adapters, with its page or without."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "ipissa-serve"), "--no-ui", "--dtype", dtype, "--port", str(port)]
+    command = [str(Path(sys.executable).parent / "ipissa-serve"), "--dtype", dtype, "--port", str(port)]
+    command += [] if page else ["--no-ui"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             server = Server(f"http://127.0.0.1:{port}", model)
