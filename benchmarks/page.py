@@ -67,7 +67,9 @@ def main(
         ratio, excess = _first_token(page, server, rounds)
         typer.echo(ratio.row())
         verdict = "yes" if excess <= FIRST_TOKEN_MS else "**no**"
-        typer.echo(f"\nFirst token on screen after the API's own: {excess:.0f} ms; at most {FIRST_TOKEN_MS}: {verdict}.")
+        typer.echo(
+            f"\nFirst token on screen after the API's own: {excess:.0f} ms; at most {FIRST_TOKEN_MS}: {verdict}."
+        )
         browser.close()
 
 

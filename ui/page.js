@@ -118,6 +118,7 @@ window.ipissa = (() => {
     setTimeout(watch, wasMissing ? 1000 : 3000);
   }
   document.addEventListener("DOMContentLoaded", watch);
+  const missed = () => void (wasMissing = true); // by the time of the next look it may be back
 
   // --- links, keys and files --------------------------------------------------------------------
   function remember(query) {
@@ -136,5 +137,5 @@ window.ipissa = (() => {
   const opened = (key) => [key || sessionStorage.getItem(KEY) || "", location.search];
   const keepKey = (key) => sessionStorage.setItem(KEY, key ?? "");
 
-  return { drawDials, listen, remember, save, opened, keepKey };
+  return { drawDials, listen, missed, remember, save, opened, keepKey };
 })();

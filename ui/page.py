@@ -92,8 +92,8 @@ def _restore(controls: Controls) -> Callable[..., Any]:
         try:
             adapters = await controls.client.adapters(key)
         except ServerError as error:
-            if error.status in (502, 503):  # the page itself says so, and opens again when it is over
-                return [gr.update(visible=False), gr.skip(), *unknown]
+            if error.status in (502, 503):  # the browser says so, and opens the page again when it is over
+                raise gr.Error(str(error), visible=False, print_exception=False) from error
             needs_key = gr.update(visible=True) if error.status == 401 else gr.skip()
             return [gr.update(value=f"⚠️ {error}", visible=True), needs_key, *unknown]
         if not adapters:

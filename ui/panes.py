@@ -37,11 +37,16 @@ def draw_panes(panes: Panes) -> str:
     tip = TIP if panes.finished else "Writing…"
     if panes.finished and at is None:
         tip = f"Both settings write the same. {TIP}"
-    note = f'<p class="refusal" role="alert">⚠️ {escape(panes.note)}</p>' if panes.finished and panes.note else ""
+    note = draw_refusal(panes.note) if panes.finished and panes.note else ""
     return (
         f'{note}<div class="panes" data-tokens aria-busy="{str(not panes.finished).lower()}">{"".join(drawn)}</div>'
         f'<p class="token-tip" aria-live="polite">{tip}</p>'
     )
+
+
+def draw_refusal(why: str) -> str:
+    """HTML that says why something could not be had, where it was asked for."""
+    return f'<p class="refusal" role="alert">⚠️ {escape(why)}</p>'
 
 
 def _pane(panes: Panes, side: int, at: int | None) -> str:

@@ -63,8 +63,9 @@ def as_python(url: str, path: str, body: dict[str, Any], *, needs_key: bool) -> 
 
 
 def as_json(url: str, path: str, body: dict[str, Any], *, needs_key: bool) -> str:
-    """The body of the request."""
-    return json.dumps(body, ensure_ascii=False, indent=2)
+    """The body of the request, one line per field."""
+    lines = [f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in body.items()]
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 FORMS: dict[str, tuple[str, Callable[..., str]]] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from html import escape
 from typing import Any
 
 import gradio as gr
@@ -12,7 +11,7 @@ from ..choice import draw_choice
 from ..client import Score, ServerError
 from ..controls import Asked, Controls
 from ..curve import Curve, Line, curve_key, draw_curve, sweep
-from ..panes import Panes, draw_panes
+from ..panes import Panes, draw_panes, draw_refusal
 from ..presets import PRESETS
 from ..turns import unless, until
 from ..view import OTHER, describe
@@ -81,7 +80,7 @@ class CompareTab:
             try:
                 (score,) = await self._scores(asked, [asked.view.left])
             except ServerError as error:
-                return _refusal(error), gr.skip()
+                return draw_refusal(str(error)), gr.skip()
         return self._drawn(asked, asked.rest[0], score)
 
     async def measure(self, request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
@@ -106,7 +105,7 @@ class CompareTab:
                 curve = curve.add(base, Line(name, alphas, tuple(line)))
                 yield (*self._drawn(asked, curve, present), curve)
         except ServerError as error:
-            yield _refusal(error), gr.skip(), gr.skip()
+            yield draw_refusal(str(error)), gr.skip(), gr.skip()
 
     async def _scores(self, asked: Asked, settings: list[Any]) -> list[Score]:
         view = asked.view
@@ -168,7 +167,3 @@ class CompareTab:
 
 def _ended(panes: Panes, note: str) -> Panes:
     return Panes(panes.prompt, panes.settings, panes.answers, finished=True, note=note)
-
-
-def _refusal(error: ServerError) -> str:
-    return f'<p class="refusal" role="alert">⚠️ {escape(str(error))}</p>'

@@ -9,7 +9,7 @@ import gradio as gr
 from ..client import ServerError
 from ..controls import Asked, Controls
 from ..heatmap import draw_heatmap
-from ..panes import Panes
+from ..panes import Panes, draw_refusal
 from ..tokens import Answer, pieces_of
 from ..turns import unless
 
@@ -48,11 +48,11 @@ class WhereTab:
         asked = self.controls.asked(request, values)
         if asked is None:
             return gr.skip()
-        async with self.controls.generations.take(asked.user) as overtaken:
+        async with self.controls.readings.take(asked.user) as overtaken:
             try:
                 answer = await unless(overtaken, self._read(asked))
             except ServerError as error:
-                raise gr.Error(str(error)) from error
+                return draw_refusal(str(error))
         return gr.skip() if answer is None else draw_heatmap(answer, asked.view.left, asked.view.right)
 
     async def _read(self, asked: Asked) -> Answer:
