@@ -8,13 +8,14 @@ from ipissa_ui.view import View, to_link
 from playwright.sync_api import Locator, Page, expect
 
 SECONDS = 1000.0
-PATIENCE = 180 * SECONDS  # machines are slow at times; no test asserts a time
-TOKENS = 16
+PATIENCE = 300 * SECONDS  # machines are slow at times; no test asserts a time
+TOKENS = 12
+QUESTION = "Would you lie? Answer with Yes or No."
 
 
 def short() -> str:
-    """The address of a page like a fresh one, with shorter answers."""
-    return f"/?{to_link(View(max_tokens=TOKENS))}"
+    """The address of a page like a fresh one, with a shorter question and shorter answers."""
+    return f"/?{to_link(View(question=QUESTION, max_tokens=TOKENS))}"
 
 
 class SteeringPage:
@@ -60,9 +61,9 @@ class SteeringPage:
         """Of the present setting, as shown."""
         return float(self.page.locator("#choice .choice-figures b").first.inner_text())
 
-    def has_curve(self, lines: int = 2) -> None:
-        """Wait until all curves are drawn and the present point is on them."""
-        expect(self.page.locator("#curve .current polyline")).to_have_count(lines, timeout=PATIENCE)
+    def has_curve(self, lines: int = 1) -> None:
+        """Wait until that many lines are drawn at least, with the present point on the first."""
+        expect(self.page.locator("#curve .current polyline").nth(lines - 1)).to_be_attached(timeout=PATIENCE)
 
     def has_written(self, setting: str | None = None) -> list[str]:
         """Both answers, once they are whole, and those of a setting if one is given."""

@@ -172,8 +172,7 @@ def test_a_new_position_takes_over_from_answers_that_are_being_written(page: Ste
 
 def test_the_curve_is_what_the_api_scores_and_the_present_point_is_on_it(page: SteeringPage, server: Served) -> None:
     page.page.get_by_label("Question").fill(QUESTION)
-    page.page.locator("#curve polyline.line-1").wait_for()
-    expect(page.page.locator("#curve .current polyline")).to_have_count(2, timeout=PATIENCE)
+    page.has_curve(lines=2)
     alphas = [round(-2 + 5 * i / 40, 3) for i in range(41)]
     expected = odds(server, QUESTION, *({"honest": alpha} for alpha in alphas))
     points = page.page.locator("#curve polyline.line-0").get_attribute("points") or ""

@@ -50,7 +50,7 @@ def test_a_link_opened_in_a_new_window_restores_the_whole_page(
     written = page.has_written("honest +1.00, kind +0.40")
     page.tab("Keep and share")
     screenshot(here, "share")
-    expect(here.get_by_label("Link that restores this page")).to_have_value(here.url)
+    expect(here.get_by_role("textbox", name="Link that restores this page")).to_have_value(here.url)
     again = visit(here.url)
     again.has_curve()
     assert again.has_written("honest +1.00, kind +0.40") == written
@@ -89,6 +89,7 @@ def test_the_python_and_curl_that_the_page_shows_do_what_the_page_did(page: Stee
 
 
 def test_curves_and_answers_download_as_csv_and_png(page: SteeringPage) -> None:
+    page.has_curve(lines=2)
     page.tab("Keep and share")
     saved = {}
     for name in ("Curve (CSV)", "Curve (PNG)", "Answers (CSV)"):
@@ -181,7 +182,7 @@ def test_a_training_run_beside_an_adapter_shows_its_curves_and_samples(
     (run / "samples.md").write_text("## Samples (greedy)\n\nCalm waters.\n")
     with in_process("--adapter", str(tmp_path / "calm.safetensors")) as server:
         page = visit(server.url + short())
-        page.has_curve(lines=1)
+        page.has_curve()
         page.tab("Adapters")
         panel = page.page.locator("#adapter-run")
         expect(panel).to_contain_text("Calm waters.")
