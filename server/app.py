@@ -130,7 +130,7 @@ def _with_page(app: FastAPI, settings: Settings) -> FastAPI:
         from ipissa_ui.page import mount_page
     except ModuleNotFoundError as error:
         raise ConfigError("The page needs gradio: run `pip install ipissa[ui]`, or pass --no-ui.") from error
-    return mount_page(app, _own_url(settings), needs_key=settings.api_key is not None)
+    return mount_page(app, _own_url(settings))
 
 
 def _own_url(settings: Settings) -> str:

@@ -92,7 +92,8 @@ def build_request(
         logit_bias=body.logit_bias or {},
         seed=secrets.randbits(62) if body.seed is None else body.seed,
         stop=tuple(body.stop),
-        top_logprobs=top_logprobs,
+        # The engine tells tokens with their log-probabilities.
+        top_logprobs=0 if top_logprobs is None and body.return_token_ids else top_logprobs,
         echo=echo,
     )
     return GenerationRequest(rows, sampling)
@@ -159,6 +160,14 @@ async def stream(
 
 def _event(data: Chunk) -> bytes:
     return format_sse_event(data_str=json.dumps(data, ensure_ascii=False))
+
+
+def token_ids(body: GenerationBody, found: list[TokenLogprob], prompt: list[int] | None = None) -> dict[str, list[int]]:
+    """What `return_token_ids` adds to a choice, under the names vLLM gives it; nothing unless it was asked for."""
+    if not body.return_token_ids:
+        return {}
+    ids = {"token_ids": [each.token_id for each in found]}
+    return ids if prompt is None else {"prompt_token_ids": prompt, **ids}
 
 
 def token_text(engine: Engine, token_id: int) -> str:

@@ -140,6 +140,7 @@ class GenerationBody(SteeredRequest):
     presence_penalty: float | None = Field(0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(0.0, ge=-2, le=2)
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    return_token_ids: bool | None = Field(False, description="Add token ids to choices, and those of the prompts.")
 
     @model_validator(mode="after")
     def options_need_streaming(self) -> GenerationBody:

@@ -79,9 +79,9 @@ def in_thread(**settings: Any) -> Iterator[Served]:
 
 
 @contextmanager
-def in_process(*arguments: str) -> Iterator[Served]:
-    """Run the `ipissa-serve` command."""
-    port = free_port()
+def in_process(*arguments: str, port: int | None = None) -> Iterator[Served]:
+    """Run the `ipissa-serve` command, on a free port unless one is given."""
+    port = port or free_port()
     command = [str(Path(sys.executable).parent / "ipissa-serve"), "--port", str(port), *arguments]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         served = Served(f"http://127.0.0.1:{port}")

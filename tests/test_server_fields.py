@@ -110,3 +110,34 @@ def test_tokenize_and_detokenize_round_trip(served: Served) -> None:
     assert served.post("/detokenize", tokens=found["tokens"]).json() == {"prompt": "Héllo wörld"}
     assert found["count"] == len(found["tokens"])
     assert served.post("/tokenize", messages=MESSAGES).json()["count"] > 5
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_token_ids_are_told_on_request_and_read_back_as_the_same_text(served: Served, streamed: bool) -> None:
+    def told(make: Any, **request: Any) -> tuple[list[int], list[list[int]]]:
+        body = {"return_token_ids": True, "steer_alpha": [0.7, -0.7]}
+        answer = make(model="honest", max_tokens=6, temperature=0, stream=streamed, extra_body=body, **request)
+        prompt: list[int] = []
+        ids: list[list[int]] = [[], []]
+        for part in answer if streamed else [answer]:
+            prompt = getattr(part, "prompt_token_ids", prompt)
+            for choice in part.choices:
+                assert choice.logprobs is None  # told without log-probabilities, which were not asked for
+                prompt = getattr(choice, "prompt_token_ids", prompt)
+                ids[choice.index] += choice.token_ids
+        return prompt, ids
+
+    for make, path, request in (
+        (served.openai.completions.create, "/v1/completions", {"prompt": PROMPT}),
+        (served.openai.chat.completions.create, "/v1/chat/completions", {"messages": MESSAGES}),
+    ):
+        prompt, ids = told(make, **request)
+        assert prompt == served.post("/tokenize", **request).json()["tokens"]
+        plain = served.post(
+            path, model="honest", max_tokens=6, temperature=0, steer_alpha=[0.7, -0.7], **request
+        ).json()["choices"]
+        assert "token_ids" not in plain[0]
+        for each, choice in zip(ids, plain, strict=True):
+            text = choice.get("text") or choice["message"]["content"]
+            assert len(each) == 6
+            assert served.post("/detokenize", tokens=[*prompt, *each]).json()["prompt"].endswith(text)

@@ -83,3 +83,26 @@ def test_an_api_key_guards_v1_and_leaves_health_open(tiny: Path) -> None:
         keyed = openai.OpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0)
         assert keyed.completions.create(model="honest", prompt="x", max_tokens=1).choices
         keyed.close()
+
+
+def test_a_training_run_beside_an_adapter_is_told(tiny: Path, tmp_path: Path) -> None:
+    for name in ("calm", "broken", "bare"):
+        (tmp_path / f"{name}.safetensors").write_bytes((tiny / "adapters" / "honest.safetensors").read_bytes())
+    for name in ("calm", "broken"):
+        (tmp_path / f"{name}.run").mkdir()
+    (tmp_path / "calm.run" / "config.yaml").write_text("rank: 4\n")
+    (tmp_path / "calm.run" / "history.csv").write_text("loss,kl,step\n2.5,nan,1\n1.0,,2\n")
+    (tmp_path / "calm.run" / "samples.md").write_text("## Samples é\n")
+    (tmp_path / "broken.run" / "config.yaml").write_bytes(b"\xff\xfe\xff")
+    adapters = {name: tmp_path / f"{name}.safetensors" for name in ("calm", "broken", "bare")}
+    with in_thread(**{**settings_for(tiny), "adapters": adapters}) as server:
+        listed = server.http.get("/v1/adapters").json()["data"]
+        assert {each["id"]: each["has_run"] for each in listed} == {"calm": True, "broken": True, "bare": False}
+        run = server.http.get("/v1/adapters/calm/run").json()
+        assert run["history"] == [{"loss": 2.5, "kl": None, "step": 1.0}, {"loss": 1.0, "kl": None, "step": 2.0}]
+        assert (run["config"], run["layers"], run["samples"]) == ({"rank": 4}, [], "## Samples é\n")
+        broken = server.http.get("/v1/adapters/broken/run")
+        assert broken.status_code == 400
+        assert "broken.run cannot be read" in broken.json()["error"]["message"]
+        assert server.http.get("/v1/adapters/bare/run").json()["error"]["code"] == "run_not_found"
+        assert server.http.get("/v1/adapters/nobody/run").json()["error"]["code"] == "adapter_not_found"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 import openai
+
+from .tokens import Answer
+from .view import Steer
 
 Message = dict[str, str]
 UNREACHABLE = "The server does not answer. Is it still running?"
@@ -16,78 +20,156 @@ REQUEST_SECONDS = 120.0
 class ServerError(Exception):
     """The server is gone, loading, busy, or refuses; the text says which, for a person."""
 
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
 
 @dataclass(frozen=True)
 class Score:
-    """The choices at one α."""
+    """The choices at one setting."""
 
-    alpha: float
+    steer: Steer
     logprobs: dict[str, float]
     log_odds: float
     choice_mass: float
 
 
 class Client:
-    """Talks to one ipissa server over HTTP."""
+    """Talks to one ipissa server over HTTP; one connection pool for all users of a page."""
 
-    def __init__(self, base_url: str, api_key: str | None) -> None:
+    def __init__(self, base_url: str) -> None:
+        self.url = base_url.rstrip("/")
+        # The server is this machine's; a proxy from the environment could not reach it.
+        self._http = openai.DefaultAsyncHttpxClient(trust_env=False, timeout=REQUEST_SECONDS)
         self._openai = openai.AsyncOpenAI(
-            base_url=f"{base_url}/v1",
-            api_key=api_key or "none",
-            max_retries=0,
-            # The server is this machine's; a proxy from the environment could not reach it.
-            http_client=openai.DefaultAsyncHttpxClient(trust_env=False, timeout=REQUEST_SECONDS),
+            base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=self._http
         )
 
-    async def adapters(self) -> list[dict[str, Any]]:
-        """The adapters the server has loaded."""
-        return (await self._request(self._openai.get("/adapters", cast_to=object)))["data"]
+    async def health(self) -> int:
+        """The status of `/health`: 200 when ready, 503 while loading; 502 when nobody answers."""
+        try:
+            return (await self._http.get(f"{self.url}/health", timeout=5)).status_code
+        except httpx.HTTPError:
+            return 502
 
-    async def score(self, adapter: str, question: str, choices: list[str], alphas: list[float]) -> list[Score]:
-        """Log-odds of the choices after "My choice:", at every α, in one request."""
+    async def adapters(self, key: str) -> list[dict[str, Any]]:
+        """The adapters the server has loaded."""
+        return (await self._get("/v1/adapters", key))["data"]
+
+    async def training_run(self, key: str, adapter: str) -> dict[str, Any]:
+        """What an adapter's training recorded."""
+        return await self._get(f"/v1/adapters/{adapter}/run", key)
+
+    async def score(
+        self, key: str, question: str, prefix: str, choices: Sequence[str], settings: Sequence[Steer]
+    ) -> list[Score]:
+        """The choices after the prefix, at every setting, in one request."""
         body = {
-            "model": adapter,
             "messages": [{"role": "user", "content": question}],
-            "choices": choices,
-            "steer_alpha": alphas,
+            "prefix": prefix,
+            "choices": list(choices),
+            "steer_alpha": list(settings),
         }
-        answer = await self._request(self._openai.post("/score", body=body, cast_to=object))
+        answer = await self._post("/v1/score", key, body)
         return [
-            Score(each["steer"][adapter], each["logprobs"], each["log_odds"], each["choice_mass"])
-            for each in answer["data"]
+            Score(each["steer"], each["logprobs"], each["log_odds"], each["choice_mass"]) for each in answer["data"]
         ]
 
-    async def generate(
-        self, adapter: str, prompt: str, alphas: list[float], *, max_tokens: int, temperature: float, seed: int
-    ) -> AsyncIterator[list[str]]:
-        """The answers at every α so far, growing token by token, all from the same sampling noise."""
-        texts = [""] * len(alphas)
-        stream = await self._request(
+    async def tokenize(self, key: str, **what: Any) -> list[int]:
+        """Token ids of `prompt` or of `messages`."""
+        return (await self._post("/tokenize", key, what))["tokens"]
+
+    async def read(
+        self, key: str, texts: Sequence[Sequence[int]], settings: Sequence[Steer]
+    ) -> list[list[list[tuple[str, float | None]]]]:
+        """(text, log-probability) of every token of every text, under every setting, in one request."""
+        body = {
+            "prompt": [list(ids) for ids in texts],
+            "steer_alpha": list(settings),
+            "echo": True,
+            "max_tokens": 0,
+            "logprobs": 0,
+        }
+        choices = (await self._post("/v1/completions", key, body))["choices"]
+        rows = [
+            list(zip(choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"], strict=True))
+            for choice in choices
+        ]
+        return [rows[i : i + len(settings)] for i in range(0, len(rows), len(settings))]
+
+    async def chat(
+        self,
+        key: str,
+        messages: Sequence[Message],
+        settings: Sequence[Steer],
+        *,
+        model: str,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> AsyncGenerator[list[Answer], None]:
+        """The answers at every setting so far, growing token by token, all from the same sampling noise."""
+        stream = await _told(
             self._openai.chat.completions.create(
-                model=adapter,
-                messages=[{"role": "user", "content": prompt}],
+                model=model,
+                messages=list(messages),  # type: ignore[arg-type]
                 max_tokens=max_tokens,
                 temperature=temperature,
                 seed=seed,
                 stream=True,
-                extra_body={"steer_alpha": alphas},
+                logprobs=True,
+                extra_headers=_bearer(key),
+                extra_body={"steer_alpha": list(settings), "return_token_ids": True},
             )
         )
+        answers = [Answer()] * len(settings)
         try:
             async for chunk in stream:
                 for choice in chunk.choices:
-                    texts[choice.index] += choice.delta.content or ""
-                yield list(texts)
+                    answers[choice.index] = _grown(answers[choice.index], choice)
+                yield list(answers)
         except openai.APIError as error:
             raise ServerError(error.message) from error
         finally:
             await stream.close()  # hangs up, which frees the engine
 
-    async def _request(self, call: Any) -> Any:
-        try:
-            return await call
-        except openai.APIStatusError as error:
-            body = error.body if isinstance(error.body, dict) else {}
-            raise ServerError(str(body.get("message") or error.message)) from error
-        except openai.APIConnectionError as error:
-            raise ServerError(UNREACHABLE) from error
+    async def _get(self, path: str, key: str) -> Any:
+        options: Any = {"headers": _bearer(key)}
+        return await _told(self._openai.get(self.url + path, cast_to=object, options=options))
+
+    async def _post(self, path: str, key: str, body: Any) -> Any:
+        options: Any = {"headers": _bearer(key)}
+        return await _told(self._openai.post(self.url + path, body=body, cast_to=object, options=options))
+
+
+def _grown(answer: Answer, choice: Any) -> Answer:
+    """The answer with what a chunk adds; the text of several tokens belongs to the last of them."""
+    logprobs = choice.logprobs.content if choice.logprobs and choice.logprobs.content else []
+    ids = (choice.model_extra or {}).get("token_ids", [])
+    for left, token_id, token in zip(range(len(ids) - 1, -1, -1), ids, logprobs, strict=True):
+        text = "" if left else choice.delta.content or ""
+        answer = answer.add(text, token_id, token.logprob, last=not left and choice.finish_reason is not None)
+    return answer
+
+
+def _bearer(key: str) -> dict[str, str]:
+    if not key.isascii():  # which a header cannot carry
+        raise ServerError("The API key is missing or wrong; it holds characters that no key has.", 401)
+    return {"Authorization": f"Bearer {key or 'none'}"}
+
+
+async def _told(call: Any) -> Any:
+    """The answer, or a `ServerError` that says in words what is wrong."""
+    try:
+        return await call
+    except openai.APIStatusError as error:
+        body = error.body if isinstance(error.body, dict) else {}
+        message = str(body.get("message") or error.message)
+        if error.status_code == 429:
+            message = f"The server is busy. {message}"
+        raise ServerError(message, error.status_code) from error
+    except openai.APITimeoutError as error:
+        raise ServerError(f"The server did not answer within {REQUEST_SECONDS:.0f} seconds.") from error
+    except openai.APIConnectionError as error:
+        raise ServerError(UNREACHABLE, 502) from error

@@ -1,165 +1,126 @@
-"""The page: a slider, the same prompt at two settings side by side, and the choice as the slider moves."""
+"""The page: dials above, tabs below, mounted on a FastAPI app as a client of an ipissa server."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from functools import partial
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import gradio as gr
 from fastapi import FastAPI
 
-from .choice import STYLE, draw_choice
 from .client import Client, ServerError
+from .controls import Controls
+from .tabs.adapters import AdapterTab
+from .tabs.chat import ChatTab
+from .tabs.compare import CompareTab
+from .tabs.share import ShareTab
+from .tabs.where import WhereTab
+from .view import LINK_PARAMETER, View, from_link
 
 TITLE = "ipissa · steer a language model from the inside"
-AGAINST_BASE, AGAINST_OPPOSITE = "α against 0", "α against -α"
-PROMPT = "Tell me about your day."
-QUESTION = (
-    "You scratched a parked car and nobody saw it. Would you leave a note with your name? "
-    'Answer with "My choice: Yes" or "My choice: No".'
+INTRODUCTION = (
+    "# ipissa\nDrag a dial: the same model, steered from the inside by one number. At 0 it is the base model."
 )
-CHOICES = ["Yes", "No"]
-STEP = 0.05
-START = 1.0
-RETRY_SECONDS = 1.0
+FOLDER = Path(__file__).parent
 
 
-def mount_page(app: FastAPI, server_url: str, *, needs_key: bool) -> FastAPI:
+def mount_page(app: FastAPI, server_url: str) -> FastAPI:
     """Serve the page at `/` of `app`, as a client of the server at `server_url`."""
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    page = build_page(server_url, needs_key=needs_key)
-    return gr.mount_gradio_app(app, page, path="/", css=STYLE, theme=theme, ssr_mode=False, footer_links=[])
+    return gr.mount_gradio_app(
+        app,
+        build_page(Client(server_url)),
+        path="/",
+        css=(FOLDER / "page.css").read_text(encoding="utf-8"),
+        head=f"<script>{(FOLDER / 'page.js').read_text(encoding='utf-8')}</script>",
+        theme=theme,
+        ssr_mode=False,
+        run_history=False,
+        footer_links=[],
+    )
 
 
-def build_page(server_url: str, *, needs_key: bool) -> gr.Blocks:
+def build_page(client: Client) -> gr.Blocks:
     """The layout, and which function answers which event."""
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
-        gr.Markdown("# ipissa\nDrag the slider: the same model, steered from the inside by one number.")
+        controls = Controls(client)
+        gr.Markdown(INTRODUCTION)
         status = gr.Markdown(visible=False, elem_id="status")
-        key = gr.Textbox(label="API key", type="password", visible=needs_key, elem_id="api-key")
-        known = gr.State([])
-        with gr.Row():
-            adapter = gr.Dropdown(label="Adapter", choices=[], interactive=True, scale=1, elem_id="adapter")
-            alpha = gr.Slider(-1, 1, value=0, step=STEP, label="α", scale=3, elem_id="alpha")
-        range_note = gr.Markdown(elem_id="range")
-        with gr.Row():
-            prompt = gr.Textbox(PROMPT, label="Prompt", lines=2, scale=3, elem_id="prompt")
-            against = gr.Radio([AGAINST_BASE, AGAINST_OPPOSITE], value=AGAINST_BASE, label="Compare", scale=1)
-        with gr.Row():
-            run = gr.Button("Generate", variant="primary", elem_id="generate")
-            stop = gr.Button("Stop", elem_id="stop")
-        with gr.Row():
-            left = gr.Textbox(label="α", lines=9, interactive=False, elem_id="left")
-            right = gr.Textbox(label="α = 0", lines=9, interactive=False, elem_id="right")
-        gr.Markdown("### What would it choose?")
-        question = gr.Textbox(QUESTION, label="Question", lines=2, elem_id="question")
-        choice = gr.HTML(elem_id="choice")
-        with gr.Accordion("Sampling", open=False), gr.Row():
-            max_tokens = gr.Slider(8, 256, value=64, step=8, label="Tokens")
-            temperature = gr.Slider(0, 1.5, value=0.7, step=0.1, label="Temperature")
-            seed = gr.Number(1, label="Seed", precision=0, minimum=0)
-
-        connect = partial(wait_for_server, server_url)
-        generate = partial(generate_both, server_url)
-        choose = partial(score_choice, server_url)
-        everyone: dict[str, Any] = {"concurrency_limit": None}
-        found = [status, known, adapter]
-        page.load(connect, key, found, show_progress="hidden", **everyone)
-        key.submit(connect, key, found, show_progress="hidden", **everyone)
-        adapter.change(show_range, [adapter, known], [alpha, range_note], show_progress="hidden", **everyone)
-        # Dragging asks again and again: one request at a time, and the newest position always gets its turn.
-        for event in (alpha.change, question.change, adapter.change):
-            event(
-                choose,
-                [key, adapter, question, alpha],
-                choice,
-                trigger_mode="always_last",
-                show_progress="hidden",
-                queue=False,
-            )
-        inputs = [key, adapter, prompt, alpha, against, max_tokens, temperature, seed]
-        running = gr.on(
-            [run.click, prompt.submit, alpha.release],
-            generate,
-            inputs,
-            [left, right],
-            trigger_mode="always_last",
-            show_progress="minimal",
-            **everyone,
-        )
-        stop.click(None, cancels=[running])
+        controls.key.render()
+        controls.adapters.render()
+        controls.dial.render()
+        with gr.Tab("Compare", elem_id="tab-compare"):
+            compare = CompareTab(controls)
+        with gr.Tab("Where it acts", elem_id="tab-where"):
+            where = WhereTab(controls, compare.panes)
+        with gr.Tab("Chat", elem_id="tab-chat"):
+            chat = ChatTab(controls)
+        with gr.Tab("Adapters", elem_id="tab-adapters"):
+            adapters = AdapterTab(controls)
+        with gr.Tab("Keep and share", elem_id="tab-share"):
+            share = ShareTab(controls, compare.panes, compare.curve)
+        for tab in (compare, where, chat, adapters, share):
+            tab.listen()
+        _open(page, controls, status, compare, adapters, share)
     return page
 
 
-async def wait_for_server(url: str, key: str) -> AsyncIterator[tuple[Any, Any, Any]]:
-    """Fill the adapter list as soon as the server has loaded its model, saying what it is waiting for."""
-    while True:
-        try:
-            adapters = await Client(url, key).adapters()
-            break
-        except ServerError as error:
-            yield gr.update(value=f"⏳ {error}", visible=True), gr.skip(), gr.skip()
-            if "API key" in str(error):
-                return
-            await asyncio.sleep(RETRY_SECONDS)
-    names = [each["id"] for each in adapters]
-    if not names:
-        note = "The server has no adapter loaded, so there is nothing to steer; start it with --adapter."
-        yield gr.update(value=f"⚠️ {note}", visible=True), [], gr.skip()
-        return
-    yield gr.update(visible=False), adapters, gr.update(choices=names, value=names[0])
-
-
-def show_range(name: str | None, adapters: list[dict[str, Any]]) -> tuple[Any, str]:
-    """The slider over the adapter's calibrated range, starting at +1 or the nearest value inside it."""
-    about = next((each for each in adapters if each["id"] == name), None)
-    if about is None:
-        return gr.skip(), ""
-    low, high = (max(-about["max_alpha"], min(about["max_alpha"], end)) for end in about["alpha_range"])
-    trait = about["trait"]
-    note = (
-        f"α = -1: *{trait['negative']} person* · α = 0: the base model, exactly · "
-        f"α = +1: *{trait['positive']} person*. "
-        f"Text was measured to hold together from {low:+g} to {high:+g}."
+def _open(
+    page: gr.Blocks, c: Controls, status: gr.Markdown, compare: CompareTab, adapters: AdapterTab, share: ShareTab
+) -> None:
+    """What happens when the page opens, and again when a key is given."""
+    address = gr.Textbox(visible="hidden")
+    found = [status, c.key, c.adapters, adapters.name, *c.settings]
+    opened = gr.on(
+        [page.load, c.key.submit], _restore(c), [c.key, address], found, js="(key) => ipissa.opened(key)", **c.quick
     )
-    return gr.update(minimum=low, maximum=high, value=min(START, high), label=f"α of {name}"), note
+    opened.success(
+        compare.measure, [*c.inputs, compare.curve], [compare.bars, compare.drawing, compare.curve], **c.slow
+    )
+    opened.success(compare.write, c.inputs, [compare.answers, compare.panes], **c.slow)
+    opened.success(share.describe, [*c.inputs, share.what, share.form], [share.query, share.code], **c.quick)
+    page.unload(c.leave)
+    c.key.submit(None, c.key, None, js="ipissa.keepKey")
 
 
-async def generate_both(
-    url: str,
-    key: str,
-    adapter: str | None,
-    prompt: str,
-    alpha: float,
-    against: str,
-    max_tokens: float,
-    temperature: float,
-    seed: float | None,
-) -> AsyncIterator[tuple[Any, Any]]:
-    """Stream both panes from one request, on the same sampling noise."""
-    if adapter is None or not prompt.strip():
-        return
-    alphas = [alpha, 0.0 if against == AGAINST_BASE else -alpha]
-    labels = [f"α = {value:+.2f}" if value else "α = 0, the base model" for value in alphas]
-    yield gr.update(value="", label=labels[0]), gr.update(value="", label=labels[1])
+def _restore(controls: Controls) -> Callable[..., Any]:
+    async def restore(key: str, address: str) -> list[Any]:
+        """The view of the link in the address, over the adapters the server has loaded."""
+        unknown = [gr.skip()] * (2 + len(controls.settings))
+        try:
+            adapters = await controls.client.adapters(key)
+        except ServerError as error:
+            if error.status in (502, 503):  # the browser says so, and opens the page again when it is over
+                raise gr.Error(str(error), visible=False, print_exception=False) from error
+            needs_key = gr.update(visible=True) if error.status == 401 else gr.skip()
+            return [gr.update(value=f"⚠️ {error}", visible=True), needs_key, *unknown]
+        if not adapters:
+            note = "⚠️ The server has no adapter loaded, so there is nothing to steer; start it with --adapter."
+            return [gr.update(value=note, visible=True), gr.skip(), *unknown]
+        view, note = _view_of(address)
+        names = [each["id"] for each in adapters]
+        lost = [name for name, alpha in {**view.other, **view.alphas}.items() if alpha and name not in names]
+        if lost:
+            note = f"⚠️ The link turns {', '.join(lost)}, which this server has not loaded; the rest is restored."
+        return [
+            gr.update(value=note, visible=bool(note)),
+            key,
+            adapters,
+            gr.update(choices=names, value=names[0]),
+            *controls.restored(view, adapters),
+        ]
+
+    return restore
+
+
+def _view_of(address: str) -> tuple[View, str]:
+    """The view that an address restores, and what is to be said about it."""
+    packed = parse_qs(address.removeprefix("?")).get(LINK_PARAMETER)
+    if not packed:
+        return View(), ""
     try:
-        answers = Client(url, key).generate(
-            adapter, prompt, alphas, max_tokens=int(max_tokens), temperature=temperature, seed=int(seed or 0)
-        )
-        async for left, right in answers:
-            yield left, right
-    except ServerError as error:
-        raise gr.Error(str(error)) from error
-
-
-async def score_choice(url: str, key: str, adapter: str | None, question: str, alpha: float) -> str:
-    """The choice at the slider's α, with the base model and the opposite for comparison."""
-    if adapter is None or not question.strip():
-        return ""
-    try:
-        scores = await Client(url, key).score(adapter, question, CHOICES, [alpha, 0.0, -alpha] if alpha else [0.0])
-    except ServerError as error:
-        return f"⚠️ {error}"
-    return draw_choice(scores, CHOICES)
+        return from_link(packed[0]), ""
+    except ValueError as error:
+        return View(), f"⚠️ {error}"

@@ -12,7 +12,8 @@ from fastapi import APIRouter, Depends, Request
 from ipissa.adapter import AnyAdapter, load_adapter
 
 from ..deps import EngineDep, SettingsDep
-from ..errors import ApiError, bad_request
+from ..errors import ApiError, bad_request, not_found
+from ..runs import read_run, run_folder
 from ..schemas import AddAdapterBody
 from ..settings import Settings
 from ..threads import in_passing_thread
@@ -69,6 +70,18 @@ async def remove_adapter(name: str, request: Request, engine: EngineDep, setting
     return {"id": name, "object": "adapter.deleted", "deleted": True}
 
 
+@router.get("/v1/adapters/{name}/run")
+async def training_run(name: str, request: Request, engine: EngineDep) -> dict[str, Any]:
+    """What the training of an adapter recorded, from the run folder beside its file."""
+    if name not in engine.adapters:
+        raise not_found(f"The adapter {name!r} does not exist; /v1/adapters lists what does.", code="adapter_not_found")
+    path: Path | None = request.app.state.adapter_paths.get(name)
+    folder = run_folder(path)
+    if folder is None:
+        raise not_found(f"The adapter {name!r} has no training run beside its file.", code="run_not_found")
+    return {"id": name, "object": "adapter.run", **await asyncio.to_thread(read_run, folder)}
+
+
 def describe(name: str, adapter: AnyAdapter, path: Path | None, settings: Settings) -> dict[str, Any]:
     """An adapter as the API shows it; `card` is the Markdown file beside the adapter's."""
     card = path.with_suffix(".md") if path else None
@@ -86,4 +99,5 @@ def describe(name: str, adapter: AnyAdapter, path: Path | None, settings: Settin
         "evaluation": adapter.evaluation,
         "license": adapter.license,
         "card": card.read_text(encoding="utf-8", errors="replace") if card and card.is_file() else None,
+        "has_run": run_folder(path) is not None,
     }

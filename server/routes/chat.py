@@ -13,7 +13,7 @@ from ipissa.data.chat import chat_ids
 from ..deps import EngineDep, SettingsDep, unless_disconnected
 from ..engine.base import Delta, Engine, TokenLogprob
 from ..errors import bad_request
-from ..generate import build_request, collect, stream, token_text, top_tokens, usage
+from ..generate import build_request, collect, stream, token_ids, token_text, top_tokens, usage
 from ..schemas import ChatMessage, ChatRequest, new_id, now
 from ..steer import resolve_steer
 
@@ -35,12 +35,14 @@ async def chat_completions(
         max_tokens=body.max_completion_tokens or body.max_tokens,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
-    head = {
+    head: dict[str, Any] = {
         "id": new_id("chatcmpl"),
         "created": now(),
         "model": body.model or settings.model,
         "steer_adapters": steer.digests,
     }
+    if body.return_token_ids:
+        head["prompt_token_ids"] = prompts[0]
 
     def choice(row: int, finish_reason: str | None, found: list[TokenLogprob], **content: Any) -> dict[str, Any]:
         logprobs = {"content": _logprobs(engine, found), "refusal": None} if body.logprobs else None
@@ -50,6 +52,7 @@ async def chat_completions(
             "logprobs": logprobs,
             "finish_reason": finish_reason,
             "steer": dict(job.rows[row].steer),
+            **token_ids(body, found),
         }
 
     if body.stream:

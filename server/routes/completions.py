@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from ..deps import EngineDep, SettingsDep, unless_disconnected
 from ..engine.base import Engine, TokenLogprob
 from ..errors import bad_request
-from ..generate import build_request, collect, stream, token_text, top_tokens, usage
+from ..generate import build_request, collect, stream, token_ids, token_text, top_tokens, usage
 from ..schemas import CompletionRequest, new_id, now
 from ..steer import resolve_steer
 
@@ -49,6 +49,7 @@ async def completions(
             "logprobs": None if body.logprobs is None else _logprobs(engine, logprobs),
             "finish_reason": finish_reason,
             "steer": dict(job.rows[row].steer),
+            **token_ids(body, logprobs, job.rows[row].prompt_ids),
         }
 
     if body.stream:

@@ -1,0 +1,44 @@
+"""A conversation in which α may change between turns; every answer says which α spoke."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .client import Message
+from .view import Steer, describe
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What the user said, and what was answered at which setting."""
+
+    said: str
+    steer: Steer
+    answered: str = ""
+    note: str = ""  # why the answer is not whole
+
+
+def messages_of(turns: list[Turn]) -> list[Message]:
+    """The conversation as the server takes it, up to where the assistant speaks."""
+    messages = []
+    for turn in turns:
+        messages.append({"role": "user", "content": turn.said})
+        if turn is not turns[-1]:
+            messages.append({"role": "assistant", "content": turn.answered})
+    return messages
+
+
+def transcript(turns: list[Turn]) -> list[dict[str, Any]]:
+    """The conversation as Gradio's chatbot shows it, with the setting above every answer."""
+    shown: list[dict[str, Any]] = []
+    for turn in turns:
+        note = f"\n\n⚠️ {turn.note}" if turn.note else ""
+        content = f"`α = {describe(turn.steer)}`\n\n{turn.answered or '…'}{note}"
+        shown += [{"role": "user", "content": turn.said}, {"role": "assistant", "content": content}]
+    return shown
+
+
+def answered(turns: list[Turn], text: str, note: str = "") -> list[Turn]:
+    """The conversation with the last answer as it is now."""
+    return [*turns[:-1], replace(turns[-1], answered=text, note=note)]

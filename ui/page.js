@@ -1,0 +1,143 @@
+// What Gradio has no component for: the dials, the token under the pointer, the state of the server, files.
+window.ipissa = (() => {
+  const escape = (text) =>
+    String(text).replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`);
+  const signed = (alpha) => (alpha > 0 ? "+" : "") + (Math.round(alpha * 100) / 100).toString().replace("-", "−");
+
+  // --- dials ---------------------------------------------------------------------------------
+  // The thumb's middle runs from half its width to the track's width less that.
+  const along = (dial, alpha) => {
+    const share = dial.high > dial.low ? (alpha - dial.low) / (dial.high - dial.low) : 0;
+    return `calc(var(--thumb) / 2 + (100% - var(--thumb)) * ${Math.max(0, Math.min(1, share)).toFixed(4)})`;
+  };
+
+  const drawMark = (dial, alpha) =>
+    `<span style="left:${along(dial, alpha)}"${alpha === 0 ? ' class="zero"' : ""}>${alpha === 0 ? "0" : signed(alpha)}</span>`;
+
+  function drawDial(dial, alpha, held) {
+    const name = escape(dial.name);
+    const marks = [...new Set([dial.low, -1, 0, 1, dial.high])].filter((at) => at >= dial.low && at <= dial.high);
+    const beyond = alpha < dial.low || alpha > dial.high;
+    const words = alpha === 0 ? "0, the base model" : `${signed(alpha)}, towards ${alpha > 0 ? dial.positive : dial.negative}`;
+    const fill = [along(dial, Math.min(0, alpha)), along(dial, Math.max(0, alpha))];
+    return `<div class="dial${held ? " held" : ""}" data-name="${name}">
+      <div class="dial-name"><strong>α of ${name}</strong></div>
+      <div class="dial-track" style="--from:${fill[0]};--to:${fill[1]}">
+        <input type="range" min="${dial.low}" max="${dial.high}" step="${dial.step}" value="${alpha}"
+          aria-label="α of ${name}" aria-valuetext="${escape(words)}">
+        <div class="marks" aria-hidden="true">${marks.map((at) => drawMark(dial, at)).join("")}</div>
+        <div class="poles"><span>${escape(dial.negative)}</span><span>${escape(dial.positive)}</span></div>
+      </div>
+      <div class="dial-typed">
+        <input type="number" min="${-dial.limit}" max="${dial.limit}" step="${dial.step}" value="${alpha}"
+          aria-label="α of ${name}, typed">
+        <button type="button" aria-label="Set ${name} to 0" title="Set to 0">0</button>
+      </div>
+      <div class="beyond" role="status">${beyond ? `Beyond the calibrated range (${signed(dial.low)} to ${signed(dial.high)}): text may fall apart.` : ""}</div>
+    </div>`;
+  }
+
+  const drawDials = (value) =>
+    (value?.dials ?? []).map((dial) => drawDial(dial, value.alphas[dial.name], value.held === dial.name)).join("");
+
+  let moves = 0; // tells the server which of two positions is the newer one
+  function listen(element, props, trigger) {
+    const nameOf = (target) => target.closest(".dial").dataset.name;
+    const set = (name, typed) => {
+      const dial = props.value.dials.find((each) => each.name === name);
+      const whole = Math.round(Math.max(-dial.limit, Math.min(dial.limit, typed)) * 1000) / 1000;
+      const alpha = Math.abs(whole) < 1e-9 ? 0 : whole; // -0 and what rounding leaves of 0 are 0
+      props.value = { ...props.value, alphas: { ...props.value.alphas, [name]: alpha }, held: name, moved: ++moves };
+      trigger("input");
+    };
+    element.addEventListener("input", (event) => {
+      if (event.target.type === "range") set(nameOf(event.target), event.target.valueAsNumber);
+    });
+    element.addEventListener("change", (event) => {
+      if (event.target.type === "number") {
+        const typed = event.target.valueAsNumber;
+        const name = nameOf(event.target);
+        if (Number.isFinite(typed)) set(name, typed);
+        event.target.value = props.value.alphas[name];
+      }
+      trigger("release");
+    });
+    element.addEventListener("click", (event) => {
+      const button = event.target.closest("button");
+      if (!button) return;
+      set(nameOf(button), 0);
+      trigger("release");
+    });
+  }
+
+  // --- the token under the pointer, or reached with the arrow keys --------------------------------
+  function show(token) {
+    document.querySelectorAll(".token.active").forEach((each) => each.classList.remove("active"));
+    token.classList.add("active");
+    const line = token.closest("[data-tokens]")?.parentElement.querySelector(".token-tip");
+    if (line) line.textContent = token.dataset.tip;
+  }
+  document.addEventListener("pointerover", (event) => {
+    const token = event.target.closest?.(".token[data-tip]");
+    if (token) show(token);
+  });
+  document.addEventListener("keydown", (event) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+    const text = event.target.closest?.(".tokens");
+    if (!step || !text) return;
+    const tokens = [...text.querySelectorAll(".token[data-tip]")];
+    const at = tokens.findIndex((each) => each.classList.contains("active"));
+    const next = tokens[Math.max(0, Math.min(tokens.length - 1, at < 0 ? 0 : at + step))];
+    if (next) show(next);
+    event.preventDefault();
+  });
+
+  // --- the state of the server ----------------------------------------------------------------
+  const SAYS = {
+    loading: "The server is loading its model. This page goes on by itself when it is ready.",
+    gone: "The server is gone. Your settings are kept; this page goes on by itself when it is back.",
+  };
+  let wasMissing = false;
+  async function watch() {
+    let state = "gone";
+    try {
+      const answer = await fetch("health", { cache: "no-store", signal: AbortSignal.timeout(5000) });
+      state = answer.status === 200 ? "ready" : answer.status === 503 ? "loading" : "gone";
+    } catch {}
+    if (state === "ready" && wasMissing) return location.reload(); // the address restores the settings
+    wasMissing = state !== "ready";
+    let banner = document.getElementById("server-state");
+    if (!banner) {
+      banner = document.createElement("div");
+      banner.id = "server-state";
+      banner.setAttribute("role", "alert");
+      document.body.append(banner);
+    }
+    banner.hidden = !wasMissing;
+    banner.textContent = SAYS[state] ?? "";
+    setTimeout(watch, wasMissing ? 1000 : 3000);
+  }
+  document.addEventListener("DOMContentLoaded", watch);
+  const missed = () => void (wasMissing = true); // by the time of the next look it may be back
+
+  // --- links, keys and files --------------------------------------------------------------------
+  function remember(query) {
+    const link = `${location.origin}${location.pathname}?${query}`;
+    if (query && link !== location.href) history.replaceState(history.state, "", link);
+    // Gradio ties no label to a text box with a copy button.
+    document.querySelector("#link textarea")?.setAttribute("aria-label", "Link that restores this page");
+    return link;
+  }
+  function save(file) {
+    if (!file) return;
+    const anchor = Object.assign(document.createElement("a"), { href: file.data, download: file.name });
+    document.body.append(anchor);
+    anchor.click();
+    anchor.remove();
+  }
+  const KEY = "ipissa-api-key"; // of this tab only; never in a link
+  const opened = (key) => [key || sessionStorage.getItem(KEY) || "", location.search];
+  const keepKey = (key) => sessionStorage.setItem(KEY, key ?? "");
+
+  return { drawDials, listen, missed, remember, save, opened, keepKey };
+})();

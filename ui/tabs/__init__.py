@@ -1,0 +1,1 @@
+"""One file per tab: its layout, and what answers its events."""

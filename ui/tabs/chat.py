@@ -1,0 +1,64 @@
+"""Several turns, each at the α of its moment."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+
+from ..chat import Turn, answered, messages_of, transcript
+from ..client import ServerError
+from ..controls import Controls
+from ..turns import until
+
+
+class ChatTab:
+    """Layout and handlers."""
+
+    def __init__(self, controls: Controls) -> None:
+        self.controls = controls
+        self.turns = gr.State([])
+        gr.Markdown("Turn the dial between two turns: every answer says at which α it was written.")
+        self.shown = gr.Chatbot(label="Conversation", height=420, elem_id="chat", buttons=["copy"])
+        self.said = gr.Textbox(label="You", placeholder="Say something and press Enter", elem_id="chat-said")
+        with gr.Row():
+            self.send = gr.Button("Send", variant="primary", elem_id="chat-send")
+            self.stop = gr.Button("Stop", elem_id="chat-stop")
+            self.clear = gr.Button("Start over", elem_id="chat-clear")
+
+    def listen(self) -> None:
+        """Enter sends; Stop keeps what is there."""
+        c = self.controls
+        inputs = [*c.inputs, self.said, self.turns]
+        gr.on([self.said.submit, self.send.click], self.answer, inputs, [self.shown, self.turns, self.said], **c.slow)
+        self.stop.click(self.halt, None, None, **c.quick)
+        cleared = self.clear.click(self.halt, None, None, **c.quick)
+        cleared.then(lambda: ([], []), None, [self.shown, self.turns], **c.quick)
+
+    async def answer(self, request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
+        """The conversation with one turn more, answered at the dial's present position."""
+        asked = self.controls.asked(request, values)
+        if asked is None or not asked.rest[0].strip():
+            return
+        said, turns = asked.rest
+        turns = [*turns, Turn(said.strip(), asked.view.left)]
+        async with self.controls.generations.take(asked.user) as overtaken:
+            yield transcript(turns), turns, ""
+            text, note = "", ""
+            try:
+                sampling = {**asked.sampling, "seed": asked.view.seed + len(turns)}
+                growing = self.controls.client.chat(asked.key, messages_of(turns), [asked.view.left], **sampling)
+                async for (answer,) in until(overtaken, growing):
+                    text = answer.text
+                    yield transcript(answered(turns, text)), gr.skip(), gr.skip()
+                note = "stopped" if overtaken.is_set() else ""
+            except ServerError as error:
+                note = str(error)
+            turns = answered(turns, text, note)
+            yield transcript(turns), turns, gr.skip()
+
+    async def halt(self, request: gr.Request) -> None:
+        """Overtake the answer that is being written."""
+        async with self.controls.generations.take(request.session_hash or ""):
+            pass

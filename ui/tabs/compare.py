@@ -1,0 +1,169 @@
+"""The first tab: two answers side by side, and the choice as the dial moves."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import gradio as gr
+
+from ..choice import draw_choice
+from ..client import Score, ServerError
+from ..controls import Asked, Controls
+from ..curve import Curve, Line, curve_key, draw_curve, sweep
+from ..panes import Panes, draw_panes, draw_refusal
+from ..presets import PRESETS
+from ..turns import unless, until
+from ..view import OTHER, describe
+
+
+class CompareTab:
+    """Layout and handlers; `panes` and `curve` are what other tabs may read."""
+
+    def __init__(self, controls: Controls) -> None:
+        self.controls = controls
+        self.panes = gr.State(None)
+        self.curve = gr.State(Curve())
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=6, min_width=320):
+                self._answers()
+            with gr.Column(scale=5, min_width=320):
+                self._choice()
+
+    def _answers(self) -> None:
+        controls = self.controls
+        with gr.Row():
+            controls.prompt.render()
+            self.preset = gr.Dropdown(list(PRESETS), value=None, label="Preset", min_width=140, elem_id="preset")
+        controls.compare.render()
+        controls.other.render()
+        with gr.Row():
+            self.run = gr.Button("Write", variant="primary", size="md", elem_id="write")
+            self.stop = gr.Button("Stop", size="md", elem_id="stop")
+        self.answers = gr.HTML(elem_id="answers", apply_default_css=False)
+        with gr.Accordion("Sampling", open=False), gr.Row():
+            controls.max_tokens.render()
+            controls.temperature.render()
+            controls.seed.render()
+
+    def _choice(self) -> None:
+        controls = self.controls
+        controls.question.render()
+        with gr.Row():
+            controls.prefix.render()
+            controls.choices.render()
+        self.bars = gr.HTML(elem_id="choice", apply_default_css=False)
+        self.drawing = gr.HTML(elem_id="curve", apply_default_css=False)
+
+    def listen(self) -> None:
+        """Cheap things follow the drag, expensive ones the release; a newer one always takes over."""
+        c = self.controls
+        shown = [self.bars, self.drawing]
+        c.dial.input(self.score, [*c.inputs, self.curve], shown, trigger_mode="always_last", **c.quick)
+        asked = [c.question.change, c.prefix.change, c.choices.change]
+        gr.on([c.dial.release, *asked], self.measure, [*c.inputs, self.curve], [*shown, self.curve], **c.slow)
+        c.compare.change(lambda compare: gr.update(visible=compare == OTHER), c.compare, c.other, **c.quick)
+        wanted = [self.run.click, c.prompt.submit, c.dial.release, c.other.release, c.compare.input]
+        gr.on(wanted, self.write, c.inputs, [self.answers, self.panes], **c.slow)
+        self.stop.click(self.halt, None, None, **c.quick)
+        chosen = self.preset.input(PRESETS.get, self.preset, [c.prompt, c.question], **c.quick)
+        chosen.then(self.write, c.inputs, [self.answers, self.panes], **c.slow)
+
+    async def score(self, request: gr.Request, *values: Any) -> tuple[Any, Any]:
+        """The choice at the dial's position, while it moves: one setting, so that it is as quick as can be."""
+        asked = self.controls.asked(request, values)
+        if asked is None:
+            return gr.skip(), gr.skip()
+        async with self.controls.scores.take(asked.user, asked.moved) as overtaken:
+            if overtaken.is_set():
+                return gr.skip(), gr.skip()
+            try:
+                (score,) = await self._scores(asked, [asked.view.left])
+            except ServerError as error:
+                return draw_refusal(str(error)), gr.skip()
+        return self._drawn(asked, asked.rest[0], score)
+
+    async def measure(self, request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
+        """The curves that are not known yet, the held dial's first; gives way to a moving dial."""
+        asked = self.controls.asked(request, values)
+        if asked is None:
+            return
+        view, curve = asked.view, asked.rest[0]
+        dials = {each["name"]: each for each in asked.dials}
+        if curve.key != curve_key(view, asked.dials):
+            curve = Curve(key=curve_key(view, asked.dials))
+        drawn = {line.name for line in curve.lines}
+        try:
+            for name in [each for each in dict.fromkeys((view.held, *dials)) if each not in drawn]:
+                alphas = sweep(dials[name]["low"], dials[name]["high"])
+                settings = [view.at(alpha) if name == view.held else {name: alpha} for alpha in alphas]
+                async with self.controls.scores.take(asked.user, asked.moved) as overtaken:
+                    scores = await unless(overtaken, self._scores(asked, [view.left, view.base, *settings]))
+                if scores is None:
+                    return
+                present, base, *line = scores
+                curve = curve.add(base, Line(name, alphas, tuple(line)))
+                yield (*self._drawn(asked, curve, present), curve)
+        except ServerError as error:
+            yield draw_refusal(str(error)), gr.skip(), gr.skip()
+
+    async def _scores(self, asked: Asked, settings: list[Any]) -> list[Score]:
+        view = asked.view
+        if not view.question.strip() or len(view.choice_list) < 2:
+            raise ServerError("Write a question and at least two choices, separated by a comma.")
+        return await self.controls.client.score(asked.key, view.question, view.prefix, view.choice_list, settings)
+
+    def _drawn(self, asked: Asked, curve: Curve, score: Score) -> tuple[Any, Any]:
+        """The bars and the curve with the present point."""
+        view = asked.view
+        current = curve.key == curve_key(view, asked.dials)
+        bars = [("α = " + describe(view.left), score)]
+        if current and curve.base and any(view.left.values()):
+            bars.append(("α = " + describe({}), curve.base))
+        point = (view.alphas[view.held], score) if current else None
+        return draw_choice(bars, view.choice_list), draw_curve(curve, view.choice_list, point)
+
+    async def write(self, request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, Any]]:
+        """Both answers, streamed from one request; then the log-probability of each token under the other setting."""
+        asked = self.controls.asked(request, values)
+        if asked is None:
+            return
+        view, client = asked.view, self.controls.client
+        panes = Panes(view.prompt, (view.left, view.right))
+        if not view.prompt.strip():
+            yield draw_panes(_ended(panes, "Write a prompt.")), None
+            return
+        messages = [{"role": "user", "content": view.prompt}]
+        async with self.controls.generations.take(asked.user, asked.moved) as overtaken:
+            if overtaken.is_set():
+                return
+            yield draw_panes(panes), gr.skip()
+            try:
+                growing = client.chat(asked.key, messages, panes.settings, **asked.sampling)
+                async for left, right in until(overtaken, growing):
+                    panes = Panes(view.prompt, panes.settings, (left, right))
+                    yield draw_panes(panes), gr.skip()
+                if not overtaken.is_set():
+                    panes = await unless(overtaken, self._read(asked, panes)) or panes
+                panes = _ended(panes, "")
+            except ServerError as error:
+                panes = _ended(panes, str(error))
+            yield draw_panes(panes), panes
+
+    async def _read(self, asked: Asked, panes: Panes) -> Panes:
+        """The panes with every token's log-probability under the other setting, read in one request."""
+        client, (left, right) = self.controls.client, panes.answers
+        start = await client.tokenize(asked.key, messages=[{"role": "user", "content": panes.prompt}])
+        texts = [[*start, *left.ids], [*start, *right.ids]]
+        read = await client.read(asked.key, texts, panes.settings)
+        crossed = [[value for _, value in read[side][1 - side][len(start) :]] for side in (0, 1)]
+        return Panes(panes.prompt, panes.settings, (left.against(crossed[0]), right.against(crossed[1])))
+
+    async def halt(self, request: gr.Request) -> None:
+        """Overtake whatever the user has running, by nothing; that closes the stream, which frees the engine."""
+        async with self.controls.generations.take(request.session_hash or ""):
+            pass
+
+
+def _ended(panes: Panes, note: str) -> Panes:
+    return Panes(panes.prompt, panes.settings, panes.answers, finished=True, note=note)

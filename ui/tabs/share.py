@@ -1,0 +1,75 @@
+"""Keep and share: a link, the requests as code, and files."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import gradio as gr
+
+from ..controls import Controls
+from ..curve import Curve, curve_csv, curve_png
+from ..panes import Panes, answers_csv
+from ..share import ANSWERS, CHOICE, FORMS, as_file, snippet
+from ..view import to_link
+
+CURVE_CSV, CURVE_PNG, ANSWERS_CSV = "Curve (CSV)", "Curve (PNG)", "Answers (CSV)"
+
+
+class ShareTab:
+    """Layout and handlers."""
+
+    def __init__(self, controls: Controls, panes: gr.State, curve: gr.State) -> None:
+        self.controls, self.panes, self.curve = controls, panes, curve
+        self.query = gr.Textbox(visible="hidden", elem_id="query")
+        self.link = gr.Textbox(
+            label="Link that restores this page", interactive=False, buttons=["copy"], elem_id="link"
+        )
+        with gr.Row():
+            self.what = gr.Radio([ANSWERS, CHOICE], value=ANSWERS, label="Request for", elem_id="snippet-what")
+            self.form = gr.Radio(list(FORMS), value="curl", label="As", elem_id="snippet-form")
+        self.code = gr.Code(language="shell", label="Request", interactive=False, elem_id="snippet", wrap_lines=True)
+        with gr.Row():
+            self.files = {name: gr.Button(name) for name in (CURVE_CSV, CURVE_PNG, ANSWERS_CSV)}
+        self.file = gr.JSON(visible="hidden")
+
+    def listen(self) -> None:
+        """The link follows every change, also in the address bar, so that reloading keeps the page as it is."""
+        c = self.controls
+        changed = [c.dial.release, c.other.release]
+        changed += [each.change for each in c.settings if each not in (c.dial, c.other)]
+        changed += [self.what.change, self.form.change]
+        inputs = [*c.inputs, self.what, self.form]
+        gr.on(changed, self.describe, inputs, [self.query, self.code], trigger_mode="always_last", **c.quick)
+        self.query.change(None, self.query, self.link, js="ipissa.remember")
+        for name, button in self.files.items():
+            made = button.click(self.make, [gr.State(name), *c.inputs, self.curve, self.panes], self.file, **c.quick)
+            made.then(None, self.file, None, js="ipissa.save")
+
+    async def describe(self, request: gr.Request, *values: Any) -> tuple[Any, Any]:
+        """The link's query, and the request as code."""
+        asked = self.controls.asked(request, values)
+        if asked is None:
+            return gr.skip(), gr.skip()
+        what, form = asked.rest
+        url, needs_key = self.controls.client.url, bool(asked.key)
+        code = snippet(asked.view, what, form, url, asked.model, needs_key=needs_key)
+        return to_link(asked.view), gr.update(value=code, language=FORMS[form][0])
+
+    async def make(self, name: str, request: gr.Request, *values: Any) -> Any:
+        """A file with what the page shows."""
+        asked = self.controls.asked(request, values)
+        if asked is None:
+            return gr.skip()
+        curve: Curve = asked.rest[0]
+        panes: Panes | None = asked.rest[1]
+        if (panes is None) if name == ANSWERS_CSV else not curve.lines:
+            raise gr.Error("There is nothing to download yet.")
+        if name == ANSWERS_CSV:
+            assert panes is not None
+            return as_file("answers.csv", "text/csv", answers_csv(panes).encode())
+        if name == CURVE_CSV:
+            return as_file("curve.csv", "text/csv", curve_csv(curve).encode())
+        view = asked.view
+        png = await asyncio.to_thread(curve_png, curve, view.choice_list, view.alphas[view.held], view.question)
+        return as_file("curve.png", "image/png", png)

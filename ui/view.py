@@ -1,0 +1,131 @@
+"""Everything a page is set to, as one value: what handlers take, and what a link restores."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+Steer = dict[str, float]
+
+BASE, OPPOSITE, OTHER = "the base model", "the opposite", "another setting"
+COMPARISONS = (BASE, OPPOSITE, OTHER)
+PROMPT = "Tell me about your day."
+QUESTION = (
+    "You scratched a parked car and nobody saw it. Would you leave a note with your name? "
+    'Answer with "My choice: Yes" or "My choice: No".'
+)
+LINK_PARAMETER = "s"
+MOST_LINK_BYTES = 100_000
+
+
+@dataclass(frozen=True)
+class View:
+    """The settings of a page.
+
+    Args:
+        alphas: α of every adapter, as the dial stands.
+        held: The adapter whose dial was moved last; the curve runs over its range.
+        compare: One of `COMPARISONS`: what the right pane is.
+        other: α of every adapter on the second dial, for `OTHER`.
+        choices: Separated by commas, as typed.
+    """
+
+    alphas: Steer = field(default_factory=dict)
+    held: str = ""
+    compare: str = BASE
+    other: Steer = field(default_factory=dict)
+    prompt: str = PROMPT
+    question: str = QUESTION
+    prefix: str = "My choice:"
+    choices: str = "Yes, No"
+    max_tokens: int = 64
+    temperature: float = 0.7
+    seed: int = 1
+
+    @property
+    def left(self) -> Steer:
+        """What the left pane and the choice are steered by: every adapter that is turned, and the one held."""
+        return self._turned(self.alphas)
+
+    @property
+    def right(self) -> Steer:
+        """What the left pane is compared with."""
+        if self.compare == OTHER:
+            return self._turned(self.other)
+        return self._turned(
+            {name: (-alpha if self.compare == OPPOSITE else 0.0) for name, alpha in self.alphas.items()}
+        )
+
+    @property
+    def base(self) -> Steer:
+        """The base model: an explicit 0, since an absent α is whatever the server's default is."""
+        return {self.held: 0.0}
+
+    def at(self, alpha: float) -> Steer:
+        """The setting with the held dial at `alpha` and the others where they are."""
+        return self._turned({**self.alphas, self.held: alpha})
+
+    @property
+    def choice_list(self) -> list[str]:
+        """The choices, without the blanks around them."""
+        return [choice.strip() for choice in self.choices.split(",") if choice.strip()]
+
+    def _turned(self, alphas: Steer) -> Steer:
+        # Adding 0.0 makes -0.0, the opposite of 0, a plain 0.
+        return {name: alpha + 0.0 for name, alpha in alphas.items() if alpha or name == self.held}
+
+
+def describe(steer: Steer) -> str:
+    """A setting in words: `kind +0.70, honest -1.00`, or `0, the base model`."""
+    turned = [f"{name} {alpha:+.2f}" for name, alpha in steer.items() if alpha]
+    return ", ".join(turned) or "0, the base model"
+
+
+def to_link(view: View) -> str:
+    """The query of a link that restores the view: what differs from a fresh page, compressed."""
+    usual = asdict(View())
+    changed = {name: value for name, value in asdict(view).items() if value != usual[name]}
+    packed = zlib.compress(json.dumps(changed, ensure_ascii=False, separators=(",", ":")).encode(), 9)
+    return f"{LINK_PARAMETER}={base64.urlsafe_b64encode(packed).decode().rstrip('=')}"
+
+
+def from_link(packed: str) -> View:
+    """The view of the value of a link's parameter.
+
+    Raises:
+        ValueError: it is not one that `to_link` made.
+    """
+    try:
+        raw = base64.b64decode(packed + "=" * (-len(packed) % 4), altchars=b"-_", validate=True)
+        text = zlib.decompressobj().decompress(raw, MOST_LINK_BYTES)
+        changed = json.loads(text)
+        if not isinstance(changed, dict):
+            raise ValueError("no settings in it")
+        return replace(View(), **{name: _checked(name, value) for name, value in changed.items()})
+    except (ValueError, TypeError, zlib.error) as error:
+        raise ValueError(f"This link is damaged ({error}), so the page shows its usual settings.") from error
+
+
+def _checked(name: str, value: Any) -> Any:
+    """A value of the type that the field has."""
+    kinds = {each.name: each.type for each in fields(View)}
+    if name not in kinds:
+        raise ValueError(f"it sets {name!r}, which this page does not have")
+    if kinds[name] == "Steer":
+        return {str(adapter): _number(alpha) for adapter, alpha in dict(value).items()}
+    if kinds[name] == "str" and isinstance(value, str) and (name != "compare" or value in COMPARISONS):
+        return value
+    if kinds[name] == "float":
+        return _number(value)
+    if kinds[name] == "int" and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError(f"{name} cannot be {value!r}")
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e6:
+        raise ValueError(f"{value!r} is not a setting of a dial")
+    return float(value)
