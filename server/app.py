@@ -81,7 +81,9 @@ async def _no_such_route(request: Request) -> None:
     raise not_found(f"There is no {request.method} {request.url.path}; /docs lists the routes.")
 
 
-async def _load(app: FastAPI, adapters: dict[str, AnyAdapter], on_load_error: Callable[[Exception], None] | None) -> None:
+async def _load(
+    app: FastAPI, adapters: dict[str, AnyAdapter], on_load_error: Callable[[Exception], None] | None
+) -> None:
     settings: Settings = app.state.settings
     try:
         app.state.engine = await asyncio.to_thread(load_engine, settings, adapters)
