@@ -16,12 +16,13 @@ import torch
 from conftest import random_adapter, tiny_model
 from typer.testing import CliRunner
 
-from ipissa.adapter import Adapter, save_adapter
+from ipissa.adapter import Adapter, load_adapter, save_adapter
 from ipissa.cli import app
 from ipissa.data.datasets import load_items
 from ipissa.data.items import CHOICES, Dataset
 from ipissa.errors import ConfigError
 from ipissa.evaluate.analysis import analyse, base_differences, ranked, why_unranked
+from ipissa.evaluate.choices import measure_choices
 from ipissa.evaluate.compare import Measured
 from ipissa.evaluate.null import null_check
 from ipissa.evaluate.report.page import verdict
@@ -30,6 +31,9 @@ from ipissa.evaluate.report.tables import pareto_table
 from ipissa.evaluate.scoring import find_choices
 from ipissa.evaluate.settings import EvalSettings
 from ipissa.evaluate.slopes import balanced_slope, with_labels
+from ipissa.evaluate.steerer import Steerer
+from ipissa.models import load_model
+from ipissa.steering import attach
 
 METHODS = ["adapter", "prompt", "caa", "random"]
 ASKED = [f"{value}-{n}" for value, numbers in {
@@ -205,6 +209,19 @@ def test_the_front_holds_the_points_that_none_beats(measured: list[Measured], da
             for other in points.itertuples()
         )
         assert point.front != beaten
+
+
+def test_vectors_that_were_measured_can_be_attached_at_the_scale_they_had(
+    home: Path, report: Path, measured: list[Measured], dataset: Dataset
+) -> None:
+    caa = next(each for each in measured if each.method == "caa")
+    model, tokenizer = load_model(str(home / "model"), device="cpu", dtype="float32")
+    steered = attach(model, load_adapter(report / "adapters" / "caa.safetensors"))
+    rows = measure_choices(Steerer(steered), tokenizer, dataset, [1.0])
+    expected = caa.rows
+    assert expected is not None
+    at_one = expected[expected["alpha"] == 1].set_index("item")["yes"]
+    assert rows[rows["alpha"] == 1].set_index("item")["yes"].to_numpy() == pytest.approx(at_one.to_numpy(), abs=1e-3)
 
 
 def test_control_items_are_among_the_values_that_are_reported(report: Path) -> None:

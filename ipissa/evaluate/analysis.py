@@ -113,11 +113,10 @@ def _published(
         found |= {f"{name}_{key}": value for key, value in asdict(effect).items()}
         found[f"{name}_gain"] = published.gain(effect.effect, degradation)
     if set(POLES) <= set(means.index):
-        shift = float(means[dataset.target].loc[1.0] - means[dataset.target].loc[0.0])
         mass = rows.groupby("alpha")["choice_mass"].mean()
         found |= {
             "transfer": published.transfer(means, dataset.target),
-            "coherent": published.coherent(float(measured.rows["valid"].mean()), shift),  # type: ignore[index]
+            "coherent": published.coherent(float(measured.rows["valid"].mean()), degradation),  # type: ignore[index]
             **{f"steering_{key}": value for key, value in asdict(_f1(target, rows, dataset, mass)).items()},
         }
     return found

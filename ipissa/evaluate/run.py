@@ -12,13 +12,13 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from ipissa.adapter.checkpoint import Adapter, AnyAdapter, load_adapter
+from ipissa.adapter.checkpoint import Adapter, AnyAdapter, load_adapter, save_adapter
 from ipissa.data.continuations import Continuation, Sampling, sample_continuations
 from ipissa.data.datasets import load_items
 from ipissa.data.items import Dataset
 from ipissa.data.pairs import contrastive_pairs, openings_from_continuations
 from ipissa.data.personas import Trait
-from ipissa.data.prompts import load_prompts
+from ipissa.data.prompts import load_prompts, spread
 from ipissa.errors import ConfigError
 from ipissa.evaluate.analysis import POLES, item_labels
 from ipissa.evaluate.baselines.random import random_like
@@ -26,7 +26,7 @@ from ipissa.evaluate.baselines.tuners import distillation_targets, training_conf
 from ipissa.evaluate.choices import complete
 from ipissa.evaluate.compare import Measured, adapter_degradation, measure_method, scale_to
 from ipissa.evaluate.degradation import sample_plain
-from ipissa.evaluate.methods import ADAPTER, TRAINED, Materials, attached
+from ipissa.evaluate.methods import ADAPTER, TRAINED, VECTORS, Materials, attached, vector_adapter
 from ipissa.evaluate.null import NullCheck, null_check, null_slopes
 from ipissa.evaluate.published import loss_gap
 from ipissa.evaluate.report.page import Findings, write_report
@@ -38,7 +38,8 @@ from ipissa.models import load_model
 from ipissa.train.config import TrainConfig
 from ipissa.train.objectives.distill import Target
 
-TUNING_PROMPTS = 24
+TUNING_PROMPTS = 16
+PLAIN_PROMPTS = 48
 PAIR_PROMPTS = 96
 SIDE_BY_SIDE_PROMPTS = 6
 
@@ -63,7 +64,7 @@ def evaluate(path: str | os.PathLike[str], output: str | os.PathLike[str], setti
     folder = Path(output)
     parts = Parts(folder, {"adapter": adapter.digest, **asdict(settings)})
     bench = _Bench(adapter, settings)
-    measured = _all_methods(bench, parts, dataset)
+    measured = _all_methods(bench, parts, dataset, folder)
     findings = Findings(
         settings=settings,
         adapter=adapter,
@@ -85,7 +86,7 @@ def _check(adapter: AnyAdapter, settings: EvalSettings) -> None:
         training_config(adapter)
 
 
-def _all_methods(bench: _Bench, parts: Parts, dataset: Dataset | None) -> list[Measured]:
+def _all_methods(bench: _Bench, parts: Parts, dataset: Dataset | None, folder: Path) -> list[Measured]:
     alphas = bench.settings.grid()
     methods = [ADAPTER, *bench.settings.baselines]
     found = []
@@ -94,6 +95,9 @@ def _all_methods(bench: _Bench, parts: Parts, dataset: Dataset | None) -> list[M
         if part is None:
             degradation = _kept(parts, "degradation", lambda: adapter_degradation(bench.materials))
             measured = measure_method(method, bench.materials, dataset, alphas, degradation=degradation)
+            if method in VECTORS and measured.scale is not None:
+                served = vector_adapter(VECTORS[method], bench.materials).scaled(measured.scale)
+                save_adapter(served, folder / "adapters" / f"{method}.safetensors")
             part = measured_to_json(measured)
             parts.save(method, part)
         found.append(measured_from_json(part))
@@ -172,7 +176,7 @@ class _Bench:
             pairs=contrastive_pairs(tokenizer, trait, openings),
             tuning=sample_plain(model, tokenizer, self.training[:TUNING_PROMPTS], seed=seed),
             test=told(self.held_out, seed + 1),
-            plain=sample_plain(model, tokenizer, self.held_out, seed=seed + 1),
+            plain=sample_plain(model, tokenizer, spread(self.held_out, PLAIN_PROMPTS), seed=seed + 1),
             learn=learn,
             seed=seed,
         )
