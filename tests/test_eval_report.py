@@ -28,6 +28,7 @@ from ipissa.evaluate.null import null_check
 from ipissa.evaluate.report.page import verdict
 from ipissa.evaluate.report.parts import measured_from_json
 from ipissa.evaluate.report.tables import pareto_table
+from ipissa.evaluate.run import evaluate
 from ipissa.evaluate.scoring import find_choices
 from ipissa.evaluate.settings import EvalSettings
 from ipissa.evaluate.slopes import balanced_slope, with_labels
@@ -130,6 +131,8 @@ def test_the_page_holds_everything_itself_and_has_the_yardsticks_first(report: P
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings[:2] == ["Does it steer: text", "Does it steer: dilemmas"]
     assert "honesty" in page
+    assert "items.jsonl (sha256 " in page
+    assert str(report.parent) not in page  # files are named, not where they lie
     assert "&lt;" not in page.split("<h2>Told and steered")[0]  # tables are tables, not their source
 
 
@@ -165,7 +168,7 @@ def test_the_table_of_methods_has_every_figure_of_every_method(
     assert rows is not None
     whole = rows[rows.groupby("item")["valid"].transform("all").astype(bool)]
     labels = {i: item.labels["honesty"] for i, item in enumerate(dataset.items) if "honesty" in item.labels}
-    expected = balanced_slope(with_labels(whole, labels)).trait
+    expected = balanced_slope(with_labels(whole[whole["alpha"] != 0.5], labels)).trait
     assert table.loc["adapter", "balanced_value"] == pytest.approx(expected.value)
     assert table.loc["adapter", "balanced_t"] == pytest.approx(expected.t)
     dose = pd.read_csv(report / "tables" / "dose.csv").set_index(["method", "alpha"])
@@ -250,6 +253,12 @@ def test_a_slope_is_placed_among_those_of_random_adapters() -> None:
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         EvalSettings(**settings)
+
+
+def test_a_vector_is_not_compared_with_methods_that_take_its_modules(home: Path, report: Path) -> None:
+    vector = str(report / "adapters" / "caa.safetensors")
+    with pytest.raises(ConfigError, match=r"is a vector, without modules and rank .* leave out random, null"):
+        evaluate(vector, home / "vector", EvalSettings(baselines=("prompt", "random"), null=5))
 
 
 def test_without_dilemmas_there_are_yardsticks_and_texts(home: Path) -> None:

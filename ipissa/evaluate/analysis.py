@@ -56,12 +56,13 @@ def analyse(measured: Measured, dataset: Dataset) -> Analysis:
             f"With {measured.method} only {target['dilemma'].nunique()} dilemmas about {dataset.target!r} have an "
             "answer at every α; use smaller --alphas or more items."
         )
-    values = value_slopes(rows, labels)
+    # Slopes are over the α that every method has, prompts too; the others are for the dose response.
+    values = value_slopes(at_poles(rows), labels)
     means = value_means(rows, labels)
     figures = {
         "method": measured.method,
         "scale": measured.scale,
-        **_slopes(target),
+        **_slopes(at_poles(target)),
         **_published(target, means, rows, measured, dataset),
         **_shape(target, means, dataset.target),
         "valid": float(measured.rows["valid"].mean()),
@@ -69,6 +70,11 @@ def analyse(measured: Measured, dataset: Dataset) -> Analysis:
     }
     clusters = published.cluster_slopes(means, dataset.target, clusters_of(means.columns))
     return Analysis(measured.method, figures, _dose(target, measured.rows), values, clusters)
+
+
+def at_poles(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows at α = -1, 0 and 1."""
+    return rows[rows["alpha"].isin(POLES)]
 
 
 def item_labels(dataset: Dataset) -> dict[str, dict[int, int]]:
@@ -103,13 +109,13 @@ def _slopes(target: pd.DataFrame) -> dict[str, Any]:
 def _published(
     target: pd.DataFrame, means: pd.DataFrame, rows: pd.DataFrame, measured: Measured, dataset: Dataset
 ) -> dict[str, Any]:
-    at_poles = target[target["alpha"].isin(POLES)]
-    once = at_poles["log_odds"] * at_poles["label"]
+    polar = at_poles(target)
+    once = polar["log_odds"] * polar["label"]
     prompt = {each.alpha: each.prompt for each in measured.degradation}
     degradation = prompt.get(1.0) or 0.0
     found: dict[str, Any] = {"prompt_degradation": degradation}
-    for name, score in (("once_negated", once), ("published", once * at_poles["side"])):
-        effect = published.effect(score, at_poles["alpha"])
+    for name, score in (("once_negated", once), ("published", once * polar["side"])):
+        effect = published.effect(score, polar["alpha"])
         found |= {f"{name}_{key}": value for key, value in asdict(effect).items()}
         found[f"{name}_gain"] = published.gain(effect.effect, degradation)
     if set(POLES) <= set(means.index):
@@ -133,7 +139,7 @@ def _f1(target: pd.DataFrame, rows: pd.DataFrame, dataset: Dataset, mass: pd.Ser
 
 def _by_item(rows: pd.DataFrame) -> pd.DataFrame:
     """l y per item, columns -1, 0 and 1."""
-    scored = rows[rows["alpha"].isin(POLES)].assign(score=lambda r: r["log_odds"] * r["label"])
+    scored = at_poles(rows).assign(score=lambda r: r["log_odds"] * r["label"])
     table = scored.pivot(index="item", columns="alpha", values="score").reindex(columns=POLES)
     return table.set_axis([int(alpha) for alpha in POLES], axis=1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from ipissa.data.pairs import contrastive_pairs, openings_from_continuations
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts, spread
 from ipissa.errors import ConfigError
-from ipissa.evaluate.analysis import POLES, item_labels
+from ipissa.evaluate.analysis import at_poles, item_labels
 from ipissa.evaluate.baselines.random import random_like
 from ipissa.evaluate.baselines.tuners import distillation_targets, training_config
 from ipissa.evaluate.choices import complete
 from ipissa.evaluate.compare import Measured, adapter_degradation, measure_method, scale_to
 from ipissa.evaluate.degradation import sample_plain
-from ipissa.evaluate.methods import ADAPTER, TRAINED, VECTORS, Materials, attached, vector_adapter
+from ipissa.evaluate.methods import ADAPTER, LIKE_THE_ADAPTER, TRAINED, VECTORS, Materials, attached, vector_adapter
 from ipissa.evaluate.null import NullCheck, null_check, null_slopes
 from ipissa.evaluate.published import loss_gap
 from ipissa.evaluate.report.page import Findings, write_report
@@ -62,7 +62,7 @@ def evaluate(path: str | os.PathLike[str], output: str | os.PathLike[str], setti
         )
     _check(adapter, settings)
     folder = Path(output)
-    parts = Parts(folder, {"adapter": adapter.digest, **asdict(settings)})
+    parts = Parts(folder, {"adapter": adapter.digest, **settings.described()})
     bench = _Bench(adapter, settings)
     measured = _all_methods(bench, parts, dataset, folder)
     findings = Findings(
@@ -80,9 +80,14 @@ def evaluate(path: str | os.PathLike[str], output: str | os.PathLike[str], setti
 
 def _check(adapter: AnyAdapter, settings: EvalSettings) -> None:
     """Refuse now what would fail after the other methods are measured."""
-    if set(settings.baselines) & set(TRAINED):
-        if not isinstance(adapter, Adapter):
-            raise ConfigError(f"{adapter.name!r} is a vector and was not trained; leave out {', '.join(TRAINED)}.")
+    needing = sorted(set(settings.baselines) & set(LIKE_THE_ADAPTER))
+    if not isinstance(adapter, Adapter):
+        if needing or settings.null:
+            raise ConfigError(
+                f"{adapter.name!r} is a vector, without modules and rank to do the same with; leave out "
+                f"{', '.join([*needing, *(['null'] if settings.null else [])])}."
+            )
+    elif set(needing) & set(TRAINED):
         training_config(adapter)
 
 
@@ -121,8 +126,8 @@ def _null(
     random = pd.DataFrame(_kept(parts, "null", slopes))
     rows = measured[0].rows
     assert rows is not None
-    at_poles = complete(rows[rows["alpha"].isin(POLES)])
-    own = balanced_slope(with_labels(at_poles, item_labels(dataset)[dataset.target])).trait.value
+    labels = item_labels(dataset)[dataset.target]
+    own = balanced_slope(with_labels(at_poles(complete(rows)), labels)).trait.value
     return null_check(own, random), random, own
 
 
