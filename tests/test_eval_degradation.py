@@ -47,9 +47,10 @@ def test_text_degradation_is_the_divergence_per_token_of_unsteered_answers(steer
             other = logprobs(steered.model, context, text.tokens)
         total += float((base.exp() * (base - other)).sum())
         tokens += len(text.tokens)
-    assert text_degradation(Steerer(steered), tokenizer, TEXTS, 0.3) == pytest.approx(total / tokens, rel=1e-3)
-    assert text_degradation(Steerer(steered), tokenizer, TEXTS, 0.0) == 0
-    assert text_degradation(Steerer(steered), tokenizer, TEXTS, -0.6) > total / tokens
+    found = text_degradation(Steerer(steered), tokenizer, TEXTS, [0.3, 0.0, -0.6])
+    assert found[0.3] == pytest.approx(total / tokens, rel=1e-3)
+    assert found[0.0] == 0
+    assert found[-0.6] > found[0.3]
 
 
 def test_being_told_costs_what_the_persona_line_changes(steered: Any, tokenizer: Any) -> None:
@@ -58,8 +59,9 @@ def test_being_told_costs_what_the_persona_line_changes(steered: Any, tokenizer:
     base, other = (logprobs(steered.model, context, text.tokens) for context in (plain, told))
     expected = float((base.exp() * (base - other)).sum(-1).mean())
     steerer = Steerer(HookDial(steered.model), told=TRAIT)
-    assert text_degradation(steerer, tokenizer, [text], -1.0) == pytest.approx(expected, rel=1e-3)
-    assert text_degradation(steerer, tokenizer, [text], 0.0) == 0
+    found = text_degradation(steerer, tokenizer, [text], [-1.0, 0.0])
+    assert found[-1.0] == pytest.approx(expected, rel=1e-3)
+    assert found[0.0] == pytest.approx(0, abs=1e-6)
 
 
 def test_prompt_degradation_is_the_loss_of_likelihood_of_the_question(steered: Any, tokenizer: Any) -> None:

@@ -38,7 +38,7 @@ def load_items(
     chosen = target or default
     items = first_dilemmas(items, chosen, max_items)
     check_items(items, chosen, source=str(source))
-    return Dataset(str(source), items, chosen, notes)
+    return Dataset(Path(source).name if Path(source).exists() else str(source), items, chosen, notes)
 
 
 Reader = Callable[[Any], tuple[list[Item], list[str]]]

@@ -19,7 +19,7 @@ from ipissa.evaluate.response import flips, monotonic_share, symmetry
 from ipissa.evaluate.slopes import MIN_CLUSTERS, balanced_slope, plain_slope, value_slopes, with_labels
 
 POLES = (-1.0, 0.0, 1.0)
-SAME_BASE_NATS = 1e-2  # log-odds at α = 0 of one item; rounding between batches is a tenth of it
+SAME_BASE_NATS = 0.05  # log-odds at α = 0; in bfloat16, batches of another size round by as much as half of it
 WARN_NATS = 0.5
 
 
@@ -56,12 +56,13 @@ def analyse(measured: Measured, dataset: Dataset) -> Analysis:
             f"With {measured.method} only {target['dilemma'].nunique()} dilemmas about {dataset.target!r} have an "
             "answer at every α; use smaller --alphas or more items."
         )
-    values = value_slopes(rows, labels)
+    # Slopes are over the α that every method has, prompts too; the others are for the dose response.
+    values = value_slopes(at_poles(rows), labels)
     means = value_means(rows, labels)
     figures = {
         "method": measured.method,
         "scale": measured.scale,
-        **_slopes(target),
+        **_slopes(at_poles(target)),
         **_published(target, means, rows, measured, dataset),
         **_shape(target, means, dataset.target),
         "valid": float(measured.rows["valid"].mean()),
@@ -69,6 +70,11 @@ def analyse(measured: Measured, dataset: Dataset) -> Analysis:
     }
     clusters = published.cluster_slopes(means, dataset.target, clusters_of(means.columns))
     return Analysis(measured.method, figures, _dose(target, measured.rows), values, clusters)
+
+
+def at_poles(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows at α = -1, 0 and 1."""
+    return rows[rows["alpha"].isin(POLES)]
 
 
 def item_labels(dataset: Dataset) -> dict[str, dict[int, int]]:
@@ -103,21 +109,20 @@ def _slopes(target: pd.DataFrame) -> dict[str, Any]:
 def _published(
     target: pd.DataFrame, means: pd.DataFrame, rows: pd.DataFrame, measured: Measured, dataset: Dataset
 ) -> dict[str, Any]:
-    at_poles = target[target["alpha"].isin(POLES)]
-    once = at_poles["log_odds"] * at_poles["label"]
+    polar = at_poles(target)
+    once = polar["log_odds"] * polar["label"]
     prompt = {each.alpha: each.prompt for each in measured.degradation}
     degradation = prompt.get(1.0) or 0.0
     found: dict[str, Any] = {"prompt_degradation": degradation}
-    for name, score in (("once_negated", once), ("published", once * at_poles["side"])):
-        effect = published.effect(score, at_poles["alpha"])
+    for name, score in (("once_negated", once), ("published", once * polar["side"])):
+        effect = published.effect(score, polar["alpha"])
         found |= {f"{name}_{key}": value for key, value in asdict(effect).items()}
         found[f"{name}_gain"] = published.gain(effect.effect, degradation)
     if set(POLES) <= set(means.index):
-        shift = float(means[dataset.target].loc[1.0] - means[dataset.target].loc[0.0])
         mass = rows.groupby("alpha")["choice_mass"].mean()
         found |= {
             "transfer": published.transfer(means, dataset.target),
-            "coherent": published.coherent(float(measured.rows["valid"].mean()), shift),  # type: ignore[index]
+            "coherent": published.coherent(float(measured.rows["valid"].mean()), degradation),  # type: ignore[index]
             **{f"steering_{key}": value for key, value in asdict(_f1(target, rows, dataset, mass)).items()},
         }
     return found
@@ -134,7 +139,7 @@ def _f1(target: pd.DataFrame, rows: pd.DataFrame, dataset: Dataset, mass: pd.Ser
 
 def _by_item(rows: pd.DataFrame) -> pd.DataFrame:
     """l y per item, columns -1, 0 and 1."""
-    scored = rows[rows["alpha"].isin(POLES)].assign(score=lambda r: r["log_odds"] * r["label"])
+    scored = at_poles(rows).assign(score=lambda r: r["log_odds"] * r["label"])
     table = scored.pivot(index="item", columns="alpha", values="score").reindex(columns=POLES)
     return table.set_axis([int(alpha) for alpha in POLES], axis=1)
 
@@ -171,14 +176,14 @@ def _dose(target: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def base_differences(measured: Sequence[Measured]) -> dict[str, float]:
-    """Per method, the largest difference of an item's log-odds at α = 0 from the first method's, in nats."""
+    """Per method, how far log-odds at α = 0 are from the first method's, in nats, on average over items."""
 
     def at_zero(each: Measured) -> pd.Series:
         assert each.rows is not None
         return each.rows[each.rows["alpha"] == 0].set_index("item")["log_odds"]
 
     first = at_zero(measured[0])
-    return {each.method: float((at_zero(each) - first).abs().max()) for each in measured}
+    return {each.method: float((at_zero(each) - first).abs().mean()) for each in measured}
 
 
 def why_unranked(differences: Mapping[str, float]) -> str | None:
@@ -189,7 +194,7 @@ def why_unranked(differences: Mapping[str, float]) -> str | None:
     worst = max(off, key=lambda method: np.nan_to_num(off[method], nan=np.inf))
     loud = " That is more than half a nat: they were not measured on the same model." if off[worst] > WARN_NATS else ""
     return (
-        f"Not ranked: at α = 0 the answers with {', '.join(sorted(off))} differ from the others by up to "
+        f"Not ranked: at α = 0 the answers with {', '.join(sorted(off))} differ from the adapter's by "
         f"{off[worst]:.2f} nats, so they do not start from the same model.{loud}"
     )
 

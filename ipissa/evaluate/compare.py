@@ -74,8 +74,8 @@ def scale_to(degradation: float, steerer: Steerer, m: Materials) -> float:
 
 
 def _over_poles(steerer: Steerer, m: Materials) -> float:
-    lost = [text_degradation(steerer, m.tokenizer, m.tuning, alpha) for alpha in POLES]
-    return sum(lost) / len(lost)
+    lost = text_degradation(steerer, m.tokenizer, m.tuning, POLES)
+    return sum(lost.values()) / len(POLES)
 
 
 def _yardsticks(steerer: Steerer, m: Materials) -> Yardsticks:
@@ -89,12 +89,10 @@ def _degradations(
 ) -> list[Degradation]:
     questions = [] if dataset is None else spread([item.question() for item in dataset.items], QUESTIONS)
 
-    def at(alpha: float) -> Degradation:
-        reads = questions and alpha in POLES
-        asked = prompt_degradation(steerer, m.tokenizer, questions, alpha, PREFIX) if reads else None
-        return Degradation(alpha, text_degradation(steerer, m.tokenizer, m.plain, alpha), asked)
-
-    return [at(alpha) for alpha in steerer.supports(sorted({0.0, *alphas}))]
+    alphas = steerer.supports(sorted({0.0, *alphas}))
+    text = text_degradation(steerer, m.tokenizer, m.plain, alphas)
+    prompt = {alpha: prompt_degradation(steerer, m.tokenizer, questions, alpha, PREFIX) for alpha in POLES if questions}
+    return [Degradation(alpha, text[alpha], prompt.get(alpha)) for alpha in alphas]
 
 
 def markdown(rows: Sequence[Measured]) -> str:

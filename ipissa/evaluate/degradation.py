@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Sampling, generate_ids
 from ipissa.evaluate.steerer import Steerer
-from ipissa.sequences import PaddedBatch, continuation_logprobs, pad_batch, target_logprobs
+from ipissa.sequences import continuation_logprobs, pad_batch, target_logprobs
 
 logger = logging.getLogger(__name__)
 
-ROWS_PER_BATCH = 16
+ROWS_PER_BATCH = 24
 TOLERANCE = 0.05  # of the degradation that scales are matched to
 MAX_STEPS = 12
 SCALE_LIMITS = (2.0**-10, 2.0**10)
@@ -48,42 +47,59 @@ def sample_plain(model: Any, tokenizer: Any, prompts: Sequence[str], *, seed: in
     return [PlainText(prompt, tokens) for prompt, tokens in zip(prompts, answers, strict=True)]
 
 
-def text_degradation(steerer: Steerer, tokenizer: Any, texts: Sequence[PlainText], alpha: float) -> float:
-    """Nats per token that unsteered answers lose at α."""
+@torch.no_grad()
+def text_degradation(
+    steerer: Steerer, tokenizer: Any, texts: Sequence[PlainText], alphas: Sequence[float]
+) -> dict[float, float]:
+    """Nats per token that unsteered answers lose at every α; unsteered and steered they are read in one batch."""
+    settings = [0.0, *alphas]
+    lost, tokens = torch.zeros(len(alphas), dtype=torch.float64), 0
+    per_batch = max(1, ROWS_PER_BATCH // len(settings))
+    for start in range(0, len(texts), per_batch):
+        some = texts[start : start + per_batch]
+        contexts = [steerer.contexts(tokenizer, [text.prompt], alpha)[0] for text in some for alpha in settings]
+        answers = [text.tokens for text in some for _ in settings]
+        batch = pad_batch(contexts, answers, pad_id=tokenizer.pad_token_id, device=steerer.dial.model.device)
+        with steerer.dial.alpha([steerer.turned(alpha) for _ in some for alpha in settings]):
+            logprobs = continuation_logprobs(steerer.dial.model, batch).unflatten(0, (len(some), -1))
+        base, steered = logprobs[:, :1], logprobs[:, 1:]  # (texts, alphas, tokens, vocab)
+        divergence = torch.where(base.isfinite(), base.exp() * (base - steered), 0).sum(-1)
+        mask = batch.mask.unflatten(0, (len(some), -1))[:, 1:]
+        lost += (divergence * mask).sum((0, 2)).double().cpu()
+        tokens += sum(len(text.tokens) for text in some)
+    return dict(zip(alphas, (lost / tokens).tolist(), strict=True))
 
-    def lost(batch_texts: Sequence[PlainText]) -> tuple[Tensor, Tensor]:
-        prompts, tokens = [text.prompt for text in batch_texts], [text.tokens for text in batch_texts]
-        base, batch = _read(steerer, tokenizer, prompts, tokens, 0.0)
-        steered, _ = _read(steerer, tokenizer, prompts, tokens, alpha)
-        divergence = torch.where(base.isfinite(), base.exp() * (base - steered), 0).sum(-1)  # (texts, tokens)
-        return (divergence * batch.mask).sum(), batch.mask.sum()
 
-    return _mean(texts, lost)
-
-
+@torch.no_grad()
 def prompt_degradation(
     steerer: Steerer, tokenizer: Any, questions: Sequence[str], alpha: float, prefill: str = ""
 ) -> float:
     """Nats per token that questions lose at α, over the tokens that end the chat at α and at 0 alike."""
-
-    def lost(batch_questions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        plain = steerer.contexts(tokenizer, batch_questions, 0.0, prefill)
-        asked = steerer.contexts(tokenizer, batch_questions, alpha, prefill)
+    lost, tokens = 0.0, 0
+    for start in range(0, len(questions), ROWS_PER_BATCH):
+        some = questions[start : start + ROWS_PER_BATCH]
+        plain = steerer.contexts(tokenizer, some, 0.0, prefill)
+        asked = steerer.contexts(tokenizer, some, alpha, prefill)
         shared = [_common_end(one, other) for one, other in zip(plain, asked, strict=True)]
-        total = torch.zeros(())
-        for contexts, at, sign in ((asked, alpha, 1), (plain, 0.0, -1)):
-            batch = pad_batch(
-                [context[:-k] for context, k in zip(contexts, shared, strict=True)],
-                [context[-k:] for context, k in zip(contexts, shared, strict=True)],
-                pad_id=tokenizer.pad_token_id,
-                device=steerer.dial.model.device,
-            )
-            with torch.no_grad(), steerer.dial.alpha(steerer.turned(at)):
-                logprobs = continuation_logprobs(steerer.dial.model, batch)
-            total = total - sign * target_logprobs(logprobs, batch).sum().cpu()
-        return total, torch.tensor(sum(shared))
+        lost += _end_likelihood(steerer, tokenizer, plain, shared, 0.0)
+        lost -= _end_likelihood(steerer, tokenizer, asked, shared, alpha)
+        tokens += sum(shared)
+    return lost / tokens
 
-    return _mean(questions, lost)
+
+def _end_likelihood(
+    steerer: Steerer, tokenizer: Any, contexts: Sequence[list[int]], ends: Sequence[int], alpha: float
+) -> float:
+    """Log-likelihood of the last tokens of every context, summed."""
+    batch = pad_batch(
+        [context[:-k] for context, k in zip(contexts, ends, strict=True)],
+        [context[-k:] for context, k in zip(contexts, ends, strict=True)],
+        pad_id=tokenizer.pad_token_id,
+        device=steerer.dial.model.device,
+    )
+    with steerer.dial.alpha(steerer.turned(alpha)):
+        logprobs = continuation_logprobs(steerer.dial.model, batch)
+    return float(target_logprobs(logprobs, batch).sum())
 
 
 def matching_scale(degradation_at: Callable[[float], float], wanted: float) -> float:
@@ -111,20 +127,6 @@ def matching_scale(degradation_at: Callable[[float], float], wanted: float) -> f
             best[1],
         )
     return best[1]
-
-
-def _read(
-    steerer: Steerer, tokenizer: Any, prompts: Sequence[str], answers: Sequence[list[int]], alpha: float
-) -> tuple[Tensor, PaddedBatch]:
-    contexts = steerer.contexts(tokenizer, prompts, alpha)
-    batch = pad_batch(contexts, answers, pad_id=tokenizer.pad_token_id, device=steerer.dial.model.device)
-    with torch.no_grad(), steerer.dial.alpha(steerer.turned(alpha)):
-        return continuation_logprobs(steerer.dial.model, batch), batch
-
-
-def _mean(things: Sequence[Any], sums: Callable[[Sequence[Any]], tuple[Tensor, Tensor]]) -> float:
-    parts = [sums(things[start : start + ROWS_PER_BATCH]) for start in range(0, len(things), ROWS_PER_BATCH)]
-    return float(sum(float(total) for total, _ in parts) / sum(float(count) for _, count in parts))
 
 
 def _common_end(one: Sequence[int], other: Sequence[int]) -> int:

@@ -158,6 +158,7 @@ METHODS: dict[str, Method] = {
     "reft": _reft,
 }
 TRAINED = (*TUNERS, "reft")
+LIKE_THE_ADAPTER = (*TRAINED, "sspace", "random")  # need its modules and rank
 QUICK_METHODS = tuple(name for name in METHODS if name not in TRAINED)
 
 

@@ -84,9 +84,9 @@ def cluster_slopes(means: pd.DataFrame, target: str, clusters: Mapping[str, str]
     return found.sort_values("rank").reset_index()
 
 
-def coherent(valid: float, shift: float) -> bool:
-    """Whether 80 % of rows are valid and scores at α = 0 shifted by less than 1 nat."""
-    return valid >= COHERENT_SHARE and abs(shift) < COHERENT_NATS
+def coherent(valid: float, degradation: float) -> bool:
+    """Whether 80 % of rows are valid and questions lose less than 1 nat per token."""
+    return valid >= COHERENT_SHARE and degradation < COHERENT_NATS
 
 
 def loss_gap(history: pd.DataFrame) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -12,21 +12,21 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from ipissa.adapter.checkpoint import Adapter, AnyAdapter, load_adapter
+from ipissa.adapter.checkpoint import Adapter, AnyAdapter, load_adapter, save_adapter
 from ipissa.data.continuations import Continuation, Sampling, sample_continuations
 from ipissa.data.datasets import load_items
 from ipissa.data.items import Dataset
 from ipissa.data.pairs import contrastive_pairs, openings_from_continuations
 from ipissa.data.personas import Trait
-from ipissa.data.prompts import load_prompts
+from ipissa.data.prompts import load_prompts, spread
 from ipissa.errors import ConfigError
-from ipissa.evaluate.analysis import POLES, item_labels
+from ipissa.evaluate.analysis import at_poles, item_labels
 from ipissa.evaluate.baselines.random import random_like
 from ipissa.evaluate.baselines.tuners import distillation_targets, training_config
 from ipissa.evaluate.choices import complete
 from ipissa.evaluate.compare import Measured, adapter_degradation, measure_method, scale_to
 from ipissa.evaluate.degradation import sample_plain
-from ipissa.evaluate.methods import ADAPTER, TRAINED, Materials, attached
+from ipissa.evaluate.methods import ADAPTER, LIKE_THE_ADAPTER, TRAINED, VECTORS, Materials, attached, vector_adapter
 from ipissa.evaluate.null import NullCheck, null_check, null_slopes
 from ipissa.evaluate.published import loss_gap
 from ipissa.evaluate.report.page import Findings, write_report
@@ -38,7 +38,8 @@ from ipissa.models import load_model
 from ipissa.train.config import TrainConfig
 from ipissa.train.objectives.distill import Target
 
-TUNING_PROMPTS = 24
+TUNING_PROMPTS = 16
+PLAIN_PROMPTS = 48
 PAIR_PROMPTS = 96
 SIDE_BY_SIDE_PROMPTS = 6
 
@@ -61,9 +62,9 @@ def evaluate(path: str | os.PathLike[str], output: str | os.PathLike[str], setti
         )
     _check(adapter, settings)
     folder = Path(output)
-    parts = Parts(folder, {"adapter": adapter.digest, **asdict(settings)})
+    parts = Parts(folder, {"adapter": adapter.digest, **settings.described()})
     bench = _Bench(adapter, settings)
-    measured = _all_methods(bench, parts, dataset)
+    measured = _all_methods(bench, parts, dataset, folder)
     findings = Findings(
         settings=settings,
         adapter=adapter,
@@ -79,13 +80,18 @@ def evaluate(path: str | os.PathLike[str], output: str | os.PathLike[str], setti
 
 def _check(adapter: AnyAdapter, settings: EvalSettings) -> None:
     """Refuse now what would fail after the other methods are measured."""
-    if set(settings.baselines) & set(TRAINED):
-        if not isinstance(adapter, Adapter):
-            raise ConfigError(f"{adapter.name!r} is a vector and was not trained; leave out {', '.join(TRAINED)}.")
+    needing = sorted(set(settings.baselines) & set(LIKE_THE_ADAPTER))
+    if not isinstance(adapter, Adapter):
+        if needing or settings.null:
+            raise ConfigError(
+                f"{adapter.name!r} is a vector, without modules and rank to do the same with; leave out "
+                f"{', '.join([*needing, *(['null'] if settings.null else [])])}."
+            )
+    elif set(needing) & set(TRAINED):
         training_config(adapter)
 
 
-def _all_methods(bench: _Bench, parts: Parts, dataset: Dataset | None) -> list[Measured]:
+def _all_methods(bench: _Bench, parts: Parts, dataset: Dataset | None, folder: Path) -> list[Measured]:
     alphas = bench.settings.grid()
     methods = [ADAPTER, *bench.settings.baselines]
     found = []
@@ -94,6 +100,9 @@ def _all_methods(bench: _Bench, parts: Parts, dataset: Dataset | None) -> list[M
         if part is None:
             degradation = _kept(parts, "degradation", lambda: adapter_degradation(bench.materials))
             measured = measure_method(method, bench.materials, dataset, alphas, degradation=degradation)
+            if method in VECTORS and measured.scale is not None:
+                served = vector_adapter(VECTORS[method], bench.materials).scaled(measured.scale)
+                save_adapter(served, folder / "adapters" / f"{method}.safetensors")
             part = measured_to_json(measured)
             parts.save(method, part)
         found.append(measured_from_json(part))
@@ -117,8 +126,8 @@ def _null(
     random = pd.DataFrame(_kept(parts, "null", slopes))
     rows = measured[0].rows
     assert rows is not None
-    at_poles = complete(rows[rows["alpha"].isin(POLES)])
-    own = balanced_slope(with_labels(at_poles, item_labels(dataset)[dataset.target])).trait.value
+    labels = item_labels(dataset)[dataset.target]
+    own = balanced_slope(with_labels(at_poles(complete(rows)), labels)).trait.value
     return null_check(own, random), random, own
 
 
@@ -172,7 +181,7 @@ class _Bench:
             pairs=contrastive_pairs(tokenizer, trait, openings),
             tuning=sample_plain(model, tokenizer, self.training[:TUNING_PROMPTS], seed=seed),
             test=told(self.held_out, seed + 1),
-            plain=sample_plain(model, tokenizer, self.held_out, seed=seed + 1),
+            plain=sample_plain(model, tokenizer, spread(self.held_out, PLAIN_PROMPTS), seed=seed + 1),
             learn=learn,
             seed=seed,
         )

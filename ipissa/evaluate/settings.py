@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from ipissa.adapter.config import one_of
 from ipissa.errors import ConfigError
@@ -54,6 +57,18 @@ class EvalSettings:
         if self.null and self.dataset is None:
             raise ConfigError("null compares slopes in dilemmas, and there is no data set; give --dataset.")
 
+    def described(self) -> dict[str, Any]:
+        """For reports: files by name and content rather than by where they lie."""
+        model = Path(self.model).name if self.model and Path(self.model).exists() else self.model
+        return asdict(self) | {"model": model, "dataset": _file(self.dataset), "prompts": _file(self.prompts)}
+
     def grid(self) -> list[float]:
         """The α of dilemmas, 0 and the poles among them, rising."""
         return sorted({-1.0, 0.0, 1.0, *(float(alpha) for alpha in self.alphas)})
+
+
+def _file(source: str | None) -> str | None:
+    if source is None or not Path(source).is_file():
+        return source
+    with Path(source).open("rb") as file:
+        return f"{Path(source).name} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:12]})"

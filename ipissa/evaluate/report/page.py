@@ -185,7 +185,7 @@ def _page(
         shown = _html(frames["methods"][list(columns)].rename(columns=columns))
     return environment.get_template("report.html.j2").render(
         adapter=findings.adapter,
-        settings=asdict(findings.settings),
+        settings=findings.settings.described(),
         shortcomings=findings.measured[0].yardsticks.shortcomings(),
         prompts=findings.measured[0].yardsticks.prompts,
         yardsticks=_html(frames["yardsticks"]),
