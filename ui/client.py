@@ -46,6 +46,10 @@ class Client:
             base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=self._http
         )
 
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
     async def health(self) -> int:
         """The status of `/health`: 200 when ready, 503 while loading; 502 when nobody answers."""
         try:
