@@ -110,7 +110,7 @@ def test_the_heat_map_shows_what_both_settings_think_of_the_same_text(
 ) -> None:
     text = "I never lie to my friends."
     page.tab("Where it acts")
-    page.page.get_by_label("Text").fill(text)
+    page.page.get_by_label("Text", exact=True).fill(text)
     page.page.locator("#heat-read").click()
     tokens = page.page.locator("#heat .token")
     expect(tokens.first).to_be_visible(timeout=PATIENCE)
@@ -127,8 +127,10 @@ def test_the_heat_map_shows_what_both_settings_think_of_the_same_text(
     expected = [one - two for one, two in zip(here, there, strict=True) if one is not None][-len(tips) :]
     assert shown == pytest.approx(expected, abs=0.006)
     page.page.get_by_role("button", name="Take the left answer").click()
-    expect(page.page.get_by_label("Text")).not_to_have_value(text)
-    page.page.get_by_label("Text").fill("I had a lovely morning, but to be honest my neighbours are the worst people.")
+    expect(page.page.get_by_label("Text", exact=True)).not_to_have_value(text)
+    page.page.get_by_label("Text", exact=True).fill(
+        "I had a lovely morning, but to be honest my neighbours are the worst people."
+    )
     page.page.locator("#heat-read").click()
     expect(page.page.locator("#heat")).to_contain_text("neighbours", timeout=PATIENCE)
     tokens.nth(4).hover()
