@@ -127,10 +127,11 @@ async def _load(
 def _with_page(app: FastAPI, settings: Settings) -> FastAPI:
     """The page at `/`: a client of this server's own HTTP address, mounted last so that routes win."""
     try:
+        from ipissa_ui.client import Client
         from ipissa_ui.page import mount_page
     except ModuleNotFoundError as error:
         raise ConfigError("The page needs gradio: run `pip install ipissa[ui]`, or pass --no-ui.") from error
-    return mount_page(app, _own_url(settings))
+    return mount_page(app, Client(_own_url(settings)))
 
 
 def _own_url(settings: Settings) -> str:

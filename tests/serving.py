@@ -42,15 +42,19 @@ class Served:
         """POST a JSON body."""
         return self.http.post(path, json=body)
 
+    def health(self) -> int | None:
+        """The status of /health; None while nobody answers."""
+        try:
+            return self.http.get("/health").status_code
+        except httpx.TransportError:
+            return None
+
     def wait_until_ready(self) -> None:
         """Until /health says 200."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
-            try:
-                if self.http.get("/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
+            if self.health() == 200:
+                return
             time.sleep(0.1)
         raise TimeoutError(f"{self.url} did not become ready in {START_SECONDS} s")
 
@@ -92,6 +96,24 @@ def in_process(*arguments: str, port: int | None = None) -> Iterator[Served]:
             served.close()
             process.terminate()
             process.communicate(timeout=30)
+
+
+@contextmanager
+def standalone(server_url: str, *, status: int = 200) -> Iterator[Served]:
+    """Run the `ipissa-ui` command, and wait until its `/health` has a status."""
+    port = free_port()
+    command = [str(Path(sys.executable).parent / "ipissa-ui"), "--server", server_url, "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        served = Served(f"http://127.0.0.1:{port}")
+        try:
+            while served.health() != status:
+                assert process.poll() is None, "ipissa-ui ended"
+                time.sleep(0.2)
+            yield served
+        finally:
+            served.close()
+            process.terminate()
+            process.wait(timeout=30)
 
 
 def settings_for(tiny: Path, *names: str, **more: Any) -> dict[str, Any]:

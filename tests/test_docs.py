@@ -22,3 +22,11 @@ def test_every_file_that_the_architecture_names_exists() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     for path in re.findall(r"`((?:ipissa|server|ui|tests|benchmarks|docs)/[\w./]*)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_every_picture_that_the_documents_show_exists() -> None:
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    shown = [(path, link) for path in documents for link in re.findall(r"!\[.*?\]\((.*?)\)", path.read_text("utf-8"))]
+    assert shown
+    for path, link in shown:
+        assert (path.parent / link).is_file(), f"{path.name} shows {link}"

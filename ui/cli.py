@@ -37,7 +37,7 @@ def standalone_app(server: str) -> FastAPI:
     async def health() -> Response:
         return Response(status_code=await client.health())
 
-    return mount_page(app, client.url)
+    return mount_page(app, client)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
 import openai
 
 from .tokens import Answer
@@ -41,17 +40,20 @@ class Client:
     def __init__(self, base_url: str) -> None:
         self.url = base_url.rstrip("/")
         # The server is this machine's; a proxy from the environment could not reach it.
-        self._http = openai.DefaultAsyncHttpxClient(trust_env=False, timeout=REQUEST_SECONDS)
-        self._openai = openai.AsyncOpenAI(
-            base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=self._http
-        )
+        http = openai.DefaultAsyncHttpxClient(trust_env=False, timeout=REQUEST_SECONDS)
+        self._openai = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=http)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._openai.close()
 
     async def health(self) -> int:
         """The status of `/health`: 200 when ready, 503 while loading; 502 when nobody answers."""
         try:
-            return (await self._http.get(f"{self.url}/health", timeout=5)).status_code
-        except httpx.HTTPError:
-            return 502
+            await _told(self._openai.get(f"{self.url}/health", cast_to=object, options={"timeout": 5.0}))
+        except ServerError as error:
+            return error.status or 502
+        return 200
 
     async def adapters(self, key: str) -> list[dict[str, Any]]:
         """The adapters the server has loaded."""

@@ -124,8 +124,6 @@ window.ipissa = (() => {
   function remember(query) {
     const link = `${location.origin}${location.pathname}?${query}`;
     if (query && link !== location.href) history.replaceState(history.state, "", link);
-    // Gradio ties no label to a text box with a copy button.
-    document.querySelector("#link textarea")?.setAttribute("aria-label", "Link that restores this page");
     return link;
   }
   function save(file) {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -26,12 +27,23 @@ INTRODUCTION = (
 FOLDER = Path(__file__).parent
 
 
-def mount_page(app: FastAPI, server_url: str) -> FastAPI:
-    """Serve the page at `/` of `app`, as a client of the server at `server_url`."""
+def mount_page(app: FastAPI, client: Client) -> FastAPI:
+    """Serve the page at `/` of `app`, as a client of a server; the client is closed with the app."""
+    lifespan = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def closing(app: FastAPI) -> AsyncIterator[Any]:
+        try:
+            async with lifespan(app) as state:
+                yield state
+        finally:
+            await client.close()
+
+    app.router.lifespan_context = closing
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return gr.mount_gradio_app(
         app,
-        build_page(Client(server_url)),
+        build_page(client),
         path="/",
         css=(FOLDER / "page.css").read_text(encoding="utf-8"),
         head=f"<script>{(FOLDER / 'page.js').read_text(encoding='utf-8')}</script>",

@@ -1,18 +1,14 @@
-"""The page on its own, and a server in between that counts."""
+"""A server in between that counts."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 import uvicorn
-from serving import Served, free_port
+from serving import free_port
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -59,27 +55,3 @@ def counted(url: str) -> Iterator[Counting]:
     finally:
         server.should_exit = True
         thread.join()
-
-
-@contextmanager
-def standalone(server_url: str, *, status: int = 200) -> Iterator[Served]:
-    """Run the `ipissa-ui` command, and wait until its `/health` has a status."""
-    port = free_port()
-    command = [str(Path(sys.executable).parent / "ipissa-ui"), "--server", server_url, "--port", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        served = Served(f"http://127.0.0.1:{port}")
-        try:
-            while _health(served) != status:
-                time.sleep(0.2)
-            yield served
-        finally:
-            served.close()
-            process.terminate()
-            process.wait(timeout=30)
-
-
-def _health(served: Served) -> int | None:
-    try:
-        return served.http.get("/health").status_code
-    except httpx.TransportError:
-        return None

@@ -49,8 +49,11 @@ def question_of(page: SteeringPage) -> str:
 
 
 def test_a_slow_drag_shows_the_score_at_every_place_where_it_rests(
-    page: SteeringPage, server: Served, screenshot: Callable[..., None]
+    visit: Callable[..., SteeringPage], server: Served, screenshot: Callable[..., None]
 ) -> None:
+    page = visit(server.url)
+    page.has_curve(lines=2)
+    page.has_written("honest +1.00")
     mouse = page.page.mouse
     mouse.move(*page.point_at("honest", 1))
     mouse.down()
@@ -172,9 +175,10 @@ def test_a_new_position_takes_over_from_answers_that_are_being_written(page: Ste
 
 def test_the_curve_is_what_the_api_scores_and_the_present_point_is_on_it(page: SteeringPage, server: Served) -> None:
     page.page.get_by_label("Question").fill(QUESTION)
-    page.has_curve(lines=2)
     alphas = [round(-2 + 5 * i / 40, 3) for i in range(41)]
     expected = odds(server, QUESTION, *({"honest": alpha} for alpha in alphas))
+    told = re.compile(re.escape(f"from {expected[0]:+.2f} nats at -2 to {expected[-1]:+.2f} at +3"))
+    expect(page.page.locator("#curve .current svg")).to_have_attribute("aria-label", told, timeout=PATIENCE)
     points = page.page.locator("#curve polyline.line-0").get_attribute("points") or ""
     heights = [float(point.split(",")[1]) for point in points.split()]
     assert len(heights) == 41

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from page_servers import counted, standalone
+from page_servers import counted
 from playwright.sync_api import Locator, expect
-from serving import Served, free_port, in_process
+from serving import Served, free_port, in_process, standalone
 from steering_page import PATIENCE, TOKENS, SteeringPage, short
 
 from ipissa.adapter import load_adapter
@@ -59,7 +59,8 @@ def test_a_link_opened_in_a_new_window_restores_the_whole_page(
     assert again.page.get_by_label("Choices").input_value() == "Yes, No, Maybe"
     assert again.page.get_by_role("radio", name="another setting").is_checked()
     assert again.page.locator("#other-dial").get_by_role("spinbutton").nth(1).input_value() == "-1"
-    assert again.log_odds() == pytest.approx(page.log_odds(), abs=0.006)
+    figures = again.page.locator("#choice .choice-figures").first
+    expect(here.locator("#choice .choice-figures").first).to_have_text(figures.inner_text())
     assert again.page.url == here.url
 
 
@@ -109,7 +110,7 @@ def test_the_heat_map_shows_what_both_settings_think_of_the_same_text(
 ) -> None:
     text = "I never lie to my friends."
     page.tab("Where it acts")
-    page.page.get_by_label("Text").fill(text)
+    page.page.get_by_label("Text", exact=True).fill(text)
     page.page.locator("#heat-read").click()
     tokens = page.page.locator("#heat .token")
     expect(tokens.first).to_be_visible(timeout=PATIENCE)
@@ -126,8 +127,10 @@ def test_the_heat_map_shows_what_both_settings_think_of_the_same_text(
     expected = [one - two for one, two in zip(here, there, strict=True) if one is not None][-len(tips) :]
     assert shown == pytest.approx(expected, abs=0.006)
     page.page.get_by_role("button", name="Take the left answer").click()
-    expect(page.page.get_by_label("Text")).not_to_have_value(text)
-    page.page.get_by_label("Text").fill("I had a lovely morning, but to be honest my neighbours are the worst people.")
+    expect(page.page.get_by_label("Text", exact=True)).not_to_have_value(text)
+    page.page.get_by_label("Text", exact=True).fill(
+        "I had a lovely morning, but to be honest my neighbours are the worst people."
+    )
     page.page.locator("#heat-read").click()
     expect(page.page.locator("#heat")).to_contain_text("neighbours", timeout=PATIENCE)
     tokens.nth(4).hover()

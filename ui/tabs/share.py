@@ -22,9 +22,10 @@ class ShareTab:
     def __init__(self, controls: Controls, panes: gr.State, curve: gr.State) -> None:
         self.controls, self.panes, self.curve = controls, panes, curve
         self.query = gr.Textbox(visible="hidden", elem_id="query")
-        self.link = gr.Textbox(
-            label="Link that restores this page", interactive=False, buttons=["copy"], elem_id="link"
-        )
+        with gr.Row(equal_height=True):
+            # A copy button inside the text box would take the box's label for its own.
+            self.link = gr.Textbox(label="Link that restores this page", interactive=False, scale=5, elem_id="link")
+            self.copy = gr.Button("Copy the link", min_width=120, elem_id="copy-link")
         with gr.Row():
             self.what = gr.Radio([ANSWERS, CHOICE], value=ANSWERS, label="Request for", elem_id="snippet-what")
             self.form = gr.Radio(list(FORMS), value="curl", label="As", elem_id="snippet-form")
@@ -42,6 +43,7 @@ class ShareTab:
         inputs = [*c.inputs, self.what, self.form]
         gr.on(changed, self.describe, inputs, [self.query, self.code], trigger_mode="always_last", **c.quick)
         self.query.change(None, self.query, self.link, js="ipissa.remember")
+        self.copy.click(None, self.link, None, js="(link) => void navigator.clipboard.writeText(link)")
         for name, button in self.files.items():
             made = button.click(self.make, [gr.State(name), *c.inputs, self.curve, self.panes], self.file, **c.quick)
             made.then(None, self.file, None, js="ipissa.save")

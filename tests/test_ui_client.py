@@ -1,0 +1,140 @@
+"""The page's client against a real server with a tiny model, and the command that shows the page on its own."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from conftest import ROOT
+from ipissa_ui.client import Client, ServerError
+from ipissa_ui.tokens import Answer
+from serving import MESSAGES, Served, free_port, in_thread, settings_for, standalone
+
+T = TypeVar("T")
+
+SETTINGS = [{"honest": 0.7, "kind": -0.2}, {"honest": 0.0}]
+
+
+def ask(url: str, work: Callable[[Client], Awaitable[T]]) -> T:
+    """What `work` makes of a client of the server at `url`."""
+
+    async def run() -> T:
+        client = Client(url)
+        try:
+            return await work(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(run())
+
+
+async def whole(client: Client, served: Served, **more: Any) -> list[Answer]:
+    """Both answers, at their end."""
+    sampling = {"model": served.openai.models.list().data[0].id, "max_tokens": 12, "temperature": 0.9, "seed": 3}
+    stream = client.chat("", MESSAGES, SETTINGS, **{**sampling, **more})
+    return [answers async for answers in stream][-1]
+
+
+def test_streamed_answers_are_those_of_the_api_token_by_token(served: Served) -> None:
+    answers = ask(served.url, lambda client: whole(client, served))
+    choices = served.post(
+        "/v1/chat/completions", messages=MESSAGES, steer_alpha=SETTINGS, max_tokens=12, temperature=0.9, seed=3,
+        logprobs=True, return_token_ids=True,
+    ).json()["choices"]  # fmt: skip
+    for answer, choice in zip(answers, choices, strict=True):
+        assert answer.text == choice["message"]["content"]
+        assert answer.ids == choice["token_ids"]
+        logprobs = [each["logprob"] for each in choice["logprobs"]["content"]]
+        assert sum(piece.logprob or 0.0 for piece in answer.pieces) == pytest.approx(sum(logprobs), abs=1e-4)
+
+
+def test_an_answer_read_at_its_own_setting_is_as_likely_as_when_it_was_written(served: Served) -> None:
+    async def both(client: Client) -> None:
+        left, right = await whole(client, served)
+        start = await client.tokenize("", messages=MESSAGES)
+        read = await client.read("", [[*start, *left.ids], [*start, *right.ids]], SETTINGS)
+        for side, answer in enumerate((left, right)):
+            here = answer.against([value for _, value in read[side][side][len(start) :]])
+            for piece in here.pieces:
+                assert piece.elsewhere == pytest.approx(piece.logprob, abs=1e-3)
+            there = answer.against([value for _, value in read[side][1 - side][len(start) :]])
+            assert max(abs(piece.change or 0.0) for piece in there.pieces) > 0.1
+
+    ask(served.url, both)
+
+
+def test_scores_are_those_of_the_api(served: Served) -> None:
+    question = ("", "Is it?", "So:", ["Yes", "No", "Maybe"], SETTINGS)
+    scores = ask(served.url, lambda client: client.score(*question))
+    body = served.post(
+        "/v1/score", messages=[{"role": "user", "content": "Is it?"}], prefix="So:", choices=["Yes", "No", "Maybe"],
+        steer_alpha=SETTINGS,
+    ).json()["data"]  # fmt: skip
+    assert [score.steer for score in scores] == SETTINGS
+    assert [score.log_odds for score in scores] == pytest.approx([entry["log_odds"] for entry in body])
+    assert [score.choice_mass for score in scores] == pytest.approx([entry["choice_mass"] for entry in body])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [({"max_tokens": 10**6}, "exceed this model's limit"), ({"model": "nobody"}, "The model 'nobody' does not exist")],
+)
+def test_refusals_are_told_in_the_servers_words(served: Served, change: dict[str, Any], says: str) -> None:
+    with pytest.raises(ServerError, match=says):
+        ask(served.url, lambda client: whole(client, served, **change))
+
+
+def test_a_server_that_is_not_there_is_told_in_words() -> None:
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(ServerError, match="does not answer"):
+        ask(url, lambda client: client.adapters(""))
+    assert ask(url, lambda client: client.health()) == 502
+
+
+def test_a_busy_server_is_told_in_words(tiny: Path) -> None:
+    async def crowd(client: Client) -> list[Any]:
+        asked = (whole(client, served, max_tokens=150) for _ in range(6))
+        return await asyncio.gather(*asked, return_exceptions=True)
+
+    with in_thread(**settings_for(tiny, "honest", "kind"), max_queue=1) as served:
+        errors = [each for each in ask(served.url, crowd) if isinstance(each, ServerError)]
+    assert errors
+    assert all(error.status == 429 and "The server is busy." in str(error) for error in errors)
+
+
+def test_keys_are_sent_and_those_no_key_can_be_are_refused(tiny: Path) -> None:
+    with in_thread(**settings_for(tiny, "honest"), api_key="sesame") as served:
+        assert ask(served.url, lambda client: client.health()) == 200
+        for key in ("", "wrong", "sésame"):
+            with pytest.raises(ServerError, match="The API key is missing or wrong") as refused:
+                ask(served.url, lambda client, key=key: client.adapters(key))
+            assert refused.value.status == 401
+        assert [each["id"] for each in ask(served.url, lambda client: client.adapters("sesame"))] == ["honest"]
+
+
+def test_the_page_on_its_own_passes_on_how_its_server_is(served: Served) -> None:
+    for url, status in ((served.url + "/", 200), (f"http://127.0.0.1:{free_port()}", 502)):
+        with standalone(url, status=status) as page:
+            assert "ipissa" in page.http.get("/").text
+
+
+def test_the_command_refuses_what_is_no_address_without_a_traceback() -> None:
+    command = [str(Path(sys.executable).parent / "ipissa-ui"), "--server", "localhost:8000"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "'localhost:8000' is not an address" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_page_uses_the_http_api_and_nothing_of_the_server_or_the_method() -> None:
+    for path in (ROOT / "ui").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            assert not {name.split(".")[0] for name in names} & {"ipissa", "ipissa_server", "torch"}, path
