@@ -193,7 +193,7 @@ def _change_workers(dials: Dials) -> None:
         lora = load_or_bake(self, lora_request)
         missing = unreached(self._adapter_manager, lora.loras)
         if missing and get_pp_group().world_size == 1:  # else they may be another worker's
-            raise ValueError(f"no LoRA reaches {', '.join(sorted(missing))} in this model.")
+            raise ValueError(f"no LoRA reaches {len(missing)} of its layers, such as {min(missing)}.")
         return lora
 
     WorkerLoRAManager._load_adapter = _load_adapter
