@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -77,28 +79,34 @@ def check_base_files(source: str, adapter: Adapter) -> None:
     Weights that are stored otherwise than as plain safetensors cannot be compared; their shapes are.
     """
     _check_shape(_fingerprint(AutoConfig.from_pretrained(source).get_text_config()), adapter)
-    for name in _samples(adapter):
-        weight = _stored_weight(source, f"{name}.weight")
-        if weight is not None:
+    with _stored_tensors(source) as stored:
+        weights = {name: stored[f"{name}.weight"] for name in adapter.modules if f"{name}.weight" in stored}
+        for name in adapter.modules if weights else ():
             factors = adapter.modules[name]
-            if weight.shape != (factors.U.shape[0], factors.V.shape[0]):
-                _check_residual(float("nan"), adapter, name)
+            shape = list(weights[name].get_shape()) if name in weights else None
+            if shape != [factors.U.shape[0], factors.V.shape[0]]:
+                raise BaseModelMismatchError(
+                    f"The adapter {adapter.name!r} adapts {name} as a linear layer, which this model lacks; "
+                    "load the base model it was made for."
+                )
+        for name in _samples(adapter) if weights else ():
+            factors = adapter.modules[name]
             k = min(8, factors.S.numel())
             expected = factors.U[:, :k] * factors.S[:k]
-            difference = weight.float() @ factors.V[:, :k] - expected
+            difference = weights[name][:].float() @ factors.V[:, :k] - expected
             _check_residual(float(difference.norm() / expected.norm()), adapter, name)
 
 
-def _stored_weight(source: str, name: str) -> Tensor | None:
-    """A tensor of a model's safetensors files, or None if it is not in them under this name."""
+@contextmanager
+def _stored_tensors(source: str) -> Iterator[dict[str, Any]]:
+    """Slices of a model's safetensors files by name; empty where its weights are stored otherwise."""
     optional: dict[str, Any] = {"_raise_exceptions_for_missing_entries": False}
     index = cached_file(source, "model.safetensors.index.json", **optional)
-    file = json.loads(Path(index).read_text())["weight_map"].get(name) if index else "model.safetensors"
-    path = cached_file(source, file, **optional) if file else None
-    if path is None:
-        return None
-    with safe_open(path, framework="pt") as tensors:
-        return tensors.get_tensor(name) if name in tensors.keys() else None  # noqa: SIM118 (not a dict)
+    files = set(json.loads(Path(index).read_text())["weight_map"].values()) if index else {"model.safetensors"}
+    paths = [path for file in files if (path := cached_file(source, file, **optional))]
+    with ExitStack() as stack:
+        opened = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
+        yield {name: file.get_slice(name) for file in opened for name in file.keys()}  # noqa: SIM118 (not a dict)
 
 
 def _samples(adapter: Adapter) -> set[str]:

@@ -74,8 +74,8 @@ def serve(
         "tensor_parallel_size": tensor_parallel_size,
         "data_parallel_size": data_parallel_size,
         "distributed_executor_backend": distributed_executor_backend,
-        **assignments("--vllm", vllm or []),
     }
+    given = {name: value for name, value in passed_on.items() if value is not None}
     settings = Settings(
         model=model or base_of(adapters),
         adapters=adapters,
@@ -94,7 +94,7 @@ def serve(
         max_queue=max_queue,
         max_model_len=max_model_len,
         max_cache_tokens=max_cache_tokens,
-        vllm={name: value for name, value in passed_on.items() if value is not None},
+        vllm={**given, **assignments("--vllm", vllm or [])},
     )
     run(settings)
 

@@ -135,6 +135,11 @@ def test_the_store_keeps_the_latest_and_counts_what_it_found(baker: Baker, tmp_p
     assert len(store) == 3
     assert (store.info()["honest"].hits, store.info()["honest"].misses) == (2, 4)
     assert store.info()["kind"].currsize == 0
+    assert store.touch(first.key)
+    store.get({"honest": 0.5})
+    store.get({"honest": 0.6})
+    assert store.touch(first.key)  # it was, before these two, so 0.3 and 0.4 had to go
+    assert not store.touch("nothing")
 
 
 def test_five_hundred_settings_leave_the_folder_bounded(baker: Baker, tmp_path: Path) -> None:

@@ -79,6 +79,10 @@ class LoraStore:
         """
         return self._take(steer, leases=0)
 
+    def touch(self, key: str) -> bool:
+        """Count a setting as used just now; False if it is not there any more."""
+        return self._find(key, leases=0) is not None
+
     @contextmanager
     def lease(self, steer: Mapping[str, float]) -> Iterator[BakedLora]:
         """The LoRA of a setting, which stays where it is until the block ends."""
@@ -95,13 +99,13 @@ class LoraStore:
         if not turned:
             raise AlphaError("Every α is 0: that is the base model, which needs no LoRA.")
         key = self._key(turned)
-        if (found := self._find(key, leases)) is None:
+        if (found := self._find(key, leases=leases)) is None:
             with self._baking:
-                if (found := self._find(key, leases)) is None:  # nobody else has made it meanwhile
+                if (found := self._find(key, leases=leases)) is None:  # nobody else has made it meanwhile
                     found = self._make(key, turned, leases)
         return found
 
-    def _find(self, key: str, leases: int) -> BakedLora | None:
+    def _find(self, key: str, *, leases: int) -> BakedLora | None:
         with self._lock:
             if key not in self._stored:
                 return None

@@ -92,7 +92,10 @@ class BoundedRequests(dict[str, LoRARequest]):
         self._recent: OrderedDict[str, SettingRequest] = OrderedDict()
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(name) or name in self._recent or self._dials.is_base(str(name))
+        if super().__contains__(name) or self._dials.is_base(str(name)):
+            return True
+        request = self._recent.get(str(name))
+        return request is not None and self._dials.store.touch(Path(request.lora_path).name)
 
     def __setitem__(self, name: str, request: LoRARequest) -> None:
         if not isinstance(request, SettingRequest):
@@ -110,7 +113,6 @@ class BoundedRequests(dict[str, LoRARequest]):
                 raise KeyError(name)
             self[name] = setting_request(self._dials, name)
         self._recent.move_to_end(name)
-        # The store remembers fewer settings than there are names; what it forgot is baked again here or in a worker.
         return self._recent[name]
 
 
@@ -191,7 +193,7 @@ def _change_workers(dials: Dials) -> None:
         lora = load_or_bake(self, lora_request)
         missing = unreached(self._adapter_manager, lora.loras)
         if missing and get_pp_group().world_size == 1:  # else they may be another worker's
-            raise ValueError(f"no LoRA reaches {', '.join(sorted(missing))} in this model.")
+            raise ValueError(f"no LoRA reaches {len(missing)} of its layers, such as {min(missing)}.")
         return lora
 
     WorkerLoRAManager._load_adapter = _load_adapter

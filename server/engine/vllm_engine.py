@@ -156,7 +156,7 @@ class VllmEngine(Engine):
 
     @property
     def healthy(self) -> bool:
-        return not self._llm.errored
+        return not self._closed and not self._llm.errored
 
     # --- generations --------------------------------------------------------------------------
 
@@ -268,8 +268,8 @@ class VllmEngine(Engine):
         found = await self._llm.collective_rpc("unreached_modules", args=(list(adapter.modules),))
         if missing := set.intersection(*map(set, found)):
             raise ConfigError(
-                f"vLLM does not take the adapter {name!r}: no LoRA reaches {', '.join(sorted(missing))}. Name the "
-                "adapter at start, or start with --vllm lora_target_modules=null."
+                f"vLLM does not take the adapter {name!r}: no LoRA reaches {len(missing)} of its layers, such as "
+                f"{min(missing)}. Name the adapter at start, or start with --vllm lora_target_modules=null."
             )
 
     @asynccontextmanager
@@ -294,11 +294,14 @@ class VllmEngine(Engine):
         }
 
     def close(self) -> None:
+        if self._closed:
+            return
         self._closed = True
         for task, loop in list(self._running.items()):
             if not loop.is_closed():
                 loop.call_soon_threadsafe(task.cancel)
         self._llm.shutdown()
+        del self._llm  # it shuts down again when it goes, which must be before the interpreter does
         self._loras.close()
 
     def _task(self, work: Any) -> asyncio.Task[Any]:
