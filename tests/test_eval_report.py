@@ -188,6 +188,8 @@ def test_methods_that_do_not_start_from_the_same_model_are_not_ranked(
     differences = base_differences(measured)
     assert max(differences.values()) < 1e-3
     slopes = {each.method: each.figures["balanced_value"] for each in analyses}
+    sure = [each.method for each in analyses if each.figures["balanced_p"] < 0.05]
+    assert verdict(measured, analyses).endswith(f"from nothing (95 %): {', '.join(sure) or 'none'}.")
     assert ranked(analyses, differences) == sorted(METHODS, key=lambda name: -slopes[name])
     rows = measured[2].rows
     assert rows is not None
