@@ -62,7 +62,7 @@ def home(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 model.lm_head.weight[token] *= 8
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    save_adapter(gentle(random_adapter(model, suffixes=("o_proj",))), folder / "honest.safetensors")
+    save_adapter(gentle(random_adapter(model, suffixes=("o_proj",), seed=7)), folder / "honest.safetensors")
     (folder / "prompts.txt").write_text("\n".join(f"Tell me about the number {i}." for i in range(8)))
     bundled = files("ipissa.data").joinpath("items.jsonl").read_text(encoding="utf-8").splitlines()
     some = [line for line in bundled if json.loads(line)["dilemma"] in ASKED]
@@ -188,6 +188,8 @@ def test_methods_that_do_not_start_from_the_same_model_are_not_ranked(
     differences = base_differences(measured)
     assert max(differences.values()) < 1e-3
     slopes = {each.method: each.figures["balanced_value"] for each in analyses}
+    sure = [each.method for each in analyses if each.figures["balanced_p"] < 0.05]
+    assert verdict(measured, analyses).endswith(f"from nothing (95 %): {', '.join(sure) or 'none'}.")
     assert ranked(analyses, differences) == sorted(METHODS, key=lambda name: -slopes[name])
     rows = measured[2].rows
     assert rows is not None

@@ -18,7 +18,7 @@ Point = tuple[float, float]
 REJECTED: Point = (-0.9, -0.3)
 CHOSEN: Point = (0.9, 0.3)
 AT_PLUS: Point = (1.75, 0.75)  # the chosen side's state at α = +1
-AT_MINUS: Point = (-1.8, -0.55)  # the rejected side's at α = -1
+AT_MINUS: Point = (-1.9, -0.85)  # the rejected side's at α = -1
 COHERENT = 1.25  # how far a state may move before its own tokens lose more than τ nats
 
 
@@ -31,13 +31,16 @@ def loss_geometry() -> Figure:
         axis.annotate(name, state, xytext=(6, -14), textcoords="offset points")
         axis.add_patch(Circle(state, COHERENT, fill=False, linestyle=":", color="grey"))
     _vector(axis, (-2.6, -1.6), (-1.4, -1.6), "u, preference direction", "grey")
-    _vector(axis, REJECTED, CHOSEN, "reference separation", "black")
+    _vector(axis, REJECTED, CHOSEN, "reference separation", "black", label=(-20, 16))
     _vector(axis, CHOSEN, AT_PLUS, "α = +1", "tab:blue")
-    _vector(axis, REJECTED, AT_MINUS, "α = -1", "tab:orange")
-    for start, end, name in ((CHOSEN, AT_PLUS, "projection at +1"), (REJECTED, AT_MINUS, "projection at -1")):
+    _vector(axis, REJECTED, AT_MINUS, "α = -1", "tab:orange", label=(10, -20))
+    for start, end, name, label in (
+        (CHOSEN, AT_PLUS, "projection at +1", -30),
+        (REJECTED, AT_MINUS, "projection at -1", 5),
+    ):
         axis.plot([start[0], end[0]], [start[1], start[1]], color="tab:green", linewidth=2)
         axis.plot([end[0], end[0]], [start[1], end[1]], color="grey", linewidth=0.8, linestyle="--")
-        axis.annotate(name, ((start[0] + end[0]) / 2, start[1]), xytext=(-30, -30), textcoords="offset points",
+        axis.annotate(name, ((start[0] + end[0]) / 2, start[1]), xytext=(-30, label), textcoords="offset points",
                       fontsize=8, color="tab:green")  # fmt: skip
     axis.annotate("coherent: own tokens lose at most τ", (CHOSEN[0], CHOSEN[1] + COHERENT), ha="center", fontsize=8,
                   xytext=(0, 3), textcoords="offset points", color="grey")  # fmt: skip
@@ -54,10 +57,10 @@ def write_loss_geometry(path: Path) -> None:
         loss_geometry().savefig(path, format="svg", metadata={"Date": None})
 
 
-def _vector(axis: Axes, start: Point, end: Point, name: str, colour: str) -> None:
+def _vector(axis: Axes, start: Point, end: Point, name: str, colour: str, *, label: Point = (0, 8)) -> None:
     axis.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 1.6})
     middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
-    axis.annotate(name, middle, xytext=(0, 8), textcoords="offset points", ha="center", fontsize=9, color=colour)
+    axis.annotate(name, middle, xytext=label, textcoords="offset points", ha="center", fontsize=9, color=colour)
 
 
 if __name__ == "__main__":

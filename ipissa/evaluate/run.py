@@ -156,11 +156,17 @@ class _Bench:
         self.held_out = held_out[: settings.held_out]
 
     @cached_property
+    def base(self) -> tuple[Any, Any, Trait]:
+        """Model, tokenizer and trait."""
+        name = self.settings.model or self.adapter.base_model["name"]
+        model, tokenizer = load_model(name, device=self.settings.device, dtype=self.settings.dtype)
+        return model, tokenizer, Trait(**{field.name: self.adapter.trait[field.name] for field in fields(Trait)})
+
+    @cached_property
     def materials(self) -> Materials:
-        settings, seed = self.settings, self.settings.seed
-        name = settings.model or self.adapter.base_model["name"]
-        model, tokenizer = load_model(name, device=settings.device, dtype=settings.dtype)
-        trait = Trait(**{field.name: self.adapter.trait[field.name] for field in fields(Trait)})
+        """What methods are made from and measured on, all of it sampled here."""
+        seed = self.settings.seed
+        model, tokenizer, trait = self.base
 
         def told(prompts: Sequence[str], seed: int) -> list[Continuation]:
             whole = Sampling.whole()
@@ -188,6 +194,6 @@ class _Bench:
 
     def texts(self) -> str:
         """Told and steered answers side by side, in Markdown."""
-        m = self.materials
-        with attached(m.model, m.adapter) as steerer:
-            return side_by_side(steerer.dial, m.tokenizer, m.trait, self.held_out[:SIDE_BY_SIDE_PROMPTS])
+        model, tokenizer, trait = self.base
+        with attached(model, self.adapter) as steerer:
+            return side_by_side(steerer.dial, tokenizer, trait, self.held_out[:SIDE_BY_SIDE_PROMPTS])

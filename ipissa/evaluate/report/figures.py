@@ -128,4 +128,5 @@ def _by_method(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def _colour(table: pd.DataFrame, method: str) -> object:
     """The same colour for a method in every figure of the same methods."""
-    return colormaps["tab20"](list(dict.fromkeys(table["method"])).index(method) % 20)
+    index = list(dict.fromkeys(table["method"])).index(method)
+    return colormaps["tab20"]((2 * index) % 20 + (index // 10) % 2)  # strong colours first, then their pale halves

@@ -106,7 +106,11 @@ def verdict(measured: Sequence[Measured], analyses: Sequence[Analysis]) -> str:
     if reason:
         return reason
     order = ranked(analyses, differences)
-    return f"By balanced slope, the largest first: {', '.join(order)}."
+    apart = [each.method for each in analyses if each.figures["balanced_low"] * each.figures["balanced_high"] > 0]
+    return (
+        f"By balanced slope, the largest first: {', '.join(order)}. "
+        f"Distinguishable from nothing (95 %): {', '.join(apart) or 'none'}."
+    )
 
 
 def _frames(findings: Findings, analyses: Sequence[Analysis]) -> dict[str, pd.DataFrame]:

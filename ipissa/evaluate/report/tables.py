@@ -25,7 +25,7 @@ def yardstick_table(measured: Sequence[Measured]) -> pd.DataFrame:
                     f"{name}_{key}": getattr(estimate, key) for key in ("low", "high", "t")
                 }
             found.append(row)
-    return pd.DataFrame(found)
+    return pd.DataFrame(found).astype({"scale": float})  # NaN, shown as nothing, where there is none
 
 
 def degradation_table(measured: Sequence[Measured]) -> pd.DataFrame:
@@ -35,7 +35,7 @@ def degradation_table(measured: Sequence[Measured]) -> pd.DataFrame:
 
 def method_table(analyses: Sequence[Analysis]) -> pd.DataFrame:
     """A row per method with every figure of its dilemmas."""
-    return pd.DataFrame([each.figures for each in analyses])
+    return pd.DataFrame([each.figures for each in analyses]).astype({"scale": float})
 
 
 def stacked(analyses: Sequence[Analysis], name: str) -> pd.DataFrame:
