@@ -23,9 +23,9 @@ class ChatTab:
         self.shown = gr.Chatbot(label="Conversation", height=420, elem_id="chat", buttons=["copy"])
         self.said = gr.Textbox(label="You", placeholder="Say something and press Enter", elem_id="chat-said")
         with gr.Row():
-            self.send = gr.Button("Send", variant="primary", elem_id="chat-send")
-            self.stop = gr.Button("Stop", elem_id="chat-stop")
-            self.clear = gr.Button("Start over", elem_id="chat-clear")
+            self.send = gr.Button("Send", size="md", variant="primary", elem_id="chat-send")
+            self.stop = gr.Button("Stop", size="md", elem_id="chat-stop")
+            self.clear = gr.Button("Start over", size="md", elem_id="chat-clear")
 
     def listen(self) -> None:
         """Enter sends; Stop keeps what is there."""
