@@ -43,7 +43,7 @@ class ChatTab:
             return
         said, turns = asked.rest
         turns = [*turns, Turn(said.strip(), asked.view.left)]
-        async with self.controls.generations.take(asked.user) as overtaken:
+        async with self.controls.conversations.take(asked.user) as overtaken:
             yield transcript(turns), turns, ""
             text, note = "", ""
             try:
@@ -60,5 +60,5 @@ class ChatTab:
 
     async def halt(self, request: gr.Request) -> None:
         """Overtake the answer that is being written."""
-        async with self.controls.generations.take(request.session_hash or ""):
+        async with self.controls.conversations.take(request.session_hash or ""):
             pass
