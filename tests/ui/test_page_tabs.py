@@ -175,9 +175,7 @@ def test_the_adapter_tab_shows_facts_figures_and_the_card(page: SteeringPage, sc
     expect(facts).to_contain_text("a kind, loving person")
 
 
-def test_a_training_run_beside_an_adapter_shows_its_curves_and_samples(
-    visit: Visit, tmp_path: Path, screenshot: Callable[..., None]
-) -> None:
+def test_a_training_run_beside_an_adapter_shows_its_curves_and_samples(visit: Visit, tmp_path: Path) -> None:
     (tmp_path / "calm.safetensors").write_bytes((ROOT / "adapters" / "honest.safetensors").read_bytes())
     run = tmp_path / "calm.run"
     run.mkdir()
