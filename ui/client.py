@@ -13,7 +13,7 @@ from .view import Steer
 
 Message = dict[str, str]
 UNREACHABLE = "The server does not answer. Is it still running?"
-REQUEST_SECONDS = 120.0
+REQUEST_SECONDS = 300.0
 
 
 class ServerError(Exception):

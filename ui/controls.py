@@ -68,7 +68,7 @@ class Controls:
         usual = View()
         later: dict[str, Any] = {"render": False}
         self.client = client
-        self.scores, self.generations, self.readings = Turns(), Turns(), Turns()
+        self.scores, self.generations, self.readings, self.conversations = Turns(), Turns(), Turns(), Turns()
         self.key = gr.Textbox(label="API key", type="password", visible=False, elem_id="api-key", **later)
         self.adapters = gr.State([], **later)
         self.dial = dials(label="α", elem_id="dial", **later)
@@ -105,7 +105,7 @@ class Controls:
 
     def leave(self, request: gr.Request) -> None:
         """A user has closed the page."""
-        for turns in (self.scores, self.generations, self.readings):
+        for turns in (self.scores, self.generations, self.readings, self.conversations):
             turns.forget(request.session_hash or "")
 
     def asked(self, request: gr.Request, values: Sequence[Any]) -> Asked | None:

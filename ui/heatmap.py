@@ -7,7 +7,7 @@ from html import escape
 from .tokens import Answer, Piece
 from .view import Steer, describe
 
-FULL_COLOUR = 3.0  # nats at which a colour is at its strongest
+FAINTEST_FULL = 0.25  # nats; where all changes are smaller, none has its full colour
 
 
 def draw_heatmap(answer: Answer, left: Steer, right: Steer) -> str:
@@ -17,7 +17,8 @@ def draw_heatmap(answer: Answer, left: Steer, right: Steer) -> str:
     if not known:
         return '<p class="hint">The text is too short to compare; write a few words.</p>'
     mean = sum(piece.change or 0.0 for piece in known) / len(known)
-    tokens = "".join(_token(piece, one, two) for piece in answer.pieces)
+    full = max(FAINTEST_FULL, *(abs(piece.change or 0.0) for piece in known))
+    tokens = "".join(_token(piece, one, two, full) for piece in answer.pieces)
     extremes = sorted(known, key=lambda piece: piece.change or 0.0)
     told = [
         f"{len(known)} tokens; on average {mean:+.3f} nats per token in favour of {escape(one)}.",
@@ -25,7 +26,7 @@ def draw_heatmap(answer: Answer, left: Steer, right: Steer) -> str:
     ]
     return (
         f'<div data-tokens><div class="legend"><span><i class="less"></i>likelier at {escape(two)}</span>'
-        f'<span><i class="more"></i>likelier at {escape(one)}</span></div>'
+        f'<span><i class="more"></i>likelier at {escape(one)}</span><span>full colour: {full:.2f} nats</span></div>'
         f'<div class="tokens heat" tabindex="0" role="group" aria-label="Text, token by token">{tokens}</div></div>'
         f'<p class="token-tip" aria-live="polite">Point at a word, or step with ← and →.</p><p>{" ".join(told)}</p>'
     )
@@ -35,11 +36,11 @@ def _named(pieces: list[Piece]) -> str:
     return ", ".join(f"“{escape(piece.text.strip())}” {piece.change:+.2f}" for piece in pieces)
 
 
-def _token(piece: Piece, one: str, two: str) -> str:
+def _token(piece: Piece, one: str, two: str, full: float) -> str:
     text = escape(piece.text)
     if piece.change is None:
         return f"<span>{text}</span>"
-    share = min(1.0, abs(piece.change) / FULL_COLOUR)
+    share = abs(piece.change) / full
     kind = "more" if piece.change > 0 else "less"
     tip = (
         f"“{piece.text.strip()}” log-probability {piece.logprob:.2f} at {one} · {piece.elsewhere:.2f} at {two} · "

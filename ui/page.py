@@ -88,9 +88,9 @@ def _open(
     opened = gr.on(
         [page.load, c.key.submit], _restore(c), [c.key, address], found, js="(key) => ipissa.opened(key)", **c.quick
     )
-    opened.success(
-        compare.measure, [*c.inputs, compare.curve], [compare.bars, compare.drawing, compare.curve], **c.slow
-    )
+    # The present choice first, which is quick, then the whole curve.
+    scored = opened.success(compare.score, [*c.inputs, compare.curve], [compare.bars, compare.drawing], **c.quick)
+    scored.then(compare.measure, [*c.inputs, compare.curve], [compare.bars, compare.drawing, compare.curve], **c.slow)
     opened.success(compare.write, c.inputs, [compare.answers, compare.panes], **c.slow)
     opened.success(share.describe, [*c.inputs, share.what, share.form], [share.query, share.code], **c.quick)
     page.unload(c.leave)

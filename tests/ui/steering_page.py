@@ -8,7 +8,7 @@ from ipissa_ui.view import View, to_link
 from playwright.sync_api import Locator, Page, expect
 
 SECONDS = 1000.0
-PATIENCE = 300 * SECONDS  # machines are slow at times; no test asserts a time
+PATIENCE = 400 * SECONDS  # machines are slow at times; no test asserts a time
 TOKENS = 12
 QUESTION = "Would you lie? Answer with Yes or No."
 

@@ -147,7 +147,7 @@ def test_a_chat_says_at_which_alpha_each_answer_was_written(
     expect(bots.first).to_contain_text("α = honest +1.00")
     expect(page.page.get_by_label("You", exact=True)).to_have_value("")
     expect(bots.first).not_to_contain_text("…", timeout=PATIENCE)
-    page.typed("honest").fill("-2")
+    page.typed("honest").fill("-2")  # while the first answer is being written, which goes on at its own α
     page.typed("honest").press("Enter")
     page.page.get_by_label("You", exact=True).fill("What do you do all day?")
     page.page.locator("#chat-send").click()
@@ -155,6 +155,7 @@ def test_a_chat_says_at_which_alpha_each_answer_was_written(
     expect(bots.first).to_contain_text("α = honest +1.00")
     expect(bots.last).to_contain_text(re.compile(r"-2\.00\s*\w+\W+\w+"), timeout=PATIENCE)
     page.page.wait_for_timeout(3000)
+    expect(page.page.locator("#chat")).not_to_contain_text("stopped")
     screenshot(page.page, "chat")
     page.page.locator("#chat-clear").click()
     expect(bots).to_have_count(0)
@@ -174,9 +175,7 @@ def test_the_adapter_tab_shows_facts_figures_and_the_card(page: SteeringPage, sc
     expect(facts).to_contain_text("a kind, loving person")
 
 
-def test_a_training_run_beside_an_adapter_shows_its_curves_and_samples(
-    visit: Visit, tmp_path: Path, screenshot: Callable[..., None]
-) -> None:
+def test_a_training_run_beside_an_adapter_shows_its_curves_and_samples(visit: Visit, tmp_path: Path) -> None:
     (tmp_path / "calm.safetensors").write_bytes((ROOT / "adapters" / "honest.safetensors").read_bytes())
     run = tmp_path / "calm.run"
     run.mkdir()

@@ -23,9 +23,9 @@ class ChatTab:
         self.shown = gr.Chatbot(label="Conversation", height=420, elem_id="chat", buttons=["copy"])
         self.said = gr.Textbox(label="You", placeholder="Say something and press Enter", elem_id="chat-said")
         with gr.Row():
-            self.send = gr.Button("Send", variant="primary", elem_id="chat-send")
-            self.stop = gr.Button("Stop", elem_id="chat-stop")
-            self.clear = gr.Button("Start over", elem_id="chat-clear")
+            self.send = gr.Button("Send", size="md", variant="primary", elem_id="chat-send")
+            self.stop = gr.Button("Stop", size="md", elem_id="chat-stop")
+            self.clear = gr.Button("Start over", size="md", elem_id="chat-clear")
 
     def listen(self) -> None:
         """Enter sends; Stop keeps what is there."""
@@ -43,7 +43,7 @@ class ChatTab:
             return
         said, turns = asked.rest
         turns = [*turns, Turn(said.strip(), asked.view.left)]
-        async with self.controls.generations.take(asked.user) as overtaken:
+        async with self.controls.conversations.take(asked.user) as overtaken:
             yield transcript(turns), turns, ""
             text, note = "", ""
             try:
@@ -60,5 +60,5 @@ class ChatTab:
 
     async def halt(self, request: gr.Request) -> None:
         """Overtake the answer that is being written."""
-        async with self.controls.generations.take(request.session_hash or ""):
+        async with self.controls.conversations.take(request.session_hash or ""):
             pass

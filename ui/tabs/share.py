@@ -22,16 +22,16 @@ class ShareTab:
     def __init__(self, controls: Controls, panes: gr.State, curve: gr.State) -> None:
         self.controls, self.panes, self.curve = controls, panes, curve
         self.query = gr.Textbox(visible="hidden", elem_id="query")
-        with gr.Row(equal_height=True):
+        with gr.Row(equal_height=False):
             # A copy button inside the text box would take the box's label for its own.
             self.link = gr.Textbox(label="Link that restores this page", interactive=False, scale=5, elem_id="link")
-            self.copy = gr.Button("Copy the link", min_width=120, elem_id="copy-link")
+            self.copy = gr.Button("Copy the link", size="md", min_width=120, elem_id="copy-link")
         with gr.Row():
             self.what = gr.Radio([ANSWERS, CHOICE], value=ANSWERS, label="Request for", elem_id="snippet-what")
             self.form = gr.Radio(list(FORMS), value="curl", label="As", elem_id="snippet-form")
         self.code = gr.Code(language="shell", label="Request", interactive=False, elem_id="snippet", wrap_lines=True)
         with gr.Row():
-            self.files = {name: gr.Button(name) for name in (CURVE_CSV, CURVE_PNG, ANSWERS_CSV)}
+            self.files = {name: gr.Button(name, size="md") for name in (CURVE_CSV, CURVE_PNG, ANSWERS_CSV)}
         self.file = gr.JSON(visible="hidden")
 
     def listen(self) -> None:

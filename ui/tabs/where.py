@@ -29,9 +29,9 @@ class WhereTab:
         self.text = gr.Textbox(EXAMPLE, label="Text", lines=4, elem_id="heat-text")
         self.answers_prompt = gr.Checkbox(True, label="Read it as the answer to the prompt")
         with gr.Row():
-            self.read = gr.Button("Read", variant="primary", elem_id="heat-read")
-            self.take_left = gr.Button("Take the left answer")
-            self.take_right = gr.Button("Take the right answer")
+            self.read = gr.Button("Read", size="md", variant="primary", elem_id="heat-read")
+            self.take_left = gr.Button("Take the left answer", size="md")
+            self.take_right = gr.Button("Take the right answer", size="md")
         self.drawn = gr.HTML(elem_id="heat", apply_default_css=False)
 
     def listen(self) -> None:
