@@ -117,7 +117,9 @@ window.ipissa = (() => {
     banner.textContent = SAYS[state] ?? "";
     setTimeout(watch, wasMissing ? 1000 : 3000);
   }
-  document.addEventListener("DOMContentLoaded", watch);
+  // Gradio may add this script before the page is read or after.
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", watch);
+  else watch();
   const missed = () => void (wasMissing = true); // by the time of the next look it may be back
 
   // --- links, keys and files --------------------------------------------------------------------

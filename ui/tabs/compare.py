@@ -38,8 +38,8 @@ class CompareTab:
         controls.compare.render()
         controls.other.render()
         with gr.Row():
-            self.run = gr.Button("Write", variant="primary", size="md", elem_id="write")
-            self.stop = gr.Button("Stop", size="md", elem_id="stop")
+            self.run = gr.Button("Write", variant="primary", size="md", min_width=120, elem_id="write")
+            self.stop = gr.Button("Stop", size="md", min_width=120, elem_id="stop")
         self.answers = gr.HTML(elem_id="answers", apply_default_css=False)
         with gr.Accordion("Sampling", open=False), gr.Row():
             controls.max_tokens.render()
