@@ -14,15 +14,16 @@ import oracle
 import peft
 import pytest
 import torch
-from conftest import SHIPPED, logits_of, random_adapter
+from conftest import SHIPPED, TRAIT, logits_of, random_adapter
 from safetensors.torch import load_file
 from torch import Tensor
 
 import ipissa
-from ipissa.adapter import Adapter, save_adapter
+from ipissa.adapter import Adapter, VectorAdapter, save_adapter
 from ipissa.adapter.baking import Baker
 from ipissa.adapter.lora import TENSOR_NAME
 from ipissa.adapter.lora_store import LoraStore
+from ipissa.base import describe_base
 from ipissa.errors import AlphaError, ConfigError
 
 IDS = torch.tensor([[5, 9, 33, 71, 12, 40]])
@@ -199,3 +200,13 @@ def test_what_a_killed_process_left_is_swept_away_and_what_lives_is_not(baker: B
     assert not left[0].exists()
     LoraStore(baker, parent=tmp_path / "memory").close()
     assert list((tmp_path / "memory").iterdir()) == [living.folder]
+
+
+def test_a_vector_is_no_lora_and_is_refused(llama: Any) -> None:
+    vector = VectorAdapter(
+        modules={"model.layers.1": torch.ones(32)}, base_model=describe_base(llama, "tiny"), trait=dict(TRAIT)
+    )
+    with pytest.raises(
+        ConfigError, match="'push' is of kind 'vector', which no LoRA can do; serve it with --engine torch"
+    ):
+        Baker({"honest": random_adapter(llama), "push": vector})
