@@ -95,7 +95,9 @@ class BoundedRequests(dict[str, LoRARequest]):
         if super().__contains__(name) or self._dials.is_base(str(name)):
             return True
         request = self._recent.get(str(name))
-        return request is not None and self._dials.store.touch(Path(request.lora_path).name)
+        if request is not None:  # its files may be gone, and vLLM asks twice: a worker bakes them again
+            self._dials.store.touch(Path(request.lora_path).name)
+        return request is not None
 
     def __setitem__(self, name: str, request: LoRARequest) -> None:
         if not isinstance(request, SettingRequest):
