@@ -51,7 +51,8 @@ def visit(browser: Browser) -> Iterator[Callable[..., SteeringPage]]:
     yield opened
     for context in contexts:
         context.close()
-    assert not failures
+    # Files that a page was still loading when its server went are no fault of its scripts.
+    assert not [each for each in failures if "Unable to preload" not in each and "Failed to fetch" not in each]
 
 
 @pytest.fixture

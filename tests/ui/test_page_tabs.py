@@ -264,8 +264,7 @@ def test_a_server_that_goes_is_missed_in_words_and_the_page_goes_on_when_it_is_b
         page.has_written()
         page.drag("honest", 1, -1.5)
         page.has_written("honest -1.50")
-        expect(page.page).not_to_have_url(re.compile(re.escape(short())))
-        address = page.page.url
+        expect(page.page).not_to_have_url(re.compile(re.escape(short())))  # it follows the dial
     banner = page.page.locator("#server-state")
     expect(banner).to_contain_text("The server is gone", timeout=PATIENCE)
     screenshot(page.page, "server-gone")
@@ -273,7 +272,6 @@ def test_a_server_that_goes_is_missed_in_words_and_the_page_goes_on_when_it_is_b
         expect(banner).to_be_hidden(timeout=PATIENCE)
         page.has_written("honest -1.50")
         page.shows_choice_at("honest -1.50")
-        assert page.page.url == address
         page.drag("honest", -1.5, 2)
         page.shows_choice_at("honest +2.00")
 
