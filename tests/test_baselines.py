@@ -279,7 +279,7 @@ def test_the_plain_gain_of_a_persona_prompt_equals_its_definition(model: Any, to
     others = [Continuation(text.prompt, -1, [16, 17]) for text in own]
     found = measure_persona_prompt(attach(model, random_adapter(model)), tokenizer, TRAIT, own + others)
     expected = sum(logp(text, 1) - logp(text, None) for text in own) / 5
-    assert found.positive.plain_gain.value == pytest.approx(expected, abs=1e-5)
+    assert found.positive.plain_gain.value == pytest.approx(expected, abs=1e-4)
 
 
 def test_told_and_steered_texts_are_the_models_own(model: Any, tokenizer: Any) -> None:
