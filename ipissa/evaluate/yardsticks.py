@@ -38,6 +38,7 @@ from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Continuation
 from ipissa.data.personas import Trait
 from ipissa.evaluate.dial import Dial
+from ipissa.evaluate.response import symmetry
 from ipissa.sequences import continuation_logprobs, pad_batch
 
 ROWS_PER_BATCH = 32
@@ -204,8 +205,8 @@ def response_symmetry(response: Sequence[ResponsePoint]) -> float:
     |y(1)| and |y(-1)| over the larger, and 0 if both have one sign.
     """
     y = {point.alpha: point.positive - point.negative for point in response}
-    up, down = y[1.0], y[-1.0]
-    return min(abs(up), abs(down)) / max(abs(up), abs(down)) if up * down < 0 else 0.0
+    found = symmetry(y[-1.0], 0.0, y[1.0])
+    return found.share if found.opposite else 0.0
 
 
 def response_curve(
