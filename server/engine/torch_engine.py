@@ -16,8 +16,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -47,6 +47,7 @@ from .base import (
 from .cache import SlotCache
 from .detokenizer import TextOut
 from .pace import Pace
+from .requests import Requests
 from .runner import Read, Runner
 from .sampler import choose_tokens, token_logprobs
 from .scheduler import Scheduler
@@ -89,9 +90,7 @@ class TorchEngine(Engine):
         self.model_name = model_name
         self.max_batch = max_batch
         self.max_cache_tokens = max_cache_tokens
-        self._max_queue = max_queue
-        self._requests = 0  # waiting or running; counted on the event loop
-        self._in_use: Counter[str] = Counter()  # and how many of them name each adapter
+        self._requests = Requests(max_queue)
         self._generated_tokens = 0
         self._wake = threading.Condition()  # guards the four below
         self._calls: deque[_Call] = deque()
@@ -114,7 +113,7 @@ class TorchEngine(Engine):
     async def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
         if len(request.rows) > self.max_batch:
             raise ConfigError(f"{len(request.rows)} rows are more than the {self.max_batch} that can run at a time.")
-        with self._counted(row.steer for row in request.rows):
+        with self._requests.counted(row.steer for row in request.rows):
             job = Job(request, asyncio.get_running_loop())
             texts = [TextOut(self.tokenizer, row, request.sampling) for row in request.rows]
             self._submit(self._arrived, job)
@@ -133,7 +132,7 @@ class TorchEngine(Engine):
                 job.cancel()
 
     async def score(self, request: ScoreRequest) -> list[ChoiceScore]:
-        with self._counted(request.steers):
+        with self._requests.counted(request.steers):
             # The first call reads the whole vocabulary, which must not hold up the event loop.
             choices = await asyncio.to_thread(find_choices, self.tokenizer, request.choices)
             job = ScoreJob(request, choices, asyncio.get_running_loop())
@@ -162,22 +161,6 @@ class TorchEngine(Engine):
             self._closed = True
             self._wake.notify()
         self._worker.join()
-
-    @contextmanager
-    def _counted(self, steers: Iterable[Steer]) -> Iterator[None]:
-        """Counts a request, and the adapters it names, as waiting or running, or refuses it."""
-        if self._requests >= self._max_queue:
-            raise OverloadedError(
-                f"{self._requests} requests are waiting or running, the most this server takes; try again."
-            )
-        names = {name for steer in steers for name in steer}
-        self._requests += 1
-        self._in_use.update(names)
-        try:
-            yield
-        finally:
-            self._requests -= 1
-            self._in_use.subtract(names)
 
     def _submit(self, queue: deque[T], item: T) -> None:
         with self._wake:
@@ -377,7 +360,7 @@ class TorchEngine(Engine):
         arrived = [sequence for job in self._arrived for sequence in job.sequences]
         live = [each for each in (*self._scheduler.running, *waiting, *arrived) if not each.ended]
         scores = [steer for job in (*self._scoring_jobs, *self._scores) for steer in job.request.steers]
-        if self._in_use[name] or any(name in steer for steer in (*(each.spec.steer for each in live), *scores)):
+        if self._requests.use(name) or any(name in steer for steer in (*(each.spec.steer for each in live), *scores)):
             raise AdapterInUseError(f"The adapter {name!r} steers requests that are still running; try again later.")
         self._steered.remove(name)
         self._runner.find_shared_layers()

@@ -10,9 +10,8 @@ are named by the digests of the adapters' files and their α, so no setting read
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager
 from typing import Any
 
 import torch
@@ -46,6 +45,7 @@ from .base import (
     UnknownAdapterError,
 )
 from .detokenizer import TextOut
+from .requests import Requests
 from .vllm_gate import Gate
 from .vllm_loras import Loras, Setting, setting_of
 from .vllm_options import SCORE_ROWS, SCORE_SETTINGS, plan
@@ -104,10 +104,8 @@ class VllmEngine(Engine):
         except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
             raise ConfigError(f"vLLM does not start: {error}") from error
         self._describe(started.arguments["dtype"], turning)
-        self._max_queue = max_queue
-        self._requests = 0
+        self._requests = Requests(max_queue)
         self._generated_tokens = 0
-        self._in_use: Counter[str] = Counter()
         self._gate = Gate(max_batch, started.max_loras)
         self._score_gate = Gate(SCORE_ROWS, SCORE_SETTINGS)
         self._running: dict[asyncio.Task[Any], asyncio.AbstractEventLoop] = {}
@@ -163,7 +161,7 @@ class VllmEngine(Engine):
     async def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
         if len(request.rows) > self.max_batch:
             raise ConfigError(f"{len(request.rows)} rows are more than the {self.max_batch} that can run at a time.")
-        with self._counted(row.steer for row in request.rows):
+        with self._taken(row.steer for row in request.rows):
             texts = [TextOut(self.tokenizer, row, request.sampling) for row in request.rows]
             outputs: asyncio.Queue[TokenOut | BaseException] = asyncio.Queue()
             tasks = [
@@ -209,7 +207,7 @@ class VllmEngine(Engine):
 
     async def score(self, request: ScoreRequest) -> list[ChoiceScore]:
         choices = find_choices(self.tokenizer, request.choices)
-        with self._counted(request.steers):
+        with self._taken(request.steers):
             settings = list(dict.fromkeys(setting_of(steer) for steer in request.steers))
             tasks = {setting: self._task(self._score_at(setting, request.context_ids, choices)) for setting in settings}
             try:
@@ -252,7 +250,7 @@ class VllmEngine(Engine):
 
     async def remove_adapter(self, name: str) -> None:
         self._check_loaded([name])
-        if self._in_use[name]:
+        if self._requests.use(name):
             raise AdapterInUseError(f"The adapter {name!r} steers requests that are still running; try again later.")
         del self._loras.adapters[name]
 
@@ -304,29 +302,17 @@ class VllmEngine(Engine):
         del self._llm  # it shuts down again when it goes, which must be before the interpreter does
         self._loras.close()
 
+    def _taken(self, steers: Iterable[Steer]) -> AbstractContextManager[None]:
+        """Counts a request, or refuses it."""
+        if self._closed:
+            raise OverloadedError("The server is shutting down.")
+        return self._requests.counted(steers)
+
     def _task(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.ensure_future(work)
         self._running[task] = asyncio.get_running_loop()
         task.add_done_callback(self._running.pop)
         return task
-
-    @contextmanager
-    def _counted(self, steers: Iterable[Steer]) -> Iterator[None]:
-        """Counts a request, and the adapters it names, as waiting or running, or refuses it."""
-        if self._closed:
-            raise OverloadedError("The server is shutting down.")
-        if self._requests >= self._max_queue:
-            raise OverloadedError(
-                f"{self._requests} requests are waiting or running, the most this server takes; try again."
-            )
-        names = {name for steer in steers for name in steer}
-        self._requests += 1
-        self._in_use.update(names)
-        try:
-            yield
-        finally:
-            self._requests -= 1
-            self._in_use.subtract(names)
 
 
 async def _all_there(outputs: asyncio.Queue[Any]) -> list[Any]:

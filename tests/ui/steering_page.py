@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from ipissa_ui.view import View, to_link
 from playwright.sync_api import Locator, Page, expect
+
+from ipissa.adapter import load_adapter
 
 SECONDS = 1000.0
 PATIENCE = 400 * SECONDS  # machines are slow at times; no test asserts a time
 TOKENS = 12
 QUESTION = "Would you lie? Answer with Yes or No."
+SHIPPED = Path(__file__).parents[2] / "adapters"
+LOW, HIGH = load_adapter(SHIPPED / "honest.safetensors").alpha_range  # where the first dial ends
 
 
 def short() -> str:

@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from ipissa_ui.curve import sweep
 from playwright.sync_api import expect
 from serving import Served
-from steering_page import PATIENCE, TOKENS, SteeringPage, short
+from steering_page import HIGH, LOW, PATIENCE, TOKENS, SteeringPage, short
 
 QUESTION = "A cashier gives you ten euros too much. Would you say so? Answer with Yes or No."
 
@@ -57,7 +58,7 @@ def test_a_slow_drag_shows_the_score_at_every_place_where_it_rests(
     mouse = page.page.mouse
     mouse.move(*page.point_at("honest", 1))
     mouse.down()
-    for alpha in (1.5, 2.0, -1.0):
+    for alpha in (1.5, HIGH, -1.0):
         mouse.move(*page.point_at("honest", alpha), steps=5)
         page.shows_choice_at(f"honest {alpha:+.2f}")
         (expected,) = odds(server, question_of(page), {"honest": alpha})
@@ -68,12 +69,12 @@ def test_a_slow_drag_shows_the_score_at_every_place_where_it_rests(
 
 def test_a_fast_drag_ends_at_its_newest_position_and_zero_is_really_zero(page: SteeringPage, server: Served) -> None:
     for _ in range(3):
-        for route in ((1, -2, 3, -1, 2, 0), (0, 2, -2, 1)):
+        for route in ((1, LOW, HIGH, -1, 1.5, 0), (0, 1.5, LOW, 1)):
             page.drag("honest", *route)
             alpha = float(page.typed("honest").input_value())
             assert alpha == pytest.approx(route[-1], abs=0.11)  # as near as a mouse gets
             page.shows_choice_at(f"honest {alpha:+.2f}" if alpha else "0, the base model")
-    page.drag("honest", 1, 3, -1)
+    page.drag("honest", 1, HIGH, -1)
     page.page.get_by_role("button", name="Set honest to 0").click()
     page.shows_choice_at("0, the base model")
     assert page.typed("honest").input_value() == "0"
@@ -168,18 +169,22 @@ def test_stopping_or_closing_ends_the_streams_at_once_and_frees_the_engine(
 
 
 def test_a_new_position_takes_over_from_answers_that_are_being_written(page: SteeringPage, server: Served) -> None:
+    page.page.get_by_role("button", name="Sampling").click()
+    page.page.get_by_label("number input for Tokens").fill("256")
     page.page.locator("#write").click()
     page.is_writing()
-    page.drag("honest", 1, 2)
-    page.has_written("honest +2.00")
+    page.page.get_by_label("number input for Tokens").fill(str(TOKENS))
+    page.drag("honest", 1, HIGH)
+    page.has_written(f"honest {HIGH:+.2f}")
     engine_is_free(server, page)
+    assert page.page.locator(".pane").first.locator(".token").count() <= TOKENS  # not the long ones, later
 
 
 def test_the_curve_is_what_the_api_scores_and_the_present_point_is_on_it(page: SteeringPage, server: Served) -> None:
     page.page.get_by_label("Question").fill(QUESTION)
-    alphas = [round(-2 + 5 * i / 40, 3) for i in range(41)]
-    expected = odds(server, QUESTION, *({"honest": alpha} for alpha in alphas))
-    told = re.compile(re.escape(f"from {expected[0]:+.2f} nats at -2 to {expected[-1]:+.2f} at +3"))
+    alphas = sweep(LOW, HIGH)
+    *expected, present = odds(server, QUESTION, *({"honest": alpha} for alpha in (*alphas, 1.0)))
+    told = re.compile(re.escape(f"from {expected[0]:+.2f} nats at {LOW:g} to {expected[-1]:+.2f} at {HIGH:+g}"))
     expect(page.page.locator("#curve .current svg")).to_have_attribute("aria-label", told, timeout=PATIENCE)
     points = page.page.locator("#curve polyline.line-0").get_attribute("points") or ""
     heights = [float(point.split(",")[1]) for point in points.split()]
@@ -190,8 +195,8 @@ def test_the_curve_is_what_the_api_scores_and_the_present_point_is_on_it(page: S
     assert slope < 0
     drawn = [expected[low] + (height - heights[low]) / slope for height in heights]
     assert drawn == pytest.approx(expected, abs=0.01)
-    point = page.page.locator("#curve .point")
-    assert float(point.get_attribute("cy") or 0) == pytest.approx(heights[alphas.index(1.0)], abs=0.2)
+    point = float(page.page.locator("#curve .point").get_attribute("cy") or 0)
+    assert expected[low] + (point - heights[low]) / slope == pytest.approx(present, abs=0.02)
 
 
 def test_a_preset_changes_prompt_and_question_and_asks_them(page: SteeringPage) -> None:
@@ -212,7 +217,7 @@ def test_a_refusal_is_told_in_words_where_it_was_asked(page: SteeringPage) -> No
 
 
 def test_five_users_at_once_get_each_their_own_alpha(visit: Callable[..., SteeringPage], server: Served) -> None:
-    alphas = [-2.0, -1.0, 0.5, 2.0, 3.0]
+    alphas = [LOW, -1.0, 0.5, 1.5, HIGH]
     pages = [visit(server.url + short()) for _ in alphas]
     for page in pages:
         page.has_curve()

@@ -16,12 +16,11 @@ import pytest
 from page_servers import counted
 from playwright.sync_api import Locator, expect
 from serving import Served, free_port, in_process, standalone
-from steering_page import PATIENCE, TOKENS, SteeringPage, short
+from steering_page import HIGH, LOW, PATIENCE, SHIPPED, TOKENS, SteeringPage, short
 
 from ipissa.adapter import load_adapter
 
 Visit = Callable[..., SteeringPage]
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -164,7 +163,7 @@ def test_a_chat_says_at_which_alpha_each_answer_was_written(
 def test_the_adapter_tab_shows_facts_figures_and_the_card(page: SteeringPage, screenshot: Callable[..., None]) -> None:
     page.tab("Adapters")
     facts = page.page.locator("#adapter-facts")
-    adapter = load_adapter(ROOT / "adapters" / "honest.safetensors")
+    adapter = load_adapter(SHIPPED / "honest.safetensors")
     expect(facts).to_contain_text(adapter.digest or "")
     expect(facts).to_contain_text("trait gain")
     screenshot(page.page, "adapters")
@@ -176,7 +175,7 @@ def test_the_adapter_tab_shows_facts_figures_and_the_card(page: SteeringPage, sc
 
 
 def test_a_training_run_beside_an_adapter_shows_its_curves_and_samples(visit: Visit, tmp_path: Path) -> None:
-    (tmp_path / "calm.safetensors").write_bytes((ROOT / "adapters" / "honest.safetensors").read_bytes())
+    (tmp_path / "calm.safetensors").write_bytes((SHIPPED / "honest.safetensors").read_bytes())
     run = tmp_path / "calm.run"
     run.mkdir()
     (run / "history.csv").write_text("loss,kl,step\n2.0,1.0,1\n1.0,0.5,2\n0.8,0.4,3\n")
@@ -301,7 +300,7 @@ def test_the_page_runs_on_its_own_and_never_has_two_scores_under_way_for_one_use
         page.has_written()
         before = counting.scores
         for _ in range(4):
-            page.drag("honest", 1, -2, 3, -2, 3, -1, 1)
+            page.drag("honest", 1, LOW, HIGH, LOW, HIGH, -1, 1)
         page.shows_choice_at("honest +1.00")
         page.page.wait_for_timeout(1000)
         assert counting.scores > before
