@@ -165,6 +165,14 @@ def test_an_adapter_of_too_large_a_rank_keeps_the_server_from_starting(tmp_path_
         pass
 
 
+def test_an_adapter_of_layers_that_take_no_lora_keeps_the_server_from_starting(tmp_path_factory: Any) -> None:
+    options = ("--lora-target-modules", "down_proj")
+    folder, command, settings = stock(tmp_path_factory.mktemp("half"), model_source(MODEL), *options)
+    says = "no LoRA reaches 21 of its layers, such as model.layers.10.self_attn.o_proj"
+    with pytest.raises(RuntimeError, match=says), running(folder, command, **settings):
+        pass
+
+
 def test_without_adapters_in_the_environment_vllm_is_as_it_was() -> None:
     script = (
         "import ipissa.vllm; ipissa.vllm.register(); from vllm.lora.resolver import LoRAResolverRegistry as registry; "
