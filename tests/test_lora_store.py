@@ -81,10 +81,7 @@ def test_a_shipped_adapter_bakes_to_what_it_exports_to(tmp_path: Path, path: Pat
 def test_a_composition_is_one_lora_of_the_summed_rank(llama: Any, tmp_path: Path) -> None:
     other = random_adapter(llama, seed=1, rank=4, suffixes=("v_proj", "gate_proj"))
     # Adapters usually differ in what they select; these would otherwise share their leading triples.
-    modules = {
-        name: replace(factors, U=factors.U.roll(1, 1), S=factors.S.roll(1), V=factors.V.roll(1, 1))
-        for name, factors in other.modules.items()
-    }
+    modules = {name: replace(factors, V=factors.V.roll(1, 0)) for name, factors in other.modules.items()}
     adapters = {"honest": random_adapter(llama), "kind": replace(other, modules=modules)}
     steer = {"honest": 0.7, "kind": -0.2}
     tensors = baked(adapters, steer, tmp_path / "lora")
@@ -104,6 +101,30 @@ def test_adapters_with_the_same_right_factor_share_their_rank(llama: Any, tmp_pa
     for module, expected in deltas(adapters, steer).items():
         assert tensors[TENSOR_NAME.format(module=module, part="lora_A")].shape[0] == 6
         assert np.abs(product(tensors, module) - expected).max() <= 2e-6 * np.abs(expected).max()
+
+
+def test_a_right_factor_inside_another_but_for_rounding_shares_its_rank(llama: Any, tmp_path: Path) -> None:
+    """Factorised elsewhere: signs and last digits differ; and with fewer triples."""
+    other = random_adapter(llama, seed=1, rank=4)
+    noise = torch.Generator().manual_seed(2)
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0])
+    modules = {
+        name: replace(f, U=f.U * signs, V=f.V * signs + 1e-5 * torch.randn(f.V.shape, generator=noise))
+        for name, f in other.modules.items()
+    }
+    adapters = {"kind": replace(other, modules=modules), "honest": random_adapter(llama, seed=0)}
+    steer = {"honest": 0.7, "kind": -0.2}
+    tensors = baked(adapters, steer, tmp_path / "lora")
+    assert Baker(adapters).rank() == 6
+    for module, expected in deltas(adapters, steer).items():
+        assert tensors[TENSOR_NAME.format(module=module, part="lora_A")].shape[0] == 6
+        assert np.abs(product(tensors, module) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_the_shipped_adapters_compose_without_a_larger_rank(path: Path) -> None:
+    adapters = {each.stem: ipissa.load_adapter(each) for each in (SHIPPED[0], path)}
+    assert Baker(adapters).rank() == 32
 
 
 def test_stock_peft_with_a_baked_composition_equals_the_runtime(llama: Any, tmp_path: Path) -> None:

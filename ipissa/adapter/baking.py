@@ -5,12 +5,15 @@ is computed per setting. Several adapters on one module are one LoRA of the summ
 
     Σ B_i(α_i) V_iᵀ = [B_1 B_2 ...] [V_1 V_2 ...]ᵀ
 
-or of the rank they share, where they have the same V: then Σ B_i(α_i) is one factor.
+or of the rank they share, where V_i spans what an earlier V does: with V_i = V T_i the sum is (Σ B_i(α_i) T_iᵀ) Vᵀ.
+Adapters that keep the same singular triples of the same weight do, but for the rounding of the machines they were
+made on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +26,24 @@ from ipissa.adapter.lora import TENSOR_NAME, write_lora
 from ipissa.errors import ConfigError
 from ipissa.models import DTYPES
 
-Part = tuple[Tensor, list[tuple[str, ModuleFactors]]]  # Vᵀ (r, d_in), and the adapters that share it
+SAME_SPAN = 1e-3  # of a right factor may lie outside another, where it is taken to lie inside
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A right factor V (d_in, r), and the adapters that share it: name, factors, and T (r, own rank) of each."""
+
+    v: Tensor
+    shared: list[tuple[str, ModuleFactors, Tensor]]
+
+    def joined_by(self, name: str, factors: ModuleFactors) -> bool:
+        """Share this factor with one more adapter, if its own lies inside."""
+        turn = self.v.mT @ factors.V
+        outside = torch.dist(factors.V, self.v @ turn)
+        if outside > SAME_SPAN * factors.V.norm():
+            return False
+        self.shared.append((name, factors, turn))
+        return True
 
 
 class Baker:
@@ -45,24 +65,24 @@ class Baker:
     def rank(self, names: list[str] | None = None) -> int:
         """The largest rank of a module when these adapters, or all, are turned at once."""
         parts = _by_module(self.adapters, names or list(self.adapters))
-        return max(sum(v.shape[0] for v, _ in shared) for shared in parts.values())
+        return max(sum(part.v.shape[1] for part in each) for each in parts.values())
 
     def bake(self, steer: Mapping[str, float], folder: Path) -> None:
         """Fill an existing folder with the LoRA of {adapter: α}; adapters at 0 do nothing and are left out."""
         turned = {name: alpha for name, alpha in steer.items() if alpha}
         tensors, ranks = {}, {}
         for module, parts in _by_module(self.adapters, list(turned)).items():
-            a = torch.cat([v for v, _ in parts])
-            b = torch.cat([self._left_factor(shared, turned) for _, shared in parts], dim=1)
-            for part, value in (("lora_A", a), ("lora_B", b)):
-                tensors[TENSOR_NAME.format(module=module, part=part)] = value.to(self._dtype).contiguous()
+            a = torch.cat([part.v.mT for part in parts])
+            b = torch.cat([self._left_factor(part, turned) for part in parts], dim=1)
+            for side, value in (("lora_A", a), ("lora_B", b)):
+                tensors[TENSOR_NAME.format(module=module, part=side)] = value.to(self._dtype).contiguous()
             ranks[module] = a.shape[0]
         write_lora(folder, tensors, ranks, base=self.adapters[next(iter(turned))].base_model.get("name"))
 
-    def _left_factor(self, shared: list[tuple[str, ModuleFactors]], steer: Mapping[str, float]) -> Tensor:
-        """Σ B_i(α_i) of adapters with one V, (d_out, r). What cancels in the bracket cancels in float64."""
-        total = torch.zeros_like(shared[0][1].U)
-        for name, factors in shared:
+    def _left_factor(self, part: _Part, steer: Mapping[str, float]) -> Tensor:
+        """Σ B_i(α_i) T_iᵀ of the adapters that share V, (d_out, r). What cancels in the bracket cancels in float64."""
+        total = torch.zeros(())
+        for name, factors, turn in part.shared:
             config = self.adapters[name].config
             core = delta_core(
                 factors.S.double(),
@@ -73,7 +93,7 @@ class Baker:
                 rotation=config.rotation,
                 scale_mode=config.scale_mode,
             )[0]
-            total = total + factors.U @ core.mT.to(factors.U.dtype)
+            total = total + factors.U @ core.mT.to(factors.U.dtype) @ turn.mT
         return total
 
 
@@ -85,15 +105,13 @@ def _turning(name: str, adapter: AnyAdapter) -> Adapter:
     return adapter
 
 
-def _by_module(adapters: Mapping[str, Adapter], names: list[str]) -> dict[str, list[Part]]:
-    """What these adapters do to every module they touch, those with the same V together."""
-    modules: dict[str, list[Part]] = {}
-    for name in names:
+def _by_module(adapters: Mapping[str, Adapter], names: list[str]) -> dict[str, list[_Part]]:
+    """What these adapters do to every module they touch, those that share a right factor together."""
+    modules: dict[str, list[_Part]] = {}
+    for name in sorted(names, key=lambda name: -adapters[name].config.rank):  # smaller ones may lie inside larger ones
         for module, factors in adapters[name].modules.items():
             parts = modules.setdefault(module, [])
-            same = next((shared for v, shared in parts if torch.equal(v, factors.V.mT)), None)
-            if same is None:
-                parts.append((factors.V.mT, [(name, factors)]))
-            else:
-                same.append((name, factors))
+            if not any(part.joined_by(name, factors) for part in parts):
+                own = torch.eye(factors.V.shape[1])
+                parts.append(_Part(factors.V, [(name, factors, own)]))
     return modules
