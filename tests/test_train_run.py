@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import errno
 from dataclasses import replace
@@ -13,6 +14,7 @@ import oracle
 import pytest
 import torch
 import yaml
+from conftest import SHIPPED
 from transformers import TrainerCallback
 from typer.testing import CliRunner
 
@@ -22,6 +24,7 @@ from ipissa.cli import app
 from ipissa.errors import AdapterFileError, ConfigError
 from ipissa.scaling import SCALE_MODES
 from ipissa.train import TrainConfig, train, trainer
+from ipissa.train.card import describe
 from ipissa.train.config import OPTIONS
 from ipissa.train.fit import fit
 from ipissa.train.layers import layer_changes
@@ -104,6 +107,18 @@ def test_a_run_leaves_an_adapter_its_card_and_what_it_takes_to_train_again(confi
     card = (tmp_path / "kind.md").read_text()
     assert "## Yardsticks on 3 held-out prompts" in card
     assert "--set checkpoint_every=4" in card
+
+
+@pytest.mark.parametrize(
+    ("gains", "where"),
+    [((0.7, 0.6), "at both poles"), ((0.7, 0.59), "at the positive pole only"), ((0.1, -0.2), "at neither pole")],
+)
+def test_a_card_says_where_an_adapter_reaches_what_is_asked_of_one(gains: tuple[float, float], where: str) -> None:
+    adapter = ipissa.load_adapter(SHIPPED[0])
+    measured = copy.deepcopy(adapter.evaluation)
+    for pole, gain in zip(("positive", "negative"), gains, strict=True):
+        measured["yardsticks"][pole]["trait_gain"]["value"] = gain
+    assert f"is reached {where}." in describe(replace(adapter, evaluation=measured))
 
 
 def test_a_killed_run_goes_on_to_the_same_adapter(config: TrainConfig, tmp_path: Path, killed_at: Any) -> None:

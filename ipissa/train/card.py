@@ -14,6 +14,7 @@ from ipissa.train.config import OPTIONS, TrainConfig
 from ipissa.train.result import TrainResult
 from ipissa.train.samples import samples_table
 
+GAIN_AIMED_AT = 0.6
 # Options whose values are always worth showing in the training command.
 ALWAYS_SHOWN = ("positive", "negative", "model")
 
@@ -94,8 +95,16 @@ def _yardsticks(yardsticks: Mapping[str, Any]) -> str:
         "Trait gain is the part of a persona prompt's own effect that steering recovers (1: as good as being told); "
         "plain gain is what a user without a persona line gets; contrast is easily gamed and never quoted alone. "
         "Brackets are 95 % bootstrap intervals over prompts.",
+        "",
+        _against_the_aim(yardsticks),
     ]
     return "\n".join(lines)
+
+
+def _against_the_aim(yardsticks: Mapping[str, Any]) -> str:
+    reached = [pole for pole in ("positive", "negative") if yardsticks[pole]["trait_gain"]["value"] >= GAIN_AIMED_AT]
+    where = {0: "at neither pole", 1: f"at the {''.join(reached)} pole only", 2: "at both poles"}[len(reached)]
+    return f"A trait gain of {GAIN_AIMED_AT:g}, more than half of what being told does, is reached {where}."
 
 
 def _reach(reach: Mapping[str, float]) -> str:
