@@ -46,7 +46,7 @@ def torch_served(adapters: dict[str, Path]) -> Iterator[Served]:
 @pytest.mark.parametrize(
     "steers",
     [
-        [{"kind": -1.5}, {"kind": 0}, {"kind": 1.5}, {"honest": 0.8, "kind": -0.9}],
+        [{"kind": -3}, {"kind": 0}, {"kind": 2.5}, {"honest": 2, "kind": -2}],
         [{"packed": 0.25}, {"packed": -0.25}, {"packed": 0.25, "kind": 1.5}],
     ],
     ids=["shipped", "packed"],
@@ -57,6 +57,6 @@ def test_tensor_parallel_workers_give_the_same_greedy_text(
     body = {"prompt": "When I met my neighbour this morning, I", "steer_alpha": steers, "logprobs": 1}
     here, there = complete(served, **body), complete(torch_served, **body)
     assert texts(here) == texts(there)
-    assert len(set(texts(there))) >= 3  # of which kind at -1.5 and at 0 happen to agree for a while
+    assert len(set(texts(there))) >= 3  # or this would prove little
     for a, b in zip(here["choices"], there["choices"], strict=True):
         assert a["logprobs"]["token_logprobs"][0] == pytest.approx(b["logprobs"]["token_logprobs"][0], abs=0.02)
