@@ -36,7 +36,10 @@ def demo_server() -> Iterator[Served]:
 
 
 def test_the_demo_serves_both_adapters_and_the_page(demo_server: Served) -> None:
-    assert [model.id for model in demo_server.openai.models.list()] == ["smollm2-135m", *(path.stem for path in SHIPPED)]
+    assert [model.id for model in demo_server.openai.models.list()] == [
+        "smollm2-135m",
+        *(path.stem for path in SHIPPED),
+    ]
     page = demo_server.http.get("/")
     assert page.status_code == 200
     assert "fonts.googleapis.com" not in page.text

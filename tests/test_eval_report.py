@@ -21,7 +21,9 @@ from ipissa.cli import app
 from ipissa.data.datasets import load_items
 from ipissa.data.items import CHOICES, Dataset
 from ipissa.errors import ConfigError
+from ipissa.evaluate import run
 from ipissa.evaluate.analysis import analyse, base_differences, ranked, why_unranked
+from ipissa.evaluate.baselines.tuners import distillation_targets as targets
 from ipissa.evaluate.choices import measure_choices
 from ipissa.evaluate.compare import Measured
 from ipissa.evaluate.null import null_check
@@ -35,6 +37,7 @@ from ipissa.evaluate.slopes import balanced_slope, with_labels
 from ipissa.evaluate.steerer import Steerer
 from ipissa.models import load_model
 from ipissa.steering import attach
+from ipissa.train import TrainConfig
 
 METHODS = ["adapter", "prompt", "caa", "random"]
 ASKED = [f"{value}-{n}" for value, numbers in {
@@ -255,6 +258,21 @@ def test_a_slope_is_placed_among_those_of_random_adapters() -> None:
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         EvalSettings(**settings)
+
+
+def test_methods_that_are_trained_learn_anew_with_every_seed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = TrainConfig("kind", "angry", rank=4, seed=5, epochs=1, batch_size=4, continuations=1, max_new_tokens=4)
+    path = home / "trained.safetensors"
+    save_adapter(replace(load_adapter(home / "honest.safetensors"), evaluation={"training": training.to_dict()}), path)
+    seeds = []
+    monkeypatch.setattr(run, "distillation_targets", lambda *asked: seeds.append(asked[3].seed) or targets(*asked))
+    for seed in (0, 2):
+        settings = EvalSettings(
+            model=str(home / "model"), prompts=str(home / "prompts.txt"), dataset=None, null=0,
+            baselines=("lora",), seed=seed,
+        )  # fmt: skip
+        evaluate(str(path), home / f"trained-{seed}", settings)
+    assert seeds == [5, 7]
 
 
 def test_a_vector_is_not_compared_with_methods_that_take_its_modules(home: Path, report: Path) -> None:

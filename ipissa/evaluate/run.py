@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,7 @@ class _Bench:
         def learn() -> tuple[TrainConfig, list[Target]]:
             assert isinstance(self.adapter, Adapter)  # `_check`
             config = training_config(self.adapter)
+            config = replace(config, seed=config.seed + seed)  # at 0, the very texts that the adapter learnt from
             return config, distillation_targets(model, tokenizer, trait, config, self.training)
 
         openings = openings_from_continuations(told(self.training[:PAIR_PROMPTS], seed), seed=seed)
