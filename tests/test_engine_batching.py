@@ -148,7 +148,7 @@ def test_clients_that_leave_at_random_leave_nothing_behind(tiny: Path) -> None:
     with engine_for(tiny, max_batch=32, max_queue=300, max_model_len=100) as engine:
         tasks_left = asyncio.run(everybody(engine))
         assert tasks_left == 0
-        assert engine.stats()["active_rows"] == engine.stats()["queued"] == engine._requests == 0
+        assert engine.stats()["active_rows"] == engine.stats()["queued"] == len(engine._requests) == 0
         assert engine._runner._cache._layers == {}
         gc.collect()
         assert not [each for each in gc.get_objects() if type(each) in (Job, Sequence)]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
@@ -80,7 +81,8 @@ def newest_checkpoint(folder: Path) -> Path | None:
 @contextmanager
 def _attention_with_quick_backward(model: Any) -> Iterator[None]:
     """On a CPU, attention by its definition: torch's fused one spends a sixth of a step in its backward."""
-    base, before = model.get_base_model(), model.config._attn_implementation
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    before = base.config._attn_implementation
     if base.device.type == "cpu":
         base.set_attn_implementation("eager")
     try:

@@ -21,6 +21,9 @@ class Requests:
         self._count = 0
         self._in_use: Counter[str] = Counter()
 
+    def __len__(self) -> int:
+        return self._count
+
     @contextmanager
     def counted(self, steers: Iterable[Steer]) -> Iterator[None]:
         """Count a request, and the adapters it names, for as long as it waits or runs.
