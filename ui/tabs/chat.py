@@ -51,7 +51,8 @@ class ChatTab:
                 growing = self.controls.client.chat(asked.key, messages_of(turns), [asked.view.left], **sampling)
                 async for (answer,) in until(overtaken, growing):
                     text = answer.text
-                    yield transcript(answered(turns, text)), gr.skip(), gr.skip()
+                    turns = answered(turns, text)  # kept as it grows: who speaks next may not wait for its end
+                    yield transcript(turns), turns, gr.skip()
                 note = "stopped" if overtaken.is_set() else ""
             except ServerError as error:
                 note = str(error)
