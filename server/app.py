@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.util import find_spec
+from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 
@@ -33,11 +34,7 @@ def load_torch(settings: Settings, adapters: dict[str, AnyAdapter]) -> Engine:
     return TorchEngine(
         settings.model,
         adapters,
-        device=settings.device,
-        dtype=settings.dtype,
-        max_batch=settings.max_batch,
-        max_queue=settings.max_queue,
-        max_model_len=settings.max_model_len,
+        **_common(settings),
         max_cache_tokens=settings.max_cache_tokens or DEFAULT_CACHE_TOKENS,
     )
 
@@ -51,14 +48,21 @@ def load_vllm(settings: Settings, adapters: dict[str, AnyAdapter]) -> Engine:
     return VllmEngine(
         settings.model,
         adapters,
-        device=settings.device,
-        dtype=settings.dtype,
-        max_batch=settings.max_batch,
-        max_queue=settings.max_queue,
-        max_model_len=settings.max_model_len,
+        **_common(settings),
         max_cache_tokens=settings.max_cache_tokens,
         options=settings.vllm,
     )
+
+
+def _common(settings: Settings) -> dict[str, Any]:
+    """What every engine is told."""
+    return {
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "max_batch": settings.max_batch,
+        "max_queue": settings.max_queue,
+        "max_model_len": settings.max_model_len,
+    }
 
 
 ENGINES: dict[str, Callable[[Settings, dict[str, AnyAdapter]], Engine]] = {"torch": load_torch, "vllm": load_vllm}
