@@ -69,7 +69,7 @@ def train(
     report_to: Annotated[str | None, typer.Option(help="none, tensorboard, wandb or trackio.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of sampling, initialisation and order.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fast (bfloat16 where computed), float32, bfloat16.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; options here override it.")] = None,
     preset: Annotated[str | None, typer.Option(help="Named settings, below --config.")] = None,
     set: Annotated[list[str] | None, typer.Option(help="Any other setting, as NAME=VALUE.")] = None,
@@ -100,7 +100,7 @@ def words(
     max_prompts: Annotated[int, typer.Option(help="Prompts to sample answers to, at most.", min=1)] = 40,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="fast, float32 or bfloat16.")] = "fast",
 ) -> None:
     """Say, before training, how strong and how opposite two personas are on a model; a minute per pair.
 

@@ -33,6 +33,7 @@ from ipissa.evaluate.baselines.vectors import (
 from ipissa.evaluate.compare import adapter_degradation, markdown, measure_method
 from ipissa.evaluate.degradation import PlainText, text_degradation
 from ipissa.evaluate.dial import ScaledDial
+from ipissa.evaluate.held_out import HeldOut
 from ipissa.evaluate.methods import ADAPTER, METHODS, Materials, made
 from ipissa.evaluate.side_by_side import side_by_side
 from ipissa.evaluate.steerer import Steerer
@@ -231,7 +232,18 @@ def materials(model: Any, tokenizer: Any, pairs: list[ContrastivePair], adapter:
     def learn() -> tuple[TrainConfig, list[Target]]:
         return config, build_targets(model, tokenizer, TRAIT, texts[:4], top_k=32)
 
-    return Materials(model, tokenizer, TRAIT, adapter, pairs, plain[:2], texts[4:], plain[2:], learn, seed=1)
+    return Materials(
+        model,
+        tokenizer,
+        TRAIT,
+        adapter,
+        pairs,
+        plain[:2],
+        HeldOut(tokenizer, TRAIT, texts[4:]),
+        plain[2:],
+        learn,
+        seed=1,
+    )
 
 
 def test_a_comparison_measures_all_methods_on_the_same_texts_at_equal_degradation(
@@ -277,7 +289,7 @@ def test_the_plain_gain_of_a_persona_prompt_equals_its_definition(model: Any, to
 
     own = [Continuation("How are you?", 1, [11, 12, 13]), Continuation("Who is it?", 1, [14, 15])]
     others = [Continuation(text.prompt, -1, [16, 17]) for text in own]
-    found = measure_persona_prompt(attach(model, random_adapter(model)), tokenizer, TRAIT, own + others)
+    found = measure_persona_prompt(attach(model, random_adapter(model)), HeldOut(tokenizer, TRAIT, own + others))
     expected = sum(logp(text, 1) - logp(text, None) for text in own) / 5
     assert found.positive.plain_gain.value == pytest.approx(expected, abs=1e-4)
 

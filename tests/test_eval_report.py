@@ -78,7 +78,7 @@ def arguments(home: Path, *more: str) -> list[str]:
         "eval", "--adapter", str(home / "honest.safetensors"), "--output", str(home / "report"),
         "--model", str(home / "model"), "--prompts", str(home / "prompts.txt"),
         "--baselines", ", ".join(METHODS[1:]), "--null", "5", "--dataset", str(home / "items.jsonl"),
-        "--target", "honesty", "--alphas", "0.5", *more,
+        "--target", "honesty", "--alphas", "0.5", "--dtype", "float32", *more,
     ]  # fmt: skip
 
 

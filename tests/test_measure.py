@@ -14,7 +14,8 @@ from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Continuation, Sampling, generate_ids
 from ipissa.data.personas import Trait
 from ipissa.errors import ConfigError, TrainingError
-from ipissa.evaluate.dial import HookDial
+from ipissa.evaluate.dial import HookDial, ScaledDial
+from ipissa.evaluate.held_out import HeldOut
 from ipissa.evaluate.scoring import choice_scores, find_choices, score_choices
 from ipissa.evaluate.yardsticks import (
     Estimate,
@@ -76,12 +77,12 @@ def test_response_and_preference_equal_their_definition(
         total = sum(expected_log_likelihood(steered, tokenizer, c, None, alpha) for c in own)
         return total / sum(len(c.tokens) for c in own)
 
-    curve = response_curve(steered, tokenizer, TRAIT, continuations, alphas=(-0.5, 1.0))
+    curve = response_curve(steered, HeldOut(tokenizer, TRAIT, continuations), alphas=(-0.5, 1.0))
     assert [point.alpha for point in curve] == [-0.5, 0.0, 1.0]
     for point in curve:
         assert point.positive == pytest.approx(lp(1, point.alpha) - lp(1, 0), abs=1e-4)
         assert point.negative == pytest.approx(lp(-1, point.alpha) - lp(-1, 0), abs=1e-4)
-    preference = pole_preference(steered, tokenizer, TRAIT, continuations)
+    preference = pole_preference(steered, HeldOut(tokenizer, TRAIT, continuations))
     assert preference == pytest.approx(lp(1, 1) - lp(1, -1) + lp(-1, -1) - lp(-1, 1), abs=1e-4)
 
 
@@ -123,7 +124,7 @@ def test_adapters_that_do_not_work_say_so() -> None:
 
 
 def test_yardsticks_equal_their_definition(steered: Any, continuations: list[Continuation], tokenizer: Any) -> None:
-    found = measure_yardsticks(steered, tokenizer, TRAIT, continuations, alpha=0.5)
+    found = measure_yardsticks(steered, HeldOut(tokenizer, TRAIT, continuations), alpha=0.5)
 
     def lp(pole: int, persona: int | None, alpha: float) -> float:
         own = [c for c in continuations if c.pole == pole]
@@ -139,6 +140,24 @@ def test_yardsticks_equal_their_definition(steered: Any, continuations: list[Con
         assert side.contrast.value == pytest.approx(contrast, rel=1e-3)
 
 
+def test_what_the_unsteered_model_says_is_read_once_for_all_dials(
+    steered: Any, continuations: list[Continuation], tokenizer: Any
+) -> None:
+    model, rows = steered.model, []
+    model.register_forward_pre_hook(lambda *args: rows.append(len(args[2]["input_ids"])), with_kwargs=True)
+    held_out = HeldOut(tokenizer, TRAIT, continuations)
+    first = measure_yardsticks(steered, held_out)
+    assert sum(rows) == 7 * len(continuations)
+    rows.clear()
+    halved = measure_yardsticks(ScaledDial(steered, 0.5), held_out)
+    assert sum(rows) == 4 * len(continuations)  # being told, for what it might say, and what is steered
+    afresh = measure_yardsticks(ScaledDial(steered, 0.5), HeldOut(tokenizer, TRAIT, continuations))
+    for kept, read in ((halved.positive, afresh.positive), (halved.negative, afresh.negative)):
+        for figure in ("trait_gain", "plain_gain", "contrast"):
+            assert getattr(kept, figure).value == pytest.approx(getattr(read, figure).value, rel=1e-3)
+    assert halved.positive.plain_gain.value != pytest.approx(first.positive.plain_gain.value, rel=0.1)
+
+
 def test_expected_likelihood_is_the_mean_of_the_likelihood_of_drawn_tokens(steered: Any, tokenizer: Any) -> None:
     told, plain = (chat_ids(tokenizer, TRAIT.messages("Why?", persona)) for persona in (1, None))
     p = next_token_logprobs(steered.model, told, [0])[0].exp()
@@ -147,7 +166,8 @@ def test_expected_likelihood_is_the_mean_of_the_likelihood_of_drawn_tokens(steer
     with steered.alpha(0.3):
         gains = (next_token_logprobs(steered.model, plain, [0])[0] - before)[drawn]
     texts = [Continuation("Why?", pole, [5]) for pole in (1, -1)]
-    at = {point.alpha: point.positive for point in response_curve(steered, tokenizer, TRAIT, texts, alphas=[0.3])}
+    curve = response_curve(steered, HeldOut(tokenizer, TRAIT, texts), alphas=[0.3])
+    at = {point.alpha: point.positive for point in curve}
     assert abs(gains.mean() - at[0.3]) < 4 * gains.std() / len(gains) ** 0.5
     assert gains.std() > 3 * abs(at[0.3])  # one drawn token says little
 
@@ -173,7 +193,7 @@ def test_a_dial_that_only_makes_the_model_surer_has_no_trait_gain(tokenizer: Any
         with dial.alpha(0.5):
             assert next_token_logprobs(dial.model, context, [0])[0].max() > told.max()
         texts.append(Continuation(prompt, pole, [int(told.argmax())]))
-    found = measure_yardsticks(dial, tokenizer, TRAIT, texts, alpha=0.5)
+    found = measure_yardsticks(dial, HeldOut(tokenizer, TRAIT, texts), alpha=0.5)
     assert found.positive.trait_gain.value < 0
     assert found.negative.trait_gain.value < 0
 

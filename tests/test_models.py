@@ -55,12 +55,29 @@ def test_an_adapter_on_a_4bit_base_splits_the_dequantised_weight(saved: Path) ->
 
 
 def test_unusable_storage_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="use auto, float32, bfloat16, float16, 4bit, 8bit"):
+    with pytest.raises(ConfigError, match="use auto, fast, float32, bfloat16, float16, 4bit, 8bit"):
         ipissa.load_model(str(saved), dtype="2bit")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for dtype in QUANTISED:
         with pytest.raises(ConfigError, match="needs bitsandbytes"):
             ipissa.load_model(str(saved), dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("cpu", "asked", "held"),
+    [
+        ({"avx512_bf16": True}, "fast", torch.bfloat16),
+        ({"amx_bf16": True, "avx512_bf16": False}, "fast", torch.bfloat16),
+        ({"avx2": True, "avx512_bf16": False}, "fast", torch.float32),
+        ({"avx512_bf16": True}, "auto", torch.float32),
+    ],
+)
+def test_bfloat16_is_used_where_the_cpu_computes_in_it(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, cpu: dict[str, bool], asked: str, held: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
+    model, _ = ipissa.load_model(str(saved), device="cpu", dtype=asked)
+    assert {parameter.dtype for parameter in model.parameters()} == {held}
 
 
 def test_training_on_quantised_weights_is_refused_on_the_cpu(tmp_path: Path) -> None:

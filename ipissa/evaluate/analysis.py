@@ -19,7 +19,7 @@ from ipissa.evaluate.response import flips, monotonic_share, symmetry
 from ipissa.evaluate.slopes import MIN_CLUSTERS, balanced_slope, plain_slope, value_slopes, with_labels
 
 POLES = (-1.0, 0.0, 1.0)
-SAME_BASE_NATS = 0.05  # log-odds at α = 0; in bfloat16, batches of another size round by as much as half of it
+SAME_BASE_NATS = 0.1  # log-odds at α = 0; in bfloat16, batches of another size round by as much as half of it
 WARN_NATS = 0.5
 
 

@@ -41,7 +41,7 @@ def evaluate(
     null: Annotated[int, typer.Option(help="Random adapters to compare with.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Seed of sampling and of methods that are random or trained.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="fast, float32 or bfloat16.")] = "fast",
 ) -> None:
     """Measure an adapter beside other ways to steer, on held-out texts and in dilemmas."""
     findings = run_evaluation(

@@ -80,8 +80,8 @@ def _over_poles(steerer: Steerer, m: Materials) -> float:
 
 def _yardsticks(steerer: Steerer, m: Materials) -> Yardsticks:
     if steerer.told is None:
-        return measure_yardsticks(steerer.dial, m.tokenizer, m.trait, m.test)
-    return measure_persona_prompt(steerer.dial, m.tokenizer, m.trait, m.test, told_by=steerer.told)
+        return measure_yardsticks(steerer.dial, m.held_out)
+    return measure_persona_prompt(steerer.dial, m.held_out, told_by=steerer.told)
 
 
 def _degradations(

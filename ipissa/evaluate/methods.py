@@ -14,7 +14,6 @@ from typing import Any
 from ipissa.adapter.checkpoint import Adapter, AnyAdapter
 from ipissa.adapter.vector import VectorAdapter
 from ipissa.data.activations import PairActivations, pair_activations
-from ipissa.data.continuations import Continuation
 from ipissa.data.pairs import ContrastivePair
 from ipissa.data.personas import Trait
 from ipissa.errors import ConfigError
@@ -33,6 +32,7 @@ from ipissa.evaluate.baselines.vectors import (
 )
 from ipissa.evaluate.degradation import PlainText
 from ipissa.evaluate.dial import HookDial
+from ipissa.evaluate.held_out import HeldOut
 from ipissa.evaluate.steerer import Steerer
 from ipissa.steering import attach
 from ipissa.train.config import TrainConfig
@@ -47,7 +47,7 @@ class Materials:
         adapter: The one to be measured; methods take its modules, rank and training.
         pairs: Contrastive pairs of training prompts, that vectors are computed from.
         tuning: Unsteered answers to training prompts, on which methods are brought to equal degradation.
-        test: Told continuations of held-out prompts, for the yardsticks.
+        held_out: Told answers to held-out prompts, for the yardsticks.
         plain: Unsteered answers to held-out prompts, for the degradation that is reported.
         learn: The adapter's training settings and targets, for methods that are trained as it was.
     """
@@ -58,7 +58,7 @@ class Materials:
     adapter: AnyAdapter
     pairs: Sequence[ContrastivePair]
     tuning: Sequence[PlainText]
-    test: Sequence[Continuation]
+    held_out: HeldOut
     plain: Sequence[PlainText]
     learn: Callable[[], tuple[TrainConfig, Sequence[Target]]]
     seed: int = 0

@@ -26,6 +26,7 @@ from ipissa.evaluate.baselines.tuners import distillation_targets, training_conf
 from ipissa.evaluate.choices import complete
 from ipissa.evaluate.compare import Measured, adapter_degradation, measure_method, scale_to
 from ipissa.evaluate.degradation import sample_plain
+from ipissa.evaluate.held_out import HeldOut
 from ipissa.evaluate.methods import ADAPTER, LIKE_THE_ADAPTER, TRAINED, VECTORS, Materials, attached, vector_adapter
 from ipissa.evaluate.null import NullCheck, null_check, null_slopes
 from ipissa.evaluate.published import loss_gap
@@ -187,7 +188,7 @@ class _Bench:
             adapter=self.adapter,
             pairs=contrastive_pairs(tokenizer, trait, openings),
             tuning=sample_plain(model, tokenizer, self.training[:TUNING_PROMPTS], seed=seed),
-            test=told(self.held_out, seed + 1),
+            held_out=HeldOut(tokenizer, trait, told(self.held_out, seed + 1)),
             plain=sample_plain(model, tokenizer, spread(self.held_out, PLAIN_PROMPTS), seed=seed + 1),
             learn=learn,
             seed=seed,

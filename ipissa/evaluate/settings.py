@@ -45,7 +45,7 @@ class EvalSettings:
     null: int = 0
     seed: int = 0
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: str = "fast"
 
     def __post_init__(self) -> None:
         for name in self.baselines:

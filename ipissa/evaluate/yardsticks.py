@@ -2,7 +2,7 @@
 
 lp_s(k, α) is the mean log-likelihood per token, in nats, of what the base model writes about held-out
 prompts under the persona of pole s, given context k (none, neutral persona 0, persona s) and steered
-at α. With a_s = +α at the positive pole and -α at the negative:
+at α (`held_out` reads it). With a_s = +α at the positive pole and -α at the negative:
 
     trait gain  [lp_s(0, a_s) - lp_s(0, 0)] / [lp_s(s, 0) - lp_s(0, 0)]
                 the part of the persona prompt's own trait effect that steering recovers; 1 is as
@@ -11,15 +11,10 @@ at α. With a_s = +α at the positive pole and -α at the negative:
     contrast    [lp_s(none, a_s) - lp_s(none, -a_s)] / [lp_s(s, 0) - lp_s(-s, 0)]
                 easily gamed by breaking text at the other pole, so never quoted alone
 
-Texts are drawn from the whole distribution of the told model (`Sampling.whole`), and at every token of a
-text the log-likelihood is averaged over what the told model might write next, p_s, not read off the one
-token that was drawn:
-
-    lp_s(k, α) = mean over tokens t of Σ_v p_s(v | text so far) log p(v | k, text so far; α)
-
-which has the same mean and a fraction of the variance (Rao-Blackwell). Being told is then the most that any
-dial can reach, by Gibbs' inequality, and the trait gain is the part of KL(told || neutral) that steering
-removes. Texts drawn at a temperature below 1 break this: a dial that only makes the model surer gains there.
+Texts are drawn from the whole distribution of the told model (`Sampling.whole`), and log-likelihoods are averaged
+over what it might write at every token. Being told is then the most that any dial can reach, by Gibbs'
+inequality, and the trait gain is the part of KL(told || neutral) that steering removes. Texts drawn at a
+temperature below 1 break this: a dial that only makes the model surer gains there.
 
 Intervals are 95 % percentile bootstraps over prompts, the unit that was held out.
 """
@@ -31,18 +26,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
-from ipissa.data.chat import chat_ids
-from ipissa.data.continuations import Continuation
 from ipissa.data.personas import Trait
 from ipissa.evaluate.dial import Dial
+from ipissa.evaluate.held_out import HeldOut, Setting
 from ipissa.evaluate.response import symmetry
-from ipissa.sequences import continuation_logprobs, pad_batch
 
-ROWS_PER_BATCH = 32
-LEAST_LOGPROB = -1e4
+SIGN = {1: "+", -1: "-"}
 RESAMPLES = 2000
 MIN_T = 2.0
 RESPONSE_ALPHAS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
@@ -105,88 +95,53 @@ class Yardsticks:
         return found
 
 
-@dataclass(frozen=True)
-class _Setting:
-    """One way to read a continuation: under which persona (None: plain), told how, and at which signed α."""
+def measure_yardsticks(dial: Dial, held_out: HeldOut, *, alpha: float = 1.0, seed: int = 0) -> Yardsticks:
+    """Measure a dial on held-out texts of both poles."""
 
-    persona: int | None
-    alpha: float
-    told_by: Trait | None = None  # None: as the trait that is measured
-
-
-def measure_yardsticks(
-    steered: Dial,
-    tokenizer: Any,
-    trait: Trait,
-    continuations: Sequence[Continuation],
-    *,
-    alpha: float = 1.0,
-    seed: int = 0,
-) -> Yardsticks:
-    """Measure a dial on held-out continuations of both poles."""
-
-    def settings(pole: int) -> dict[str, _Setting]:
+    def settings(pole: int) -> dict[str, Setting]:
         return {
             **_references(pole),
-            "neutral_steered": _Setting(0, pole * alpha),
-            "plain_steered": _Setting(None, pole * alpha),
-            "plain_opposite": _Setting(None, -pole * alpha),
+            "neutral_steered": Setting(0, pole * alpha),
+            "plain_steered": Setting(None, pole * alpha),
+            "plain_opposite": Setting(None, -pole * alpha),
         }
 
-    return _measure(steered, tokenizer, trait, continuations, settings, alpha=alpha, seed=seed)
+    return _measure(dial, held_out, settings, alpha=alpha, seed=seed)
 
 
-def measure_persona_prompt(
-    dial: Dial,
-    tokenizer: Any,
-    trait: Trait,
-    continuations: Sequence[Continuation],
-    *,
-    told_by: Trait | None = None,
-    seed: int = 0,
-) -> Yardsticks:
+def measure_persona_prompt(dial: Dial, held_out: HeldOut, *, told_by: Trait | None = None, seed: int = 0) -> Yardsticks:
     """The same yardsticks of telling the model.
 
     Told by the trait itself, gain and contrast are 1 by definition, and the plain gain is measured. `told_by`
     tells it in other words.
     """
-    words = None if told_by == trait else told_by
+    words = None if told_by == held_out.trait else told_by
 
-    def settings(pole: int) -> dict[str, _Setting]:
+    def settings(pole: int) -> dict[str, Setting]:
         told = {"neutral_steered": pole, "plain_steered": pole, "plain_opposite": -pole}
-        return _references(pole) | {name: _Setting(persona, 0.0, words) for name, persona in told.items()}
+        return _references(pole) | {name: Setting(persona, 0.0, words) for name, persona in told.items()}
 
-    return _measure(dial, tokenizer, trait, continuations, settings, alpha=1.0, seed=seed)
+    return _measure(dial, held_out, settings, alpha=1.0, seed=seed)
 
 
-def _references(pole: int) -> dict[str, _Setting]:
+def _references(pole: int) -> dict[str, Setting]:
     """What the base model says, told and untold."""
     return {
-        "neutral": _Setting(0, 0.0),
-        "told": _Setting(pole, 0.0),
-        "told_opposite": _Setting(-pole, 0.0),
-        "plain": _Setting(None, 0.0),
+        "neutral": Setting(0, 0.0),
+        "told": Setting(pole, 0.0),
+        "told_opposite": Setting(-pole, 0.0),
+        "plain": Setting(None, 0.0),
     }
 
 
 def _measure(
-    dial: Dial,
-    tokenizer: Any,
-    trait: Trait,
-    continuations: Sequence[Continuation],
-    settings: Callable[[int], dict[str, _Setting]],
-    *,
-    alpha: float,
-    seed: int,
+    dial: Dial, held_out: HeldOut, settings: Callable[[int], dict[str, Setting]], *, alpha: float, seed: int
 ) -> Yardsticks:
-    prompts = sorted({c.prompt for c in continuations})
-    poles = {}
-    for pole in (1, -1):
-        own = [c for c in continuations if c.pole == pole]
-        label = f"yardsticks {'+' if pole > 0 else '-'}"
-        lp = _log_likelihoods(dial, tokenizer, trait, own, settings(pole), label=label)
-        poles[pole] = _pole_yardsticks(lp, own, prompts, seed=seed)
-    return Yardsticks(alpha=alpha, prompts=len(prompts), positive=poles[1], negative=poles[-1])
+    def measured(pole: int) -> PoleYardsticks:
+        lp = held_out.log_likelihoods(dial, pole, settings(pole), label=f"yardsticks {SIGN[pole]}")
+        return _pole_yardsticks(lp, held_out, pole, seed=seed)
+
+    return Yardsticks(alpha, len(held_out.prompts), positive=measured(1), negative=measured(-1))
 
 
 @dataclass(frozen=True)
@@ -209,95 +164,35 @@ def response_symmetry(response: Sequence[ResponsePoint]) -> float:
     return found.share if found.opposite else 0.0
 
 
-def response_curve(
-    steered: Dial,
-    tokenizer: Any,
-    trait: Trait,
-    continuations: Sequence[Continuation],
-    *,
-    alphas: Sequence[float] = RESPONSE_ALPHAS,
-) -> list[ResponsePoint]:
+def response_curve(dial: Dial, held_out: HeldOut, *, alphas: Sequence[float] = RESPONSE_ALPHAS) -> list[ResponsePoint]:
     """How held-out texts of both poles become likelier or less likely as the dial turns."""
     gains = {}
     for pole in (1, -1):
-        own = [c for c in continuations if c.pole == pole]
-        settings = {f"{alpha:g}": _Setting(None, alpha) for alpha in sorted({0.0, *alphas})}
-        label = f"response {'+' if pole > 0 else '-'}"
-        lp = _log_likelihoods(steered, tokenizer, trait, own, settings, label=label)
-        tokens = sum(len(c.tokens) for c in own)
+        settings = {f"{alpha:g}": Setting(None, alpha) for alpha in sorted({0.0, *alphas})}
+        lp = held_out.log_likelihoods(dial, pole, settings, label=f"response {SIGN[pole]}")
+        tokens = held_out.tokens(pole).sum()
         gains[pole] = {name: float((sums - lp["0"]).sum() / tokens) for name, sums in lp.items()}
     return [ResponsePoint(float(name), gains[1][name], gains[-1][name]) for name in gains[1]]
 
 
-def pole_preference(steered: Dial, tokenizer: Any, trait: Trait, continuations: Sequence[Continuation]) -> float:
+def pole_preference(dial: Dial, held_out: HeldOut) -> float:
     """Nats per token by which texts of each pole are likelier at their own α = ±1 than at the other."""
     total = 0.0
     for pole in (1, -1):
-        own = [c for c in continuations if c.pole == pole]
-        settings = {"own": _Setting(None, pole), "other": _Setting(None, -pole)}
-        lp = _log_likelihoods(steered, tokenizer, trait, own, settings, label=f"sign {'+' if pole > 0 else '-'}")
-        total += (lp["own"].sum() - lp["other"].sum()) / sum(len(c.tokens) for c in own)
+        settings = {"own": Setting(None, pole), "other": Setting(None, -pole)}
+        lp = held_out.log_likelihoods(dial, pole, settings, label=f"sign {SIGN[pole]}")
+        total += float((lp["own"] - lp["other"]).sum() / held_out.tokens(pole).sum())
     return total
 
 
-@torch.no_grad()
-def _log_likelihoods(
-    dial: Dial,
-    tokenizer: Any,
-    trait: Trait,
-    continuations: Sequence[Continuation],
-    settings: dict[str, _Setting],
-    *,
-    label: str,
-) -> dict[str, np.ndarray]:
-    """Expected log-likelihood of every continuation of one pole, summed over its tokens, in every setting.
-
-    Equal settings are read once, and all settings of a text in one batch, as their expectation is over
-    the same next tokens.
-    """
-    told = _Setting(continuations[0].pole, 0.0)
-    distinct = list(dict.fromkeys([told, *settings.values()]))
-    sums = {setting: np.zeros(len(continuations)) for setting in distinct}
-    per_batch = max(1, ROWS_PER_BATCH // len(distinct))
-    for start in tqdm(range(0, len(continuations), per_batch), desc=label, unit="batch"):
-        texts = continuations[start : start + per_batch]
-        expected = _expected_sums(dial, tokenizer, trait, texts, distinct)
-        for setting, column in zip(distinct, expected.T, strict=True):
-            sums[setting][start : start + per_batch] = column
-    return {name: sums[setting] for name, setting in settings.items()}
-
-
-def _expected_sums(
-    dial: Dial, tokenizer: Any, trait: Trait, texts: Sequence[Continuation], settings: Sequence[_Setting]
-) -> np.ndarray:
-    """(texts, settings): Σ_t Σ_v p_told(v) log p_setting(v), where the first setting is being told."""
-    read = [(c, setting) for c in texts for setting in settings]
-    batch = pad_batch(
-        [chat_ids(tokenizer, (setting.told_by or trait).messages(c.prompt, setting.persona)) for c, setting in read],
-        [c.tokens for c, _ in read],
-        pad_id=tokenizer.pad_token_id,
-        device=dial.model.device,
-    )
-    with dial.alpha([setting.alpha for _, setting in read]):
-        logprobs = continuation_logprobs(dial.model, batch)
-    logprobs.clamp_(min=LEAST_LOGPROB)  # so that 0 · -inf, for tokens a model cannot say, is 0
-    logprobs = logprobs.unflatten(0, (len(texts), -1))  # (texts, settings, tokens, vocab)
-    expected = torch.einsum("xtv,xstv->xst", logprobs[:, 0].exp(), logprobs)
-    mask = batch.mask.unflatten(0, (len(texts), -1))
-    return (expected * mask).sum(-1).double().cpu().numpy()
-
-
-def _pole_yardsticks(
-    lp: dict[str, np.ndarray], continuations: Sequence[Continuation], prompts: list[str], *, seed: int
-) -> PoleYardsticks:
-    tokens = np.array([len(c.tokens) for c in continuations], dtype=float)
-    row_of = {prompt: i for i, prompt in enumerate(prompts)}
-    cluster = np.array([row_of[c.prompt] for c in continuations])
+def _pole_yardsticks(lp: dict[str, np.ndarray], held_out: HeldOut, pole: int, *, seed: int) -> PoleYardsticks:
+    row_of = {prompt: i for i, prompt in enumerate(held_out.prompts)}
+    cluster = np.array([row_of[text.prompt] for text in held_out.texts[pole]])
 
     def per_prompt(values: np.ndarray) -> np.ndarray:
-        return np.bincount(cluster, weights=values, minlength=len(prompts))
+        return np.bincount(cluster, weights=values, minlength=len(held_out.prompts))
 
-    n = per_prompt(tokens)
+    n = per_prompt(held_out.tokens(pole))
 
     def estimate(up: np.ndarray, over: np.ndarray | None) -> Estimate:
         return bootstrap_ratio(per_prompt(up), n if over is None else per_prompt(over), seed=seed)

@@ -96,6 +96,7 @@ class TrainConfig:
         checkpoint_every: Steps between checkpoints.
         held_out: Cap on the held-out prompts used for the yardsticks.
         held_out_continuations: Sampled answers per held-out prompt and pole.
+        dtype: Of the frozen base (`ipissa.load_model` lists them); the adapter learns in float32 whatever it is.
         report_to: Experiment tracker of the Trainer: none, tensorboard, wandb, trackio.
         trainer: Further settings of transformers' TrainingArguments, such as {"bf16": True}.
     """
@@ -142,7 +143,7 @@ class TrainConfig:
     held_out_continuations: int = 1
     seed: int = 0
     device: str = "auto"
-    dtype: str = "auto"
+    dtype: str = "fast"
     report_to: str = "none"
     trainer: dict[str, Any] = field(default_factory=dict)
 

@@ -28,6 +28,7 @@ from ipissa.data.pairs import (
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts, spread
 from ipissa.errors import ConfigError
+from ipissa.evaluate.held_out import HeldOut
 from ipissa.evaluate.yardsticks import (
     ResponsePoint,
     Yardsticks,
@@ -211,8 +212,9 @@ def _measure(task: _Task, adapter: Adapter, test_set: Sequence[Continuation]) ->
     samples = take_samples(steered.alpha, model, tokenizer, trait, task.held_out)
     prompts = task.held_out[:CALIBRATION_PROMPTS]
     calibration = calibrate(steered, tokenizer, trait, prompts, seed=task.config.seed, sampling=task.config.sampling())
-    yardsticks = measure_yardsticks(steered, tokenizer, trait, test_set)
-    response = response_curve(steered, tokenizer, trait, _of_prompts(test_set, task.held_out[:RESPONSE_PROMPTS]))
+    yardsticks = measure_yardsticks(steered, HeldOut(tokenizer, trait, test_set))
+    some = _of_prompts(test_set, task.held_out[:RESPONSE_PROMPTS])
+    response = response_curve(steered, HeldOut(tokenizer, trait, some))
     steered.detach()
     return _Measured(yardsticks, calibration, response, samples)
 
@@ -263,7 +265,7 @@ def _right_way_round(task: _Task, adapter: Adapter, test_set: Sequence[Continuat
     """The adapter, or its mirror image if that follows the labelled held-out texts, and whether it is that."""
     labelled = _of_prompts(test_set, task.held_out[:CALIBRATION_PROMPTS])
     steered = attach(task.model, adapter)
-    preference = pole_preference(steered, task.tokenizer, task.trait, labelled)
+    preference = pole_preference(steered, HeldOut(task.tokenizer, task.trait, labelled))
     steered.detach()
     return (adapter.flipped(), True) if preference < 0 else (adapter, False)
 
