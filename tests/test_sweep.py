@@ -11,7 +11,8 @@ import pytest
 
 from ipissa.errors import ConfigError, TrainingError
 from ipissa.train import TrainConfig
-from ipissa.train.sweep import read_grid, run_name, run_sweep
+from ipissa.train.run_folder import digest
+from ipissa.train.sweep import read_grid, run_sweep
 
 GRID = "base: {positive: kind, negative: angry}\ngrid: {lr: [0.001, 0.003], seed: [0, 1, 2]}\n"
 
@@ -30,8 +31,9 @@ class Trainer:
         self.trained: list[TrainConfig] = []
         self.fails = False
 
-    def __call__(self, config: TrainConfig, output: Path, *, resume: bool) -> Any:
+    def __call__(self, config: TrainConfig, output: Path, *, resume: bool, shared: Path) -> Any:
         assert resume
+        assert shared.name == "shared"
         self.trained.append(config)
         if self.fails and config.seed == 1:
             raise TrainingError("it does not work.")
@@ -61,7 +63,7 @@ def test_every_combination_is_trained_once_and_summed_up_over_seeds(tmp_path: Pa
     grid = configs(tmp_path)
     assert [(c.lr, c.seed) for c in grid] == [(lr, seed) for lr in (0.001, 0.003) for seed in (0, 1, 2)]
     rows = read(run_sweep(grid, tmp_path / "out", train))
-    assert [row["run"] for row in rows] == [run_name(config) for config in grid]
+    assert [row["run"] for row in rows] == [digest(config.to_dict()) for config in grid]
     summary = read(tmp_path / "out" / "summary.csv")
     assert [(row["varied"], row["runs"], row["enough_seeds"]) for row in summary] == [
         ('{"lr": 0.001}', "3", "yes"),

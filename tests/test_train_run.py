@@ -177,6 +177,29 @@ def test_an_adapter_that_learnt_the_wrong_way_round_is_mirrored(
     assert difference(straight.adapter.flipped(), mirrored.adapter) == 0
 
 
+def test_runs_that_share_ask_the_base_model_once(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled, shared = [], tmp_path / "shared"
+    sample = trainer.sample_continuations
+    monkeypatch.setattr(
+        trainer, "sample_continuations", lambda *args, **how: sampled.append(how["seed"]) or sample(*args, **how)
+    )
+    train(config, tmp_path / "first.safetensors", shared=shared)
+    other = replace(config, rank=2, objective="contrastive")
+    second = train(other, tmp_path / "second.safetensors", shared=shared)
+    assert sampled == [0, 1]  # to train on, and held out
+    assert {path.name.rsplit("-", 1)[0] for path in shared.iterdir()} == {
+        "continuations", "reach", "targets-guided", "held-out"
+    }  # fmt: skip
+    alone = train(other, tmp_path / "alone.safetensors")
+    assert difference(second.adapter, alone.adapter) == 0
+    assert second.yardsticks == alone.yardsticks
+    sampled.clear()
+    train(replace(config, seed=7), tmp_path / "third.safetensors", shared=shared)
+    assert sampled == [7, 8]
+
+
 def test_every_preset_makes_a_config() -> None:
     for name in PRESETS:
         TrainConfig.from_dict({"positive": "kind", "negative": "angry"} | preset_settings(name))

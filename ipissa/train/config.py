@@ -44,6 +44,36 @@ OPTIONS = (
     "device",
     "dtype",
 )
+# What only the adapter and its optimiser see: the base model is asked the same whatever they are.
+LEARNING = (
+    "objective",
+    "contrastive",
+    "antiparallel",
+    "suffixes",
+    "rank",
+    "selection",
+    "rotation",
+    "scale_mode",
+    "rotate_v",
+    "rotate_u",
+    "clamp",
+    "max_rotation",
+    "target_modules",
+    "depth_start",
+    "depth_end",
+    "epochs",
+    "batch_size",
+    "accumulation",
+    "lr",
+    "warmup",
+    "weight_decay",
+    "max_grad_norm",
+    "validation",
+    "patience",
+    "checkpoint_every",
+    "report_to",
+    "trainer",
+)
 POSITIVE = (
     "continuations",
     "max_new_tokens",
@@ -235,6 +265,10 @@ class TrainConfig:
         if "contrastive" not in objective_weights(self.objective):
             return []
         return site_blocks(contrastive_config(self.contrastive).depths, num_layers)
+
+    def asked_of_the_base(self) -> dict[str, Any]:
+        """The settings that decide which texts the base model writes, and what it says of them."""
+        return {name: value for name, value in self.to_dict().items() if name not in LEARNING}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML."""

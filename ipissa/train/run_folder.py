@@ -13,6 +13,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -31,18 +33,23 @@ STATE = "state"
 class RunFolder:
     """The run folder of an output file: `honest.safetensors` has `honest.run` beside it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, config: TrainConfig, shared: Path | None = None) -> None:
         self.path = path
         self.resumed = self.unfinished
+        self._config = config
+        self._shared = shared
 
     @classmethod
-    def open(cls, output: Path, config: TrainConfig, *, resume: bool) -> RunFolder:
+    def open(cls, output: Path, config: TrainConfig, *, resume: bool, shared: Path | None = None) -> RunFolder:
         """Create the folder, or enter the one of a broken run.
+
+        Args:
+            shared: A folder for what is computed once for all runs that ask the base model the same.
 
         Raises:
             ConfigError: a broken run is there and `resume` is off, or its settings differ.
         """
-        folder = cls(output.with_suffix(".run"))
+        folder = cls(output.with_suffix(".run"), config, shared)
         settings = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
         if folder.unfinished:
             if not resume:
@@ -52,7 +59,8 @@ class RunFolder:
                     f"The settings differ from those in {folder.path / 'config.yaml'}, so that run cannot go on; "
                     "give the same ones, or remove the folder."
                 )
-        (folder.path / STATE).mkdir(parents=True, exist_ok=True)
+        for needed in (folder.path / STATE, *([shared] if shared else [])):
+            needed.mkdir(parents=True, exist_ok=True)
         write_whole(folder.path / "config.yaml", lambda path: path.write_text(settings, encoding="utf-8"))
         return folder
 
@@ -62,13 +70,15 @@ class RunFolder:
         return (self.path / STATE).is_dir()
 
     def once(self, name: str, compute: Callable[[], Any], classes: Sequence[type] = ()) -> Any:
-        """What `compute` returns, computed once per run: a resumed run reads it back.
+        """What `compute` finds of the base model, computed once: a resumed run, or one that shares it, reads it back.
 
         Args:
-            name: Of the file in `state`.
+            name: Of the file in `state`; where runs share, it also says which settings it was computed by.
             classes: The dataclasses in the result, the only ones that may be read back.
         """
         path = self.path / STATE / f"{name}.pt"
+        if self._shared is not None:
+            path = self._shared / f"{name}-{digest(self._config.asked_of_the_base())}.pt"
         if not path.exists():
             computed = compute()
             write_whole(path, lambda partial: torch.save(computed, partial))
@@ -95,6 +105,11 @@ class RunFolder:
         """Remove what only a broken run needs."""
         for name in (CHECKPOINTS, STATE):
             shutil.rmtree(self.path / name, ignore_errors=True)
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """A short name that changes with any setting."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -13,7 +13,6 @@ compares the trait gain of the worse pole with that of the first combination by 
 from __future__ import annotations
 
 import csv
-import hashlib
 import itertools
 import json
 import statistics
@@ -27,7 +26,7 @@ from ipissa.errors import ConfigError, TrainingError
 from ipissa.evaluate.yardsticks import ResponsePoint, response_symmetry
 from ipissa.train.config import TrainConfig, read_settings
 from ipissa.train.result import TrainResult
-from ipissa.train.run_folder import write_whole
+from ipissa.train.run_folder import digest, write_whole
 
 ENOUGH_SEEDS = 3
 FIGURES = tuple(
@@ -64,7 +63,8 @@ def run_sweep(configs: Sequence[TrainConfig], folder: Path, train: Train) -> Pat
     off is resumed.
 
     Args:
-        folder: Gets `results.csv`, `summary.csv` and an adapter per run.
+        folder: Gets `results.csv`, `summary.csv` and an adapter per run; and `shared`, the texts and teachers of runs
+            that ask the base model the same, which may be removed afterwards.
         train: `ipissa.train.train`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,17 +72,12 @@ def run_sweep(configs: Sequence[TrainConfig], folder: Path, train: Train) -> Pat
     rows = _read(results)
     varied = _varied([config.to_dict() for config in configs])
     for config in configs:
-        name = run_name(config)
+        name = digest(config.to_dict())
         if name not in {row["run"] for row in rows}:
             rows.append(_run(config, name, varied, folder, train))
             write_whole(results, lambda path: _write(path, COLUMNS, rows))
         write_whole(folder / "summary.csv", lambda path: _write(path, _SUMMARY, summary(rows)))
     return results
-
-
-def run_name(config: TrainConfig) -> str:
-    """A short name that changes with any setting."""
-    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:12]
 
 
 _SUMMARY = (
@@ -146,7 +141,7 @@ def _run(config: TrainConfig, name: str, varied: Sequence[str], folder: Path, tr
         "seed": str(config.seed),
     }
     try:
-        result = train(config, folder / f"{name}.safetensors", resume=True)
+        result = train(config, folder / f"{name}.safetensors", resume=True, shared=folder / "shared")
     except TrainingError as error:  # this run's settings do not work; others may
         return row | {"error": str(error)}
     return row | {key: str(value) for key, value in _figures(result).items()}

@@ -67,7 +67,9 @@ RESPONSE_PROMPTS = 40
 SELECTION_PAIRS = 256
 
 
-def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool = False) -> TrainResult:
+def train(
+    config: TrainConfig, output: str | os.PathLike[str], *, resume: bool = False, shared: Path | None = None
+) -> TrainResult:
     """Run the whole recipe and write the adapter to `output`.
 
     Sample continuations under both personas, compute the teachers' targets once, distil them into
@@ -77,11 +79,12 @@ def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool =
         config: Everything that decides the run.
         output: The .safetensors file; the run's folder is beside it, with the ending .run.
         resume: Go on with the broken run in that folder.
+        shared: Folder for what runs over one base model can share: its texts and what it says of them.
     """
     output = checked_output(output)
     if config.dtype in QUANTISED and resolve_device(config.device).type == "cpu":
         raise ConfigError(f"dtype {config.dtype!r} can be trained on CUDA only; use float32 on the CPU.")
-    run = RunFolder.open(output, config, resume=resume)
+    run = RunFolder.open(output, config, resume=resume, shared=shared)
     started = time.monotonic()
     torch.manual_seed(config.seed)
     task = _Task.load(config)
@@ -107,7 +110,11 @@ def train(config: TrainConfig, output: str | os.PathLike[str], *, resume: bool =
     # From here on the adapter runs as users will run it: from its tensors, in phase form.
     task.model = peft_model.unload()
     whole = Sampling.whole(config.max_new_tokens)
-    test_set = task.sample(task.held_out, config.held_out_continuations, whole, seed=config.seed + 1)
+    test_set = run.once(
+        "held-out",
+        lambda: task.sample(task.held_out, config.held_out_continuations, whole, seed=config.seed + 1),
+        [Continuation],
+    )
     adapter, flipped = _right_way_round(task, adapter, test_set)
     measured = _measure(task, adapter, test_set)
 
