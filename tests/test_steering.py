@@ -59,8 +59,8 @@ def test_shipped_adapters_equal_edited_weights(demo: tuple[Any, Any], path: Any)
     assert_equals_edited_weights(model, ipissa.load_adapter(path), ids)
 
 
-def test_both_adapters_are_shipped() -> None:
-    assert [path.stem for path in SHIPPED] == ["honest", "kind"]
+def test_three_adapters_are_shipped() -> None:
+    assert [path.stem for path in SHIPPED] == ["honest", "kind", "playful"]
     assert all(path.stat().st_size <= 12_000_000 for path in SHIPPED)
 
 

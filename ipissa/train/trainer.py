@@ -96,33 +96,23 @@ def train(
         [Continuation],
     )
     personas = _look_at_personas(task, continuations, run)
-    pairs = _pairs(task, continuations)
-    objective = _objective(task, continuations, pairs, run)
-
-    peft_model = _wrap(task.model, task.adapter_config())
-    if config.selection != "top":
-        select_triples(peft_model, task.tokenizer, pairs[:SELECTION_PAIRS], rule=config.selection)
-    samples_before = peft_samples(peft_model, task.tokenizer, task.trait, task.held_out)
-    midway = MidwaySamples(task.tokenizer, task.trait, task.held_out)
-    history = fit(peft_model, objective, config, run.path, resume=resume, callbacks=[midway])
-    adapter = from_peft_model(peft_model, base_model=base_model, trait=task.trait.to_metadata())
+    learnt = _learn(task, continuations, base_model, run)
 
     # From here on the adapter runs as users will run it: from its tensors, in phase form.
-    task.model = peft_model.unload()
     whole = Sampling.whole(config.max_new_tokens)
     test_set = run.once(
         "held-out",
         lambda: task.sample(task.held_out, config.held_out_continuations, whole, seed=config.seed + 1),
         [Continuation],
     )
-    adapter, flipped = _right_way_round(task, adapter, test_set)
+    adapter, flipped = _right_way_round(task, learnt.adapter, test_set)
     measured = _measure(task, adapter, test_set)
 
     seconds = time.monotonic() - started
     training = {
         "seconds": round(seconds),
         "resumed": run.resumed,
-        "final_loss": _final_loss(history),
+        "final_loss": _final_loss(learnt.history),
         "flipped": flipped,
     }
     calibrated = replace(
@@ -134,13 +124,13 @@ def train(
         save_adapter(calibrated, output),
         measured.yardsticks,
         measured.calibration,
-        samples_before,
+        learnt.samples_before,
         measured.samples,
-        history,
+        learnt.history,
         seconds,
     )
     write_card(result, output)
-    _write_records(run, result, midway.samples)
+    _write_records(run, result, learnt.samples_midway)
     run.complete()
     return result
 
@@ -193,6 +183,32 @@ def _look_at_personas(task: _Task, continuations: Sequence[Continuation], run: R
     reach = run.once("reach", lambda: measure_reach(task.model, task.tokenizer, task.trait, texts), [Reach])
     warn_of_short_reach(reach, task.trait)
     return {"elicitation": asdict(elicited), "reach": reach.to_dict()}
+
+
+@dataclass(frozen=True)
+class _Learnt:
+    """The adapter as training left it, and what was written on the way."""
+
+    adapter: Adapter
+    history: History
+    samples_before: Samples
+    samples_midway: Samples
+
+
+def _learn(task: _Task, continuations: Sequence[Continuation], base_model: dict[str, Any], run: RunFolder) -> _Learnt:
+    """Fit an adapter to the objective; the task's model is the base model again afterwards."""
+    config, tokenizer, trait = task.config, task.tokenizer, task.trait
+    pairs = _pairs(task, continuations)
+    objective = _objective(task, continuations, pairs, run)
+    peft_model = _wrap(task.model, task.adapter_config())
+    if config.selection != "top":
+        select_triples(peft_model, tokenizer, pairs[:SELECTION_PAIRS], rule=config.selection)
+    samples_before = peft_samples(peft_model, tokenizer, trait, task.held_out)
+    midway = MidwaySamples(tokenizer, trait, task.held_out)
+    history = fit(peft_model, objective, config, run.path, resume=run.resumed, callbacks=[midway])
+    adapter = from_peft_model(peft_model, base_model=base_model, trait=trait.to_metadata())
+    task.model = peft_model.unload()
+    return _Learnt(adapter, history, samples_before, midway.samples)
 
 
 @dataclass(frozen=True)

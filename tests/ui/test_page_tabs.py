@@ -89,7 +89,7 @@ def test_the_python_and_curl_that_the_page_shows_do_what_the_page_did(page: Stee
 
 
 def test_curves_and_answers_download_as_csv_and_png(page: SteeringPage) -> None:
-    page.has_curve(lines=2)
+    page.has_curve(lines=3)
     page.tab("Keep and share")
     saved = {}
     for name in ("Curve (CSV)", "Curve (PNG)", "Answers (CSV)"):
@@ -99,7 +99,7 @@ def test_curves_and_answers_download_as_csv_and_png(page: SteeringPage) -> None:
     assert [filename for filename, _ in saved.values()] == ["curve.csv", "curve.png", "answers.csv"]
     assert saved["Curve (PNG)"][1].startswith(b"\x89PNG")
     curve = list(csv.DictReader(io.StringIO(saved["Curve (CSV)"][1].decode())))
-    assert [sum(row["adapter"] == name for row in curve) for name in ("honest", "kind")] == [41, 41]
+    assert [sum(row["adapter"] == name for row in curve) for name in ("honest", "kind", "playful")] == [41] * 3
     answers = list(csv.DictReader(io.StringIO(saved["Answers (CSV)"][1].decode())))
     assert len(answers) == 2 * TOKENS
 
@@ -271,8 +271,8 @@ def test_a_server_that_goes_is_missed_in_words_and_the_page_goes_on_when_it_is_b
         expect(banner).to_be_hidden(timeout=PATIENCE)
         page.has_written("honest -1.50")
         page.shows_choice_at("honest -1.50")
-        page.drag("honest", -1.5, 2)
-        page.shows_choice_at("honest +2.00")
+        page.drag("honest", -1.5, HIGH)
+        page.shows_choice_at(f"honest {HIGH:+.2f}")
 
 
 def test_a_server_with_a_key_asks_for_it_and_tells_when_it_is_wrong(visit: Visit) -> None:
