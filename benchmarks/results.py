@@ -1,13 +1,16 @@
 """Write the README's results from the medians in docs/results, and nothing that is not in them.
 
-ipissa eval --adapter adapters/kind.safetensors ... --seed 0 --output runs/kind-0     # and seeds 1, 2
+ipissa eval --adapter kind-0.safetensors ... --seed 0 --output runs/kind-0     # and seeds 1, 2
 ipissa medians runs/kind-0 runs/kind-1 runs/kind-2 --output docs/results/kind
 python -m benchmarks.results
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -22,7 +25,6 @@ SHOWN = {
     "acquiescence_value": "acquiescence",
 }
 ADAPTER = "adapter"
-PROMPTS = ("prompt", "engineered")  # not scaled, so not ranked with the others
 SURE_T = 2.0
 
 
@@ -35,21 +37,28 @@ def with_results(readme: str, results: Path) -> str:
     """The README with the block between its two marks made from `results`, one section per folder."""
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
-    sections = [section(path.parent.name, pd.read_csv(path)) for path in sorted(results.glob("*/medians.csv"))]
+    sections = [
+        section(path.parent.name, pd.read_csv(path), json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+        for path in sorted(results.glob("*/medians.csv"))
+    ]
     return "\n\n".join([before + BEGIN, *sections, END]) + after
 
 
-def section(name: str, medians: pd.DataFrame) -> str:
-    """A table of all methods and what follows from it for the adapter."""
-    seeds = int(medians["seeds"].max())
+def section(name: str, medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
+    """A table of all methods and what follows from it for the adapter.
+
+    Args:
+        facts: `medians.json`: how many seeds and adapters, and which dilemmas.
+    """
+    of = "one adapter" if facts["adapters"] == 1 else f"{facts['adapters']} adapters, one per seed"
     lines = [
-        f"**`{name}`**, medians over {seeds} seeds with the lowest and the highest:",
+        f"**`{name}`**, medians over {facts['seeds']} seeds of {of}, with the lowest and the highest:",
         "",
         f"| method | {' | '.join(SHOWN.values())} |",
         "|-" * (1 + len(SHOWN)) + "|",
         *(_row(name, method, figures) for method, figures in medians.groupby("method", sort=False)),
         "",
-        f"{_rank(name, medians)} {_dilemmas(medians)}",
+        f"{_rank(name, medians)} {_dilemmas(medians, facts)}",
     ]
     return "\n".join(lines)
 
@@ -64,22 +73,24 @@ def _row(name: str, method: str, figures: pd.DataFrame) -> str:
 
 
 def _rank(name: str, medians: pd.DataFrame) -> str:
-    """The worse pole's trait gain, among methods of equal degradation."""
+    """The worse pole's trait gain, among methods that cost text what the adapter costs at every seed."""
+    equal = medians[(medians["figure"] == "equal") & (medians["lowest"] == 1)]["method"]
     gains = medians[medians["figure"].isin(["trait_gain +", "trait_gain -"])].groupby("method")["median"].min()
-    scaled = gains.drop([each for each in PROMPTS if each in gains.index])
-    ahead = [f"`{each}`" for each in scaled.index[scaled > scaled[ADAPTER]]]
+    ranked = gains[gains.index.isin(equal)]
+    ahead = [f"`{each}`" for each in ranked.index[ranked > ranked[ADAPTER]]]
     listed = ", ".join(ahead) or "no other method"
     return f"At equal degradation, more trait gain at the worse pole than `{name}`: {listed}."
 
 
-def _dilemmas(medians: pd.DataFrame) -> str:
+def _dilemmas(medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
     """Whether choices in dilemmas follow, at every seed."""
     own = medians[medians["method"] == ADAPTER].set_index("figure")
     slope, t = own.loc["balanced_value"], own.loc["balanced_t"]
     sure = min(abs(t["lowest"]), abs(t["highest"])) >= SURE_T and t["lowest"] * t["highest"] > 0
     says = "is" if sure else "is not"
     return (
-        f"Its effect on choices ({slope['median']:.2f} nats per α) {says} distinguishable from nothing at every seed."
+        f"Its effect on choices about *{facts['target']}* ({slope['median']:.2f} nats per α, "
+        f"t from {t['lowest']:.1f} to {t['highest']:.1f}) {says} distinguishable from nothing at every seed."
     )
 
 

@@ -104,7 +104,7 @@ def words(
 ) -> None:
     """Say, before training, how strong and how opposite two personas are on a model; a minute per pair.
 
-    Reach is the part of either persona's effect that a dial between the two can recover at best.
+    Reach estimates the part of either persona's effect that a dial between the two can recover.
     """
     split = [split_pair(pair) for pair in pairs]
     training, _ = load_prompts(prompts)

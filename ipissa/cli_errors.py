@@ -28,5 +28,10 @@ def assignments(option: str, pairs: Iterable[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals:
             raise ConfigError(f"{option} {pair!r} has no '='; write {option} NAME=VALUE.")
-        settings[name.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            settings[name.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(
+                f"{option} {pair!r} has a value that is no YAML; quote it, or close its brackets."
+            ) from None
     return settings

@@ -11,6 +11,7 @@ from conftest import random_adapter, tiny_model
 from ipissa.data.chat import chat_ids
 from ipissa.data.personas import Trait
 from ipissa.evaluate.degradation import (
+    Match,
     PlainText,
     matching_scale,
     prompt_degradation,
@@ -104,14 +105,15 @@ def test_a_scale_is_found_at_which_degradation_is_as_wanted(power: float) -> Non
     def degradation(scale: float) -> float:
         return 4 * scale**power
 
-    assert degradation(matching_scale(degradation, 0.03)) == pytest.approx(0.03, rel=0.051)
-    assert degradation(matching_scale(degradation, 300.0)) == pytest.approx(300, rel=0.051)
+    assert degradation(matching_scale(degradation, 0.03).scale) == pytest.approx(0.03, rel=0.051)
+    assert degradation(matching_scale(degradation, 300.0, start=7.0).scale) == pytest.approx(300, rel=0.051)
 
 
 def test_a_degradation_that_no_scale_gives_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    matching_scale(lambda scale: 0.5, 0.1)
+    assert not matching_scale(lambda scale: 0.5, 0.1).equal
     assert "No scale brings" in caplog.text
 
 
 def test_nothing_to_match_leaves_the_scale() -> None:
-    assert matching_scale(lambda scale: scale, 0.0) == 1.0
+    assert matching_scale(lambda scale: scale, 0.0) == Match(1.0, equal=False)
+    assert matching_scale(lambda scale: 0.0, 0.0) == Match(1.0, equal=True)

@@ -16,6 +16,7 @@ import torch
 from conftest import random_adapter, tiny_model
 from typer.testing import CliRunner
 
+import ipissa
 from ipissa.adapter import Adapter, load_adapter, save_adapter
 from ipissa.cli import app
 from ipissa.data.datasets import load_items
@@ -253,6 +254,7 @@ def test_a_slope_is_placed_among_those_of_random_adapters() -> None:
         ({"alphas": (float("nan"),)}, "no α"),
         ({"null": 2}, "null 2 random adapters say nothing"),
         ({"null": 9, "dataset": None}, "there is no data set"),
+        ({"baselines": ("caa", "prompt", "caa")}, "baseline 'caa' is named 2 times"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], says: str) -> None:
@@ -273,6 +275,36 @@ def test_methods_that_are_trained_learn_anew_with_every_seed(home: Path, monkeyp
         )  # fmt: skip
         evaluate(str(path), home / f"trained-{seed}", settings)
     assert seeds == [5, 7]
+
+
+def test_trained_methods_learn_from_the_adapters_prompts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = home / "own.txt"
+    own.write_text("\n".join(f"Own prompt {i}" for i in range(12)))
+    training = TrainConfig(
+        "kind", "angry", rank=4, epochs=1, batch_size=4, max_new_tokens=4, prompts=str(own), validation=0.3, patience=1
+    )
+    path = home / "own.safetensors"
+    save_adapter(replace(load_adapter(home / "honest.safetensors"), evaluation={"training": training.to_dict()}), path)
+    learnt: list[str] = []
+    monkeypatch.setattr(run, "distillation_targets", lambda *asked: learnt.extend(asked[4]) or targets(*asked))
+    settings = EvalSettings(
+        model=str(home / "model"), prompts=str(home / "prompts.txt"), dataset=None, baselines=("reft",)
+    )
+    evaluate(str(path), home / "own report", settings)
+    assert learnt == [f"Own prompt {i}" for i in range(12) if i % 4 != 3]
+    own.unlink()
+    with pytest.raises(ConfigError, match=r"cannot be learnt from anew: The prompts file .* leave out lora, dora and"):
+        evaluate(str(path), home / "gone", settings)
+
+
+def test_what_figures_depend_on_is_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    said = EvalSettings(device="cpu").described()
+    assert (said["device"], said["dtype"], said["ipissa"]) == ("cpu", "bfloat16", ipissa.__version__)
+    assert said["prompts"].startswith("bundled (")
+    assert "items.jsonl (sha256" in said["dataset"]
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert EvalSettings(device="cpu").described()["dtype"] == "float32"
 
 
 def test_a_vector_is_not_compared_with_methods_that_take_its_modules(home: Path, report: Path) -> None:

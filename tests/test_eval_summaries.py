@@ -25,8 +25,14 @@ from ipissa.evaluate.report.sweeps import read_results, table_by
 def evaluation(folder: Path, seed: int, gain: float, **settings: Any) -> Path:
     """A folder as `ipissa eval` leaves it, with one method."""
     (folder / "tables").mkdir(parents=True)
-    (folder / "settings.json").write_text(json.dumps({"adapter": "abc", "held_out": 9, "seed": seed} | settings))
-    poles = [{"method": "adapter", "pole": pole, "trait_gain": gain, "plain_gain": 0.1, "contrast": 1} for pole in "+-"]
+    (folder / "settings.json").write_text(
+        json.dumps({"adapter": "abc", "recipe": {"lr": 1}, "held_out": 9, "seed": seed} | settings)
+    )
+    (folder / "choices.json").write_text(json.dumps({"dataset": "dilemmas.csv", "target": "candour"}))
+    poles = [
+        {"method": "adapter", "pole": pole, "equal": True, "trait_gain": gain, "plain_gain": 0.1, "contrast": 1}
+        for pole in "+-"
+    ]
     pd.DataFrame(poles).to_csv(folder / "tables" / "yardsticks.csv")
     row = {"method": "adapter"} | dict.fromkeys(FIGURES["methods"], 2 * gain)
     pd.DataFrame([row]).to_csv(folder / "tables" / "methods.csv")
@@ -37,11 +43,29 @@ def test_seeds_are_summed_up_by_medians_with_range_and_count(tmp_path: Path) -> 
     folders = [evaluation(tmp_path / f"{seed}", seed, gain) for seed, gain in enumerate((0.1, 0.5, 0.2))]
     command = ["medians", *map(str, folders), "--output", str(tmp_path / "out")]
     text = CliRunner().invoke(app, command, catch_exceptions=False).stdout
-    assert "Medians over 3 seeds" in text
+    assert "Medians over 3 seeds, of one adapter" in text
+    assert "Dilemmas: dilemmas.csv, about 'candour'." in text
     assert "0.2 [0.1, 0.5]" in text
     table = pd.read_csv(tmp_path / "out" / "medians.csv").set_index("figure")
     assert list(table.loc["balanced_value", ["median", "lowest", "highest", "seeds"]]) == [0.4, 0.2, 1.0, 3]
     assert "Fewer than 3 seeds" in summarise_seeds(folders[:2], tmp_path / "two")
+
+
+def test_adapters_of_one_recipe_are_summed_up_one_per_seed(tmp_path: Path) -> None:
+    folders = [evaluation(tmp_path / f"{i}", i, 0.1, adapter=f"sha {i}") for i in range(3)]
+    assert "each of an adapter of that seed" in summarise_seeds(folders, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "medians.json").read_text()) == {
+        "seeds": 3, "adapters": 3, "dataset": "dilemmas.csv", "target": "candour"
+    }  # fmt: skip
+    again = evaluation(tmp_path / "again", 4, 0.1, adapter="sha 1")
+    with pytest.raises(ConfigError, match="The 4 evaluations are of 3 adapters; use one, or one per seed"):
+        summarise_seeds([*folders, again], tmp_path)
+    other = evaluation(tmp_path / "other", 4, 0.1, adapter="sha 4", recipe={"lr": 2})
+    with pytest.raises(ConfigError, match=r"differs from .* in recipe; only seeds may differ"):
+        summarise_seeds([*folders, other], tmp_path)
+    unknown = [evaluation(tmp_path / f"u{i}", i, 0.1, adapter=f"sha {i}", recipe=None) for i in range(2)]
+    with pytest.raises(ConfigError, match=r"differs from .* in adapter; only seeds may differ"):
+        summarise_seeds(unknown, tmp_path)
 
 
 def test_evaluations_that_differ_in_more_than_the_seed_are_not_summed_up(tmp_path: Path) -> None:

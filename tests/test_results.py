@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 
 from benchmarks.results import BEGIN, END, SHOWN, section, with_results
 
+FACTS = {"seeds": 3, "adapters": 3, "dataset": "dilemmas.csv", "target": "candour"}
 README = f"# ipissa\n\n{BEGIN}\n\nof last year\n\n{END}\n\nRead on."
 
 
@@ -16,6 +18,8 @@ def medians(t: tuple[float, float, float], **worse_gains: float) -> pd.DataFrame
     """Three methods with a trait gain of 0.5 at + and another at -, and a t of some slope at three seeds."""
     rows = []
     for method, gain in worse_gains.items():
+        equal = {"prompt": None, "dora": 0}.get(method, 1)  # lowest of the seeds
+        rows.append([method, "equal", equal, equal, equal, 3])
         for figure in (*SHOWN, "balanced_t"):
             low, median, high = t if figure == "balanced_t" else (gain - 0.1, gain, gain + 0.1)
             if figure == "trait_gain +":
@@ -25,12 +29,15 @@ def medians(t: tuple[float, float, float], **worse_gains: float) -> pd.DataFrame
 
 
 def test_every_method_has_a_row_and_those_ahead_are_named() -> None:
-    text = section("kind", medians((2.5, 3, 4), adapter=0.3, prompt=1.0, caa=0.1, lora=0.4))
+    text = section("kind", medians((2.5, 3, 4), adapter=0.3, prompt=1.0, caa=0.1, lora=0.4, dora=0.4), FACTS)
     assert "| **kind** | 0.50 [0.40, 0.60] | 0.30 [0.20, 0.40] |" in text
     assert "| caa | 0.50 [0.40, 0.60] | 0.10 [0.00, 0.20] |" in text
-    assert "more trait gain at the worse pole than `kind`: `lora`." in text  # a prompt has no scale
-    assert "medians over 3 seeds" in text
-    first = section("kind", medians((2.5, 3, 4), adapter=0.3, caa=0.1))
+    assert (
+        "more trait gain at the worse pole than `kind`: `lora`." in text
+    )  # prompts have no scale, and dora's did not match
+    assert "medians over 3 seeds of 3 adapters, one per seed" in text
+    first = section("kind", medians((2.5, 3, 4), adapter=0.3, caa=0.1), FACTS | {"adapters": 1})
+    assert "medians over 3 seeds of one adapter" in first
     assert "than `kind`: no other method." in first
 
 
@@ -39,12 +46,14 @@ def test_every_method_has_a_row_and_those_ahead_are_named() -> None:
     [((2.5, 3, 4), "is dist"), ((-4, -3, -2.5), "is dist"), ((1.5, 3, 4), "is not"), ((-4, 3, 4), "is not")],
 )
 def test_an_effect_on_choices_is_claimed_only_if_every_seed_has_it(t: tuple[float, float, float], says: str) -> None:
-    assert f"nats per α) {says}" in section("kind", medians(t, adapter=0.3))
+    text = section("kind", medians(t, adapter=0.3), FACTS)
+    assert f"choices about *candour* (0.30 nats per α, t from {t[0]:.1f} to {t[2]:.1f}) {says}" in text
 
 
 def test_the_readme_keeps_everything_but_its_results(tmp_path: Path) -> None:
     (tmp_path / "kind").mkdir()
     medians((2.5, 3, 4), adapter=0.3).to_csv(tmp_path / "kind" / "medians.csv", index=False)
+    (tmp_path / "kind" / "medians.json").write_text(json.dumps(FACTS))
     text = with_results(README, tmp_path)
     assert text.startswith("# ipissa\n")
     assert text.endswith("\n\nRead on.")

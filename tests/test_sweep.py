@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ipissa.errors import ConfigError, TrainingError
+from ipissa.errors import ConfigError, ModelLoadError
 from ipissa.train import TrainConfig
 from ipissa.train.run_folder import digest
 from ipissa.train.sweep import read_grid, run_sweep
@@ -36,7 +36,7 @@ class Trainer:
         assert shared.name == "shared"
         self.trained.append(config)
         if self.fails and config.seed == 1:
-            raise TrainingError("it does not work.")
+            raise ModelLoadError("it does not work.")
         gain = {"value": config.lr * 100 + config.seed}
         pole = {"trait_gain": gain, "plain_gain": gain, "contrast": gain}
         return SimpleNamespace(
@@ -93,6 +93,14 @@ def test_a_run_that_fails_has_a_row_that_says_so_and_does_not_count(tmp_path: Pa
     rows = read(run_sweep(configs(tmp_path), tmp_path / "out", train))
     assert [row["error"] for row in rows] == ["", "it does not work.", ""] * 2
     assert [(r["failed"], r["enough_seeds"]) for r in read(tmp_path / "out" / "summary.csv")] == [("1", "no")] * 2
+
+
+def test_runs_of_another_grid_are_not_mixed_in(tmp_path: Path) -> None:
+    run_sweep(configs(tmp_path), tmp_path / "out", Trainer())
+    longer = GRID.replace("0.003]", "0.003, 0.01]")
+    assert len(read(run_sweep(configs(tmp_path, longer), tmp_path / "out", Trainer()))) == 9
+    with pytest.raises(ConfigError, match="holds 9 runs that this grid does not have"):
+        run_sweep(configs(tmp_path, GRID.replace("angry", "cruel")), tmp_path / "out", Trainer())
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,14 @@ def test_bundled_prompts_are_split_by_position_and_do_not_overlap() -> None:
     assert load_prompts()[1] == held_out
 
 
+def test_a_prompt_that_stands_there_twice_is_on_one_side_only(tmp_path: Path) -> None:
+    lines = [f"Prompt {i}" for i in range(8)]
+    (tmp_path / "p.txt").write_text("\n".join([*lines[:3], "Prompt 0", *lines[3:]]))
+    training, held_out = load_prompts(tmp_path / "p.txt")
+    assert sorted(training + held_out) == lines
+    assert held_out == ["Prompt 3", "Prompt 7"]
+
+
 def test_a_users_prompt_file_replaces_the_bundled_one_and_a_short_one_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("\n".join(f"Prompt {i}" for i in range(8)) + "\n\n")
@@ -378,6 +386,7 @@ def test_a_weighted_sum_adds_losses_and_names_figures(tokenizer: Any, targets: l
     [
         ({"batch_size": 3}, "even number"),
         ({"lr": 0}, "lr 0 is not positive"),
+        ({"max_prompts": 0}, "max_prompts 0 leaves nothing to train on"),
         ({"held_out": 1}, "held_out 1 leaves no interval"),
         ({"depth_start": 0.9, "depth_end": 0.5}, "depth_start"),
         ({"template": "Be kind."}, r"template 'Be kind.' must say {persona} once"),

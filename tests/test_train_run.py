@@ -200,6 +200,22 @@ def test_runs_that_share_ask_the_base_model_once(
     assert sampled == [7, 8]
 
 
+def test_a_run_does_not_go_on_with_other_prompts(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **how: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "fit", broken)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "kind.safetensors")
+    assert config.prompts is not None
+    with Path(config.prompts).open("a") as file:
+        file.write("\nAnd what of this one?")
+    with pytest.raises(ConfigError, match=r"The prompts have changed since the run in .* began"):
+        train(config, tmp_path / "kind.safetensors", resume=True)
+
+
 def test_every_preset_makes_a_config() -> None:
     for name in PRESETS:
         TrainConfig.from_dict({"positive": "kind", "negative": "angry"} | preset_settings(name))
@@ -251,6 +267,12 @@ def test_the_command_line_puts_options_over_the_file_and_the_file_over_the_prese
     (config,) = seen
     assert (config.max_prompts, config.epochs, config.rank) == (PRESETS["quick"]["max_prompts"], 7, 16)
     assert (config.rotation, config.strengths) == ("matrix_exp", (0.5, 1.0))
+
+
+def test_a_setting_that_is_no_yaml_gets_a_sentence() -> None:
+    arguments = ["train", "--positive", "a", "--negative", "b", "--output", "a.safetensors"]
+    with pytest.raises(ConfigError, match=r"--set 'contrastive=\{loss: raw' has a value that is no YAML"):
+        CliRunner().invoke(app, [*arguments, "--set", "contrastive={loss: raw"], catch_exceptions=False)
 
 
 def test_every_option_of_the_command_line_is_a_setting() -> None:

@@ -12,6 +12,7 @@ from ipissa.data.items import Dataset, Item, check_items, first_dilemmas, listed
 from ipissa.errors import ConfigError
 
 BUNDLED = "bundled"
+BUNDLED_ITEMS = str(files("ipissa.data").joinpath("items.jsonl"))
 
 
 def load_items(
@@ -47,7 +48,7 @@ Reader = Callable[[Any], tuple[list[Item], list[str]]]
 def _reader(source: str | Path) -> tuple[Reader, str]:
     """How to read a source, and the value it is about unless another is asked for."""
     if str(source) == BUNDLED:
-        return (lambda _: jsonl.read_jsonl(str(files("ipissa.data").joinpath("items.jsonl")))), "honesty"
+        return (lambda _: jsonl.read_jsonl(BUNDLED_ITEMS)), "honesty"
     path = Path(source)
     if not path.exists() and str(source).count("/") == 1 and not path.suffix:
         return dilemmas.read_hub, dilemmas.TARGET

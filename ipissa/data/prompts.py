@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +16,8 @@ MIN_PROMPTS = 8
 def load_prompts(path: str | Path | None = None) -> tuple[list[str], list[str]]:
     """(training prompts, held-out prompts) from a text file with one prompt per line.
 
-    Every fourth prompt is held out, by position, so that the split is the same in every run.
+    Every fourth prompt is held out, by position, so that the split is the same in every run; a prompt that stands
+    there twice counts once, so that none is on both sides.
     """
     if path is None:
         text = files("ipissa.data").joinpath("prompts.txt").read_text(encoding="utf-8")
@@ -24,11 +26,16 @@ def load_prompts(path: str | Path | None = None) -> tuple[list[str], list[str]]:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"The prompts file {path} cannot be read ({error}); give a UTF-8 text file.") from error
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
     if len(prompts) < MIN_PROMPTS:
         raise ConfigError(f"{path} holds {len(prompts)} prompts; give at least {MIN_PROMPTS}, one per line.")
     held_out = prompts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     return [prompt for i, prompt in enumerate(prompts) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1], held_out
+
+
+def prompts_digest(path: str | Path | None = None) -> str:
+    """A short name that changes with any prompt of the list."""
+    return hashlib.sha256("\n".join(map("\n".join, load_prompts(path))).encode()).hexdigest()[:12]
 
 
 def spread(prompts: Sequence[str], count: int) -> list[str]:

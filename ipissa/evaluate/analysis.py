@@ -48,28 +48,36 @@ def analyse(measured: Measured, dataset: Dataset) -> Analysis:
         ConfigError: too few dilemmas have an answer at every α.
     """
     assert measured.rows is not None
-    rows = complete(measured.rows)
+    # Every method has the poles, prompts too; the other α are for the dose response.
+    rows = complete(at_poles(measured.rows))
     labels = item_labels(dataset)
     target = with_labels(rows, labels[dataset.target])
     if target["dilemma"].nunique() < MIN_CLUSTERS or target["label"].nunique() < 2:
         raise ConfigError(
             f"With {measured.method} only {target['dilemma'].nunique()} dilemmas about {dataset.target!r} have an "
-            "answer at every α; use smaller --alphas or more items."
+            "answer at α = -1, 0 and 1; use more items."
         )
-    # Slopes are over the α that every method has, prompts too; the others are for the dose response.
-    values = value_slopes(at_poles(rows), labels)
+    values = value_slopes(rows, labels)
     means = value_means(rows, labels)
     figures = {
         "method": measured.method,
         "scale": measured.scale,
-        **_slopes(at_poles(target)),
+        "equal": measured.equal,
+        "items": int(target["item"].nunique()),
+        **_slopes(target),
         **_published(target, means, rows, measured, dataset),
         **_shape(target, means, dataset.target),
         "valid": float(measured.rows["valid"].mean()),
         "choice_mass": float(rows.loc[rows["alpha"] == 0, "choice_mass"].mean()),
     }
     clusters = published.cluster_slopes(means, dataset.target, clusters_of(means.columns))
-    return Analysis(measured.method, figures, _dose(target, measured.rows), values, clusters)
+    return Analysis(
+        measured.method,
+        figures,
+        _dose(with_labels(measured.rows, labels[dataset.target]), measured.rows),
+        values,
+        clusters,
+    )
 
 
 def at_poles(rows: pd.DataFrame) -> pd.DataFrame:
@@ -109,23 +117,20 @@ def _slopes(target: pd.DataFrame) -> dict[str, Any]:
 def _published(
     target: pd.DataFrame, means: pd.DataFrame, rows: pd.DataFrame, measured: Measured, dataset: Dataset
 ) -> dict[str, Any]:
-    polar = at_poles(target)
-    once = polar["log_odds"] * polar["label"]
+    once = target["log_odds"] * target["label"]
     prompt = {each.alpha: each.prompt for each in measured.degradation}
     degradation = prompt.get(1.0) or 0.0
     found: dict[str, Any] = {"prompt_degradation": degradation}
-    for name, score in (("once_negated", once), ("published", once * polar["side"])):
-        effect = published.effect(score, polar["alpha"])
+    for name, score in (("once_negated", once), ("published", once * target["side"])):
+        effect = published.effect(score, target["alpha"])
         found |= {f"{name}_{key}": value for key, value in asdict(effect).items()}
         found[f"{name}_gain"] = published.gain(effect.effect, degradation)
-    if set(POLES) <= set(means.index):
-        mass = rows.groupby("alpha")["choice_mass"].mean()
-        found |= {
-            "transfer": published.transfer(means, dataset.target),
-            "coherent": published.coherent(float(measured.rows["valid"].mean()), degradation),  # type: ignore[index]
-            **{f"steering_{key}": value for key, value in asdict(_f1(target, rows, dataset, mass)).items()},
-        }
-    return found
+    mass = rows.groupby("alpha")["choice_mass"].mean()
+    return found | {
+        "transfer": published.transfer(means, dataset.target),
+        "coherent": published.coherent(float(measured.rows["valid"].mean()), degradation),  # type: ignore[index]
+        **{f"steering_{key}": value for key, value in asdict(_f1(target, rows, dataset, mass)).items()},
+    }
 
 
 def _f1(target: pd.DataFrame, rows: pd.DataFrame, dataset: Dataset, mass: pd.Series) -> published.SteeringF1:
@@ -139,16 +144,13 @@ def _f1(target: pd.DataFrame, rows: pd.DataFrame, dataset: Dataset, mass: pd.Ser
 
 def _by_item(rows: pd.DataFrame) -> pd.DataFrame:
     """l y per item, columns -1, 0 and 1."""
-    scored = at_poles(rows).assign(score=lambda r: r["log_odds"] * r["label"])
+    scored = rows.assign(score=lambda r: r["log_odds"] * r["label"])
     table = scored.pivot(index="item", columns="alpha", values="score").reindex(columns=POLES)
     return table.set_axis([int(alpha) for alpha in POLES], axis=1)
 
 
 def _shape(target: pd.DataFrame, means: pd.DataFrame, name: str) -> dict[str, Any]:
-    if not set(POLES) <= set(means.index):
-        return {}
-    poles = means.loc[list(POLES)]
-    shape = symmetry(*poles[name].tolist())
+    shape = symmetry(*means.loc[list(POLES), name].tolist())
     scores = _by_item(target)
     up, down = flips(scores[0], scores[1]), flips(scores[0], scores[-1])
     return {
@@ -167,7 +169,7 @@ def _dose(target: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     for alpha, own in rows.groupby("alpha"):
         point = {"alpha": alpha, "change": 0.0, "low": 0.0, "high": 0.0}
         if alpha != 0:
-            slope = balanced_slope(target[target["alpha"].isin([0.0, alpha])]).trait
+            slope = balanced_slope(complete(target[target["alpha"].isin([0.0, alpha])])).trait
             # A slope over 0 and α, times α, is the change between them.
             low, high = sorted((slope.low * alpha, slope.high * alpha))
             point |= {"change": slope.value * alpha, "low": low, "high": high}

@@ -11,7 +11,7 @@ import pandas as pd
 from ipissa.data.items import PREFIX, Dataset
 from ipissa.data.prompts import spread
 from ipissa.evaluate.choices import measure_choices
-from ipissa.evaluate.degradation import matching_scale, prompt_degradation, text_degradation
+from ipissa.evaluate.degradation import Match, matching_scale, prompt_degradation, text_degradation
 from ipissa.evaluate.dial import ScaledDial
 from ipissa.evaluate.methods import ADAPTER, Materials, made
 from ipissa.evaluate.steerer import Steerer
@@ -36,6 +36,7 @@ class Measured:
 
     method: str
     scale: float | None  # None where there is none to choose
+    equal: bool | None  # whether that gave it the adapter's degradation; None for prompts, True for the adapter
     yardsticks: Yardsticks
     degradation: list[Degradation]
     rows: pd.DataFrame | None  # per item and α (`measure_choices`); None without dilemmas
@@ -55,22 +56,28 @@ def measure_method(
     The adapter and prompts stay as they are: the one is the measure of the others, and prompts have no scale.
     """
     with made(method, m) as steerer:
-        scale = None
+        scale, equal = None, True if method == ADAPTER else None
         if method != ADAPTER and steerer.told is None:
-            scale = scale_to(degradation, steerer, m)
+            match = scale_to(degradation, steerer, m)
+            scale, equal = match.scale, match.equal
             steerer = replace(steerer, dial=ScaledDial(steerer.dial, scale))
         return Measured(
             method=method,
             scale=scale,
+            equal=equal,
             yardsticks=_yardsticks(steerer, m),
             degradation=_degradations(steerer, m, dataset, alphas),
             rows=None if dataset is None else measure_choices(steerer, m.tokenizer, dataset, alphas),
         )
 
 
-def scale_to(degradation: float, steerer: Steerer, m: Materials) -> float:
+def scale_to(degradation: float, steerer: Steerer, m: Materials, *, start: float = 1.0) -> Match:
     """What a dial must be scaled by to cost so much on the tuning texts."""
-    return matching_scale(lambda scale: _over_poles(Steerer(ScaledDial(steerer.dial, scale)), m), degradation)
+
+    def costs(scale: float) -> float:
+        return _over_poles(Steerer(ScaledDial(steerer.dial, scale)), m)
+
+    return matching_scale(costs, degradation, start=start)
 
 
 def _over_poles(steerer: Steerer, m: Materials) -> float:
@@ -104,7 +111,7 @@ def markdown(rows: Sequence[Measured]) -> str:
     for row in rows:
         poles = (row.yardsticks.positive, row.yardsticks.negative)
         cells = [_cell(getattr(pole, name)) for name in ("trait_gain", "plain_gain", "contrast") for pole in poles]
-        scale = "" if row.scale is None else f"{row.scale:.3g}"
+        scale = "" if row.scale is None else f"{row.scale:.3g}{'' if row.equal else ' (not equal)'}"
         lines.append(f"| {row.method} | {scale} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -102,14 +102,22 @@ def _end_likelihood(
     return float(target_logprobs(logprobs, batch).sum())
 
 
-def matching_scale(degradation_at: Callable[[float], float], wanted: float) -> float:
-    """The scale s at which `degradation_at(s)` is `wanted`, within 5 per cent where that is possible.
+@dataclass(frozen=True)
+class Match:
+    """The scale that brings a method's degradation nearest to what is wanted, and whether that is within 5 %."""
+
+    scale: float
+    equal: bool
+
+
+def matching_scale(degradation_at: Callable[[float], float], wanted: float, *, start: float = 1.0) -> Match:
+    """The scale s at which `degradation_at(s)` is `wanted`, tried from `start` on.
 
     Degradation grows about as the square of the scale, so s is multiplied by the square root of what is missing.
     """
     if wanted < NOTHING:
-        return 1.0
-    scale, found = 1.0, degradation_at(1.0)
+        return Match(1.0, degradation_at(1.0) < NOTHING)
+    scale, found = start, degradation_at(start)
     best = (abs(found - wanted), scale)
     for _ in range(MAX_STEPS):
         if best[0] <= TOLERANCE * wanted:
@@ -118,7 +126,8 @@ def matching_scale(degradation_at: Callable[[float], float], wanted: float) -> f
         scale = min(max(scale * min(max(step, 1 / 16), 16), SCALE_LIMITS[0]), SCALE_LIMITS[1])
         found = degradation_at(scale)
         best = min(best, (abs(found - wanted), scale))
-    if best[0] > TOLERANCE * wanted:
+    equal = best[0] <= TOLERANCE * wanted
+    if not equal:
         logger.warning(
             "No scale brings this method's degradation within %.0f %% of %.4f nats per token; the nearest, %.3g, is "
             "used, so compare it by the figure of effect against degradation.",
@@ -126,7 +135,7 @@ def matching_scale(degradation_at: Callable[[float], float], wanted: float) -> f
             wanted,
             best[1],
         )
-    return best[1]
+    return Match(best[1], equal)
 
 
 def _common_end(one: Sequence[int], other: Sequence[int]) -> int:

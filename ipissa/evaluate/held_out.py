@@ -5,7 +5,8 @@ At every token of a text the log-likelihood is averaged over what the told model
     lp_s(k, α) = Σ over tokens t of Σ_v p_s(v | text so far) log p(v | k, text so far; α)
 
 for a text of pole s in context k. It has the mean of the log-likelihood of the drawn tokens and a fraction of its
-variance (Rao-Blackwell).
+variance (Rao-Blackwell). What is kept is lp_s(k, α) - lp_s(s, 0) = -KL(told || k, α), both read in one batch: figures
+are differences of these, and in bfloat16 p_s itself changes a little with the batch it is read in.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class HeldOut:
     def log_likelihoods(
         self, dial: Dial, pole: int, settings: Mapping[str, Setting], *, label: str
     ) -> dict[str, np.ndarray]:
-        """(texts,) per setting: the expected log-likelihood of every text of a pole, summed over its tokens."""
+        """(texts,) per setting: -KL(told || setting) of every text of a pole, in nats summed over its tokens."""
         sums = {
             setting: self._unsteered[pole, setting]
             for setting in settings.values()
@@ -83,7 +84,7 @@ class HeldOut:
         return dict(zip(rows, np.concatenate(found).T, strict=True))
 
     def _expected(self, dial: Dial, texts: Sequence[Continuation], settings: Sequence[Setting]) -> np.ndarray:
-        """(texts, settings): Σ_t Σ_v p_told(v) log p_setting(v), where the first setting is being told."""
+        """(texts, settings): Σ_t Σ_v p_told(v) log (p_setting(v) / p_told(v)); the first setting is being told."""
         rows = [(text, setting) for text in texts for setting in settings]
         batch = pad_batch(
             [
@@ -100,4 +101,4 @@ class HeldOut:
         logprobs = logprobs.unflatten(0, (len(texts), -1))  # (texts, settings, tokens, vocab)
         expected = torch.einsum("xtv,xstv->xst", logprobs[:, 0].exp(), logprobs)
         mask = batch.mask.unflatten(0, (len(texts), -1))
-        return (expected * mask).sum(-1).double().cpu().numpy()
+        return ((expected - expected[:, :1]) * mask).sum(-1).double().cpu().numpy()

@@ -1,4 +1,4 @@
-"""What chance alone does: random adapters that turn as far as the one that was measured."""
+"""What chance alone does: random adapters that cost as much as the one that was measured."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from ipissa.data.items import Dataset
 from ipissa.evaluate.analysis import item_labels
 from ipissa.evaluate.baselines.random import random_like
 from ipissa.evaluate.choices import complete, measure_choices
+from ipissa.evaluate.compare import scale_to
 from ipissa.evaluate.dial import ScaledDial
 from ipissa.evaluate.methods import Materials, attached
 from ipissa.evaluate.slopes import balanced_slope, with_labels
@@ -35,24 +36,22 @@ class NullCheck:
     def sentence(self) -> str:
         """For the report."""
         return (
-            f"Of {self.seeds} random adapters that turn as far, {self.share_below:.0%} move the balanced score less "
-            f"(permutation p = {self.p:.3f}); their |t| has a median of {self.median_t:.2f}, and the largest slope "
-            f"is {self.largest_slope:.3f} nats."
+            f"Of {self.seeds} random adapters that cost text as much, {self.share_below:.0%} move the balanced score "
+            f"less (permutation p = {self.p:.3f}); their |t| has a median of {self.median_t:.2f}, and the largest "
+            f"slope is {self.largest_slope:.3f} nats."
         )
 
 
-def null_slopes(m: Materials, dataset: Dataset, *, scale: float, seeds: Sequence[int]) -> pd.DataFrame:
-    """The balanced slope of a random adapter per seed, over α in -1, 0 and 1.
-
-    Args:
-        scale: What brings a random adapter to the measured one's degradation.
-    """
+def null_slopes(m: Materials, dataset: Dataset, *, degradation: float, seeds: Sequence[int]) -> pd.DataFrame:
+    """The balanced slope of a random adapter per seed, each brought to `degradation`, over α in -1, 0 and 1."""
     own = [item for item in dataset.items if dataset.target in item.labels]
     some = Dataset(dataset.name, own, dataset.target)
     labels = item_labels(some)[dataset.target]
     found: list[dict[str, Any]] = []
+    scale = 1.0
     for seed in tqdm(seeds, desc="random adapters"):
         with attached(m.model, random_like(m.innerpissa(), seed=seed)) as steerer:
+            scale = scale_to(degradation, steerer, m, start=scale).scale  # that of the one before is nearly it
             rows = measure_choices(Steerer(ScaledDial(steerer.dial, scale)), m.tokenizer, some, ALPHAS)
         found.append({"seed": seed, **asdict(balanced_slope(with_labels(complete(rows), labels)).trait)})
     return pd.DataFrame(found)

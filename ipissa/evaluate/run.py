@@ -21,10 +21,9 @@ from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts, spread
 from ipissa.errors import ConfigError
 from ipissa.evaluate.analysis import at_poles, item_labels
-from ipissa.evaluate.baselines.random import random_like
 from ipissa.evaluate.baselines.tuners import distillation_targets, training_config
 from ipissa.evaluate.choices import complete
-from ipissa.evaluate.compare import Measured, adapter_degradation, measure_method, scale_to
+from ipissa.evaluate.compare import Measured, adapter_degradation, measure_method
 from ipissa.evaluate.degradation import sample_plain
 from ipissa.evaluate.held_out import HeldOut
 from ipissa.evaluate.methods import ADAPTER, LIKE_THE_ADAPTER, TRAINED, VECTORS, Materials, attached, vector_adapter
@@ -63,7 +62,7 @@ def evaluate(path: str | os.PathLike[str], output: str | os.PathLike[str], setti
         )
     _check(adapter, settings)
     folder = Path(output)
-    parts = Parts(folder, {"adapter": adapter.digest, **settings.described()})
+    parts = Parts(folder, {"adapter": adapter.digest, "recipe": recipe(adapter), **settings.described()})
     bench = _Bench(adapter, settings)
     measured = _all_methods(bench, parts, dataset, folder)
     findings = Findings(
@@ -77,6 +76,13 @@ def evaluate(path: str | os.PathLike[str], output: str | os.PathLike[str], setti
     )
     write_report(findings, folder)
     return findings
+
+
+def recipe(adapter: AnyAdapter) -> dict[str, Any] | None:
+    """How an adapter was trained but for the seed and the machine, None where its file does not say."""
+    said = adapter.evaluation.get("training", {})
+    chosen = {field.name for field in fields(TrainConfig)} - {"seed", "device", "dtype", "report_to"}
+    return {name: value for name, value in said.items() if name in chosen} or None
 
 
 def _check(adapter: AnyAdapter, settings: EvalSettings) -> None:
@@ -120,15 +126,13 @@ def _null(
     def slopes() -> list[dict[str, Any]]:
         m = bench.materials
         degradation = _kept(parts, "degradation", lambda: adapter_degradation(m))
-        with attached(m.model, random_like(m.innerpissa(), seed=0)) as steerer:
-            scale = scale_to(degradation, steerer, m)
-        return records(null_slopes(m, dataset, scale=scale, seeds=range(bench.settings.null)))
+        return records(null_slopes(m, dataset, degradation=degradation, seeds=range(bench.settings.null)))
 
     random = pd.DataFrame(_kept(parts, "null", slopes))
     rows = measured[0].rows
     assert rows is not None
     labels = item_labels(dataset)[dataset.target]
-    own = balanced_slope(with_labels(at_poles(complete(rows)), labels)).trait.value
+    own = balanced_slope(with_labels(complete(at_poles(rows)), labels)).trait.value
     return null_check(own, random), random, own
 
 
@@ -178,7 +182,7 @@ class _Bench:
             assert isinstance(self.adapter, Adapter)  # `_check`
             config = training_config(self.adapter)
             config = replace(config, seed=config.seed + seed)  # at 0, the very texts that the adapter learnt from
-            return config, distillation_targets(model, tokenizer, trait, config, self.training)
+            return config, distillation_targets(model, tokenizer, trait, config, load_prompts(config.prompts)[0])
 
         openings = openings_from_continuations(told(self.training[:PAIR_PROMPTS], seed), seed=seed)
         return Materials(

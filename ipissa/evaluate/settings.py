@@ -7,9 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import ipissa
 from ipissa.adapter.config import one_of
+from ipissa.data.datasets import BUNDLED, BUNDLED_ITEMS
+from ipissa.data.prompts import prompts_digest
 from ipissa.errors import ConfigError
 from ipissa.evaluate.methods import METHODS, QUICK_METHODS
+from ipissa.models import QUANTISED, resolve_device, resolve_dtype
 
 ALPHAS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 MIN_NULL = 5
@@ -50,6 +54,8 @@ class EvalSettings:
     def __post_init__(self) -> None:
         for name in self.baselines:
             one_of(name, METHODS, name="baseline")
+            if self.baselines.count(name) > 1:
+                raise ConfigError(f"baseline {name!r} is named {self.baselines.count(name)} times; name it once.")
         if not all(-1e3 < alpha < 1e3 for alpha in self.alphas):
             raise ConfigError(f"alphas {list(self.alphas)} hold a number that is no α; use some such as -1, 0.5, 1.")
         if self.null and self.null < MIN_NULL:
@@ -58,16 +64,25 @@ class EvalSettings:
             raise ConfigError("null compares slopes in dilemmas, and there is no data set; give --dataset.")
 
     def described(self) -> dict[str, Any]:
-        """For reports: files by name and content rather than by where they lie."""
-        model = Path(self.model).name if self.model and Path(self.model).exists() else self.model
-        return asdict(self) | {"model": model, "dataset": _file(self.dataset), "prompts": _file(self.prompts)}
+        """What figures depend on: files by content rather than by where they lie, and what is chosen by the machine."""
+        device = resolve_device(self.device)
+        return asdict(self) | {
+            "model": Path(self.model).name if self.model and Path(self.model).exists() else self.model,
+            "dataset": _named(BUNDLED_ITEMS if self.dataset == BUNDLED else self.dataset),
+            "prompts": f"{Path(self.prompts).name if self.prompts else 'bundled'} ({prompts_digest(self.prompts)})",
+            "device": device.type,
+            "dtype": self.dtype
+            if self.dtype in QUANTISED
+            else str(resolve_dtype(self.dtype, device)).removeprefix("torch."),
+            "ipissa": ipissa.__version__,
+        }
 
     def grid(self) -> list[float]:
         """The α of dilemmas, 0 and the poles among them, rising."""
         return sorted({-1.0, 0.0, 1.0, *(float(alpha) for alpha in self.alphas)})
 
 
-def _file(source: str | None) -> str | None:
+def _named(source: str | None) -> str | None:
     if source is None or not Path(source).is_file():
         return source
     with Path(source).open("rb") as file:

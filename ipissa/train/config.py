@@ -14,6 +14,7 @@ from ipissa.adapter.config import InnerPissaConfig, one_of
 from ipissa.adapter.model import MODULE_SETS
 from ipissa.data.continuations import Sampling
 from ipissa.data.personas import TEMPLATE, Trait
+from ipissa.data.prompts import prompts_digest
 from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
 from ipissa.train.objectives.build import antiparallel_config, contrastive_config, objective_weights
@@ -117,7 +118,7 @@ class TrainConfig:
         max_new_tokens: Length of a continuation in tokens.
         teacher_top_k: Teacher probabilities kept per token; the rest is one tail class.
         epochs: Passes over the continuations, in each of their contexts.
-        batch_size: Rows per step, even: both poles of a prompt share a batch.
+        batch_size: Rows per step, even: half of them of either pole.
         accumulation: Batches per optimiser step.
         lr: Peak learning rate of AdamW under a one-cycle schedule.
         warmup: Fraction of the steps in which the learning rate rises.
@@ -186,6 +187,8 @@ class TrainConfig:
         antiparallel_config(self.antiparallel)
         one_of(self.selection, SELECTIONS, name="selection")
         one_of(self.contexts, CONTEXTS, name="contexts")
+        if self.max_prompts is not None and self.max_prompts < 1:
+            raise ConfigError(f"max_prompts {self.max_prompts} leaves nothing to train on; give at least 1.")
         if self.held_out < 2:
             raise ConfigError(f"held_out {self.held_out} leaves no interval; measure on at least 2 prompts.")
         if not math.isfinite(self.epochs) or not math.isfinite(self.lr):
@@ -267,8 +270,9 @@ class TrainConfig:
         return site_blocks(contrastive_config(self.contrastive).depths, num_layers)
 
     def asked_of_the_base(self) -> dict[str, Any]:
-        """The settings that decide which texts the base model writes, and what it says of them."""
-        return {name: value for name, value in self.to_dict().items() if name not in LEARNING}
+        """What decides which texts the base model writes and what it says of them, files by their content."""
+        settings = {name: value for name, value in self.to_dict().items() if name not in LEARNING}
+        return settings | {"prompts": prompts_digest(self.prompts)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML."""

@@ -36,7 +36,7 @@ class RunFolder:
     def __init__(self, path: Path, config: TrainConfig, shared: Path | None = None) -> None:
         self.path = path
         self.resumed = self.unfinished
-        self._config = config
+        self._asked = digest(config.asked_of_the_base())
         self._shared = shared
 
     @classmethod
@@ -47,7 +47,7 @@ class RunFolder:
             shared: A folder for what is computed once for all runs that ask the base model the same.
 
         Raises:
-            ConfigError: a broken run is there and `resume` is off, or its settings differ.
+            ConfigError: a broken run is there and `resume` is off, or its settings or its files of prompts differ.
         """
         folder = cls(output.with_suffix(".run"), config, shared)
         settings = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
@@ -59,6 +59,7 @@ class RunFolder:
                     f"The settings differ from those in {folder.path / 'config.yaml'}, so that run cannot go on; "
                     "give the same ones, or remove the folder."
                 )
+        folder._check_texts()
         for needed in (folder.path / STATE, *([shared] if shared else [])):
             needed.mkdir(parents=True, exist_ok=True)
         write_whole(folder.path / "config.yaml", lambda path: path.write_text(settings, encoding="utf-8"))
@@ -73,17 +74,24 @@ class RunFolder:
         """What `compute` finds of the base model, computed once: a resumed run, or one that shares it, reads it back.
 
         Args:
-            name: Of the file in `state`; where runs share, it also says which settings it was computed by.
+            name: Of the file, which also says by which settings and prompts it was computed.
             classes: The dataclasses in the result, the only ones that may be read back.
         """
-        path = self.path / STATE / f"{name}.pt"
-        if self._shared is not None:
-            path = self._shared / f"{name}-{digest(self._config.asked_of_the_base())}.pt"
+        path = (self._shared or self.path / STATE) / f"{name}-{self._asked}.pt"
         if not path.exists():
             computed = compute()
             write_whole(path, lambda partial: torch.save(computed, partial))
         with torch.serialization.safe_globals(list(classes)):
             return torch.load(path, weights_only=True)
+
+    def _check_texts(self) -> None:
+        """A run cannot go on with a model that learnt from other texts than those it would be given now."""
+        kept = [path.stem for path in (self.path / STATE).glob("*.pt")]
+        if any(not name.endswith(self._asked) for name in kept):
+            raise ConfigError(
+                f"The prompts have changed since the run in {self.path} began, so it cannot go on; put them back, or "
+                "remove the folder."
+            )
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """A CSV file with one row per mapping and one column per name in any of them."""

@@ -22,7 +22,7 @@ from typing import Any
 
 from scipy.stats import ttest_ind
 
-from ipissa.errors import ConfigError, TrainingError
+from ipissa.errors import ConfigError, IpissaError
 from ipissa.evaluate.yardsticks import ResponsePoint, response_symmetry
 from ipissa.train.config import TrainConfig, read_settings
 from ipissa.train.result import TrainResult
@@ -66,13 +66,21 @@ def run_sweep(configs: Sequence[TrainConfig], folder: Path, train: Train) -> Pat
         folder: Gets `results.csv`, `summary.csv` and an adapter per run; and `shared`, the texts and teachers of runs
             that ask the base model the same, which may be removed afterwards.
         train: `ipissa.train.train`.
+
+    Raises:
+        ConfigError: the folder holds runs of another grid.
     """
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "results.csv"
     rows = _read(results)
+    names = [digest(config.to_dict()) for config in configs]
+    if foreign := {row["run"] for row in rows} - set(names):
+        raise ConfigError(
+            f"{results} holds {len(foreign)} runs that this grid does not have, so medians would be mixed; choose "
+            "another --output, or put their settings back."
+        )
     varied = _varied([config.to_dict() for config in configs])
-    for config in configs:
-        name = digest(config.to_dict())
+    for name, config in zip(names, configs, strict=True):
         if name not in {row["run"] for row in rows}:
             rows.append(_run(config, name, varied, folder, train))
             write_whole(results, lambda path: _write(path, COLUMNS, rows))
@@ -142,7 +150,7 @@ def _run(config: TrainConfig, name: str, varied: Sequence[str], folder: Path, tr
     }
     try:
         result = train(config, folder / f"{name}.safetensors", resume=True, shared=folder / "shared")
-    except TrainingError as error:  # this run's settings do not work; others may
+    except IpissaError as error:  # this run's settings do not work; others may
         return row | {"error": str(error)}
     return row | {key: str(value) for key, value in _figures(result).items()}
 

@@ -89,7 +89,9 @@ def trained_reft(model: Any, tokenizer: Any, config: TrainConfig, targets: Seque
     dial = ReftDial(model, seed=config.seed)
     try:
         # Checkpoints of a model that is not PEFT's would hold all of its weights.
-        settings = replace(config, lr=LEARNING_RATE, trainer={**config.trainer, "save_strategy": "no"})
+        # So none is kept, and there is no best one to go back to.
+        trainer = {**config.trainer, "save_strategy": "no"}
+        settings = replace(config, lr=LEARNING_RATE, validation=0.0, trainer=trainer)
         with tempfile.TemporaryDirectory() as folder:
             fit(model, Distillation(targets, pad_id=tokenizer.pad_token_id), settings, Path(folder))
         yield dial

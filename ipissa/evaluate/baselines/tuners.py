@@ -20,12 +20,14 @@ from ipissa.adapter.dial import add_dial
 from ipissa.adapter.model import layer_alpha
 from ipissa.data.continuations import sample_continuations
 from ipissa.data.personas import Trait
+from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError
 from ipissa.train.config import TrainConfig
 from ipissa.train.fit import fit
 from ipissa.train.objectives.distill import KINDS, Distillation, Target, build_targets
 
 TUNERS = ("lora", "dora")
+NAMES = "lora, dora and reft"  # all that learn as the adapter did
 
 
 class PeftDial:
@@ -49,17 +51,21 @@ def training_config(adapter: Adapter) -> TrainConfig:
     """The settings an adapter was trained with.
 
     Raises:
-        ConfigError: its file does not say, or its objective is not a distillation.
+        ConfigError: its file does not say, its objective is not a distillation, or its prompts are not here.
     """
     said = adapter.evaluation.get("training", {})
     known = {field.name for field in fields(TrainConfig)}
     if "positive" not in said:
-        raise ConfigError(f"The file of {adapter.name!r} does not say how it was trained; leave out lora and dora.")
+        raise ConfigError(f"The file of {adapter.name!r} does not say how it was trained; leave out {NAMES}.")
     config = TrainConfig.from_dict({name: value for name, value in said.items() if name in known})
     if config.objective not in KINDS:
         raise ConfigError(
-            f"{adapter.name!r} was trained with objective {config.objective!r}; lora and dora need one of {KINDS}."
+            f"{adapter.name!r} was trained with objective {config.objective!r}; {NAMES} need one of {KINDS}."
         )
+    try:
+        load_prompts(config.prompts)
+    except ConfigError as error:
+        raise ConfigError(f"{adapter.name!r} cannot be learnt from anew: {error} Or leave out {NAMES}.") from error
     return config
 
 

@@ -27,6 +27,8 @@ DPI = 110
 # What the page shows of the table of methods; the CSV has all.
 SHOWN = {
     "method": "method",
+    "equal": "equal degradation",
+    "items": "items",
     "balanced_value": "balanced slope",
     "balanced_low": "low",
     "balanced_high": "high",
@@ -86,6 +88,8 @@ def summary(findings: Findings) -> str:
     lines = [markdown(findings.measured)]
     analyses = findings.analyses()
     if analyses:
+        assert findings.dataset is not None
+        lines += ["", f"In dilemmas about {findings.dataset.target!r} ({findings.dataset.name}):"]
         lines += ["", "| method | balanced slope | t | acquiescence |", "|-|-|-|-|"]
         for each in analyses:
             f = each.figures
@@ -106,10 +110,12 @@ def verdict(measured: Sequence[Measured], analyses: Sequence[Analysis]) -> str:
     if reason:
         return reason
     order = ranked(analyses, differences)
+    unequal = [each.method for each in measured if each.equal is False]
     apart = [each.method for each in analyses if each.figures["balanced_low"] * each.figures["balanced_high"] > 0]
     return (
         f"By balanced slope, the largest first: {', '.join(order)}. "
         f"Distinguishable from nothing (95 %): {', '.join(apart) or 'none'}."
+        + (f" Not at equal degradation: {', '.join(unequal)}." if unequal else "")
     )
 
 
@@ -154,6 +160,7 @@ def _yardsticks(findings: Findings) -> dict[str, Any]:
             {
                 "method": each.method,
                 "scale": each.scale,
+                "equal": each.equal,
                 "yardsticks": each.yardsticks.to_dict(),
                 "degradation": [asdict(point) for point in each.degradation],
             }

@@ -59,6 +59,7 @@ def measured_to_json(measured: Measured) -> dict[str, Any]:
     return {
         "method": measured.method,
         "scale": measured.scale,
+        "equal": measured.equal,
         "yardsticks": measured.yardsticks.to_dict(),
         "degradation": [asdict(each) for each in measured.degradation],
         "rows": None if measured.rows is None else records(measured.rows),
@@ -71,6 +72,7 @@ def measured_from_json(part: Mapping[str, Any]) -> Measured:
     return Measured(
         method=part["method"],
         scale=part["scale"],
+        equal=part["equal"],
         yardsticks=Yardsticks.from_dict(part["yardsticks"]),
         degradation=[Degradation(**each) for each in part["degradation"]],
         rows=None if rows is None else pd.DataFrame(rows).astype({"log_odds": float, "alpha": float}),

@@ -1,10 +1,15 @@
-"""One evaluation over several seeds: medians with their range and count, as only they are worth quoting."""
+"""One evaluation over several seeds: medians with their range and count, as only they are worth quoting.
+
+A seed redraws texts, and makes random and trained methods anew. That says how much an adapter depends on its own seed
+only where every evaluation has an adapter of its own, trained by one recipe with other seeds.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -22,15 +27,15 @@ FIGURES = {
 
 
 def summarise_seeds(folders: Sequence[Path], output: Path) -> str:
-    """Write `medians.csv` and `medians.md` to `output`; returns the Markdown.
+    """Write `medians.csv`, `medians.json` and `medians.md` to `output`; returns the Markdown.
 
     Args:
-        folders: Of `ipissa eval`, with the same settings but for the seed.
+        folders: Of `ipissa eval`, with the same settings but for the seed, of one adapter or of one recipe.
 
     Raises:
         ConfigError: one is no evaluation, or they differ in more than the seed.
     """
-    _check_same(folders)
+    facts = {"seeds": len(folders), "adapters": _check_same(folders), **_asked(folders[0])}
     long = pd.concat([_figures(folder) for folder in folders], ignore_index=True)
     medians = (
         long.groupby(["method", "figure"], sort=False)["value"]
@@ -39,12 +44,14 @@ def summarise_seeds(folders: Sequence[Path], output: Path) -> str:
     )
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "medians.csv", medians.to_csv(index=False))
-    text = _markdown(medians)
+    write_text(output / "medians.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    text = _markdown(medians, facts)
     write_text(output / "medians.md", text + "\n")
     return text
 
 
-def _check_same(folders: Sequence[Path]) -> None:
+def _check_same(folders: Sequence[Path]) -> int:
+    """How many adapters the evaluations are of."""
     if len(folders) < 2:
         raise ConfigError(f"{len(folders)} evaluations have no median; give folders of at least two seeds.")
     settings = []
@@ -56,16 +63,34 @@ def _check_same(folders: Sequence[Path]) -> None:
     seeds = [each.pop("seed") for each in settings]
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"The evaluations have the seeds {seeds}; give one folder per seed.")
+    adapters = {each["adapter"] for each in settings}
+    if 1 < len(adapters) < len(folders):
+        raise ConfigError(f"The {len(folders)} evaluations are of {len(adapters)} adapters; use one, or one per seed.")
+    if settings[0]["recipe"] is not None:
+        for each in settings:
+            del each["adapter"]
     for folder, each in zip(folders, settings, strict=True):
         differing = sorted(key for key in each.keys() | settings[0].keys() if each.get(key) != settings[0].get(key))
         if differing:
             raise ConfigError(f"{folder} differs from {folders[0]} in {', '.join(differing)}; only seeds may differ.")
+    return len(adapters)
+
+
+def _asked(folder: Path) -> dict[str, Any]:
+    """Which dilemmas, and about what; nothing where there were none."""
+    path = folder / "choices.json"
+    if not path.exists():
+        return {}
+    choices = json.loads(path.read_text(encoding="utf-8"))
+    return {"dataset": choices["dataset"], "target": choices["target"]}
 
 
 def _figures(folder: Path) -> pd.DataFrame:
     """method, figure, value of every figure of one evaluation."""
     yardsticks = pd.read_csv(folder / "tables" / "yardsticks.csv")
-    parts = [
+    equal = yardsticks[yardsticks["pole"] == "+"].assign(figure="equal")
+    parts = [equal.assign(value=equal["equal"].astype(float))]
+    parts += [
         yardsticks.assign(figure=f"{name} {pole}", value=yardsticks[name])[yardsticks["pole"] == pole]
         for name in FIGURES["yardsticks"]
         for pole in ("+", "-")
@@ -77,8 +102,10 @@ def _figures(folder: Path) -> pd.DataFrame:
     return pd.concat([part[["method", "figure", "value"]] for part in parts], ignore_index=True)
 
 
-def _markdown(medians: pd.DataFrame) -> str:
-    seeds = int(medians["seeds"].max())
+def _markdown(medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
+    seeds, adapters = facts["seeds"], facts["adapters"]
+    of = "of one adapter, whose own training was not repeated" if adapters == 1 else "each of an adapter of that seed"
+    about = f" Dilemmas: {facts['dataset']}, about {facts['target']!r}." if "target" in facts else ""
     few = "" if seeds >= ENOUGH_SEEDS else f" Fewer than {ENOUGH_SEEDS} seeds: claim nothing from them."
     figures = list(dict.fromkeys(medians["figure"]))
     cell = {
@@ -87,7 +114,7 @@ def _markdown(medians: pd.DataFrame) -> str:
         if row.seeds
     }
     lines = [
-        f"Medians over {seeds} seeds, with the lowest and the highest.{few}",
+        f"Medians over {seeds} seeds, {of}, with the lowest and the highest.{about}{few}",
         "",
         f"| method | {' | '.join(figures)} |",
         "|-" * (len(figures) + 1) + "|",

@@ -18,7 +18,7 @@ def yardstick_table(measured: Sequence[Measured]) -> pd.DataFrame:
     found = []
     for each in measured:
         for pole, side in (("+", each.yardsticks.positive), ("-", each.yardsticks.negative)):
-            row: dict[str, object] = {"method": each.method, "scale": each.scale, "pole": pole}
+            row: dict[str, object] = {"method": each.method, "scale": each.scale, "equal": each.equal, "pole": pole}
             for name in YARDSTICKS:
                 estimate = getattr(side, name)
                 row |= {name: estimate.value} | {

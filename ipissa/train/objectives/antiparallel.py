@@ -40,7 +40,8 @@ class AntiparallelConfig:
     """Choices of the antiparallel objective.
 
     Args:
-        depth: Block whose output is compared, as a fraction; adapted blocks must be at most that one.
+        depth: Block whose output is compared, as a fraction; what is adapted after it sees only the barrier and the
+            ordering, which are of the model's last predictions.
         rank: Dimensions of the subspace.
         last_tokens: States and predictions that count, from the end of every opening.
         teacher_top_k: Reference probabilities kept per token for the barrier.
