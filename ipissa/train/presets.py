@@ -8,7 +8,7 @@ from ipissa.adapter.config import one_of
 
 PRESETS: dict[str, dict[str, Any]] = {
     # How much.
-    "quick": {"max_prompts": 48, "max_new_tokens": 24, "lr": 4e-3, "held_out": 12},
+    "quick": {"max_prompts": 40, "max_new_tokens": 24, "epochs": 4, "lr": 2e-3, "held_out": 12},
     "thorough": {"continuations": 2, "held_out_continuations": 2},
     # Which model, with a batch that fits the memory named.
     "gemma-270m": {"model": "google/gemma-3-270m-it", "batch_size": 64},
