@@ -78,7 +78,7 @@ class _Rows:
             targets = build_targets(model, tokenizer, TRAIT, self.continuations, **CONFIG.target_settings())
             objective = Distillation(targets, pad_id=self.pad_id)
             plain = {}
-        batch = objective.collate(objective.examples[:PROMPTS])
+        batch = objective.collate(objective.examples(objective.prompts)[:PROMPTS])
         model.requires_grad_(False)
         if kind.startswith("lora"):
             return _Step(

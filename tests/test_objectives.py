@@ -80,7 +80,7 @@ def test_the_contrastive_loss_equals_its_definition_pair_by_pair(
     assert site.name == SITE
     wrapped = wrap()
     with torch.no_grad():
-        _, figures = objective.loss(wrapped, objective.collate(objective.examples), 0.5)
+        _, figures = objective.loss(wrapped, objective.collate(objective.examples(objective.prompts)), 0.5)
 
     # The definition, one row at a time. All tokens of the persona contexts are real, so nothing is padded.
     def p(alpha: float, pair: ContrastivePair) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,8 +125,8 @@ def test_an_adapter_that_does_nothing_has_the_losses_of_the_reference(
     settings = ContrastiveConfig(direction="mean", depths=(0.5,), flip="none")
     objective = Contrastive(model, pairs, settings, pad_id=tokenizer.pad_token_id)
     with torch.no_grad():
-        _, figures = objective.loss(wrap(), objective.collate(objective.examples), 0.0)
-    reference = torch.stack([example.reference[0] for example in objective.examples])
+        _, figures = objective.loss(wrap(), objective.collate(objective.examples(objective.prompts)), 0.0)
+    reference = torch.stack([example.reference[0] for example in objective.examples(objective.prompts)])
     assert figures["separation_positive"].item() == pytest.approx(
         (symlog(reference.abs()) - symlog(reference)).mean().item(), abs=1e-4
     )
@@ -172,7 +172,7 @@ def test_an_antiparallel_adapter_that_does_nothing_pays_only_the_margins(
     model, wrap = fresh(tokenizer, init_std=0.0, scale_mode="none")
     objective = Antiparallel(model, pairs, AntiparallelConfig(), pad_id=tokenizer.pad_token_id)
     with torch.no_grad():
-        _, figures = objective.loss(wrap(), objective.collate(objective.examples), 1.0)
+        _, figures = objective.loss(wrap(), objective.collate(objective.examples(objective.prompts)), 1.0)
     assert figures["barrier"].item() < 1e-3  # the reference is kept in float16
     assert figures["order"].item() > 0
 
@@ -262,7 +262,7 @@ def test_loss_blocks_are_not_adapted() -> None:
 
 def test_personas_that_elicit_nothing_are_refused() -> None:
     def target(pole: int, untrained: float) -> Target:
-        return Target(pole, [0], [0], torch.zeros(1, 1).int(), torch.zeros(1, 1), untrained)
+        return Target("Who?", pole, [0], [0], torch.zeros(1, 1).int(), torch.zeros(1, 1), untrained)
 
     assert check_targets([target(1, 0.1), target(-1, 0.2)], TRAIT) == {1: 0.1, -1: 0.2}
     with pytest.raises(TrainingError, match="Told to be an angry person"):

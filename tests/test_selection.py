@@ -173,7 +173,7 @@ def test_the_last_states_of_a_minimal_pair_differ(tokenizer: Any) -> None:
     ids = [tokenizer.encode(text) for text in texts]
     shared = ids[0][-6:]
     assert ids[1][-6:] == shared
-    pair = ContrastivePair(ids[0][:-6], ids[1][:-6], shared)
+    pair = ContrastivePair("", ids[0][:-6], ids[1][:-6], shared)
     padded = pad_pairs([pair], pad_id=0, device=torch.device("cpu"))
     with torch.no_grad():
         output = model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError, TrainingError
 from ipissa.sequences import continuation_logprobs, pad_batch, target_logprobs
 from ipissa.train import TrainConfig
-from ipissa.train.fit import fit, newest_checkpoint
+from ipissa.train.fit import fit, hold_back, newest_checkpoint
 from ipissa.train.objectives.base import WeightedSum
 from ipissa.train.objectives.distill import Distillation, Target, build_targets, distillation_loss, pole_weights
 from ipissa.train.trainer import checked_output
@@ -157,7 +158,7 @@ def test_targets_are_the_context_plus_the_trait_part_of_the_persona(tokenizer: A
 
 def test_the_weaker_pole_counts_more_by_the_square_root_of_the_ratio() -> None:
     def target(pole: int, untrained: float) -> Target:
-        return Target(pole, [0], [0], torch.zeros(1, 1).int(), torch.zeros(1, 1), untrained)
+        return Target("Who?", pole, [0], [0], torch.zeros(1, 1).int(), torch.zeros(1, 1), untrained)
 
     weights = pole_weights([target(1, 0.01), target(1, 0.03), target(-1, 0.08)])
     assert weights[1] / weights[-1] == pytest.approx(2)  # sqrt(0.08 / 0.02)
@@ -165,13 +166,31 @@ def test_the_weaker_pole_counts_more_by_the_square_root_of_the_ratio() -> None:
 
 
 def test_examples_pair_the_poles_and_leave_no_row_out() -> None:
-    def target(pole: int, token: int) -> Target:
-        return Target(pole, [token], [0], torch.zeros(1, 1).int(), torch.zeros(1, 1), 0.1)
-
-    objective = Distillation([target(1, i) for i in range(5)] + [target(-1, i) for i in range(3)], pad_id=0)
-    assert [(p.context[0], n.context[0]) for p, n in objective.examples] == [(0, 0), (1, 1), (2, 2), (3, 0), (4, 1)]
-    batch = objective.collate(objective.examples[:2])
+    objective = Distillation([row(1, i) for i in range(5)] + [row(-1, i) for i in range(3)], pad_id=0)
+    examples = objective.examples(objective.prompts)
+    assert [(p.context[0], n.context[0]) for p, n in examples] == [(0, 0), (1, 1), (2, 2), (3, 0), (4, 1)]
+    batch = objective.collate(examples[:2])
     assert batch["alpha"].tolist() == [1, -1, 1, -1]
+
+
+def row(pole: int, prompt: int) -> Target:
+    """A row whose context is the number of its prompt."""
+    return Target(f"Prompt {prompt}", pole, [prompt], [0], torch.zeros(1, 1).int(), torch.zeros(1, 1), 0.1)
+
+
+def test_no_prompt_is_both_learnt_and_validated_with() -> None:
+    rows = [row(pole, i) for i in range(8) for pole in (1, -1, -1)]
+    both = WeightedSum({"a": (1.0, Distillation(rows, pad_id=0)), "b": (1.0, Distillation(rows[::-1], pad_id=0))})
+    learnt, validated = hold_back(both, 0.25)
+    prompts = [
+        {target.prompt for example in side for pair in example.values() for target in pair}
+        for side in (learnt, validated)
+    ]
+    assert [len(side) for side in prompts] == [6, 2]
+    assert not prompts[0] & prompts[1]
+    one_pole = Distillation([row(1, 0), *(row(pole, i) for i in (1, 2) for pole in (1, -1))], pad_id=0)
+    with pytest.raises(ConfigError, match=r"With validation 0.3, 1 of 3 prompts are held back, and they lack what"):
+        hold_back(one_pole, 0.3)
 
 
 def test_guided_targets_at_other_strengths_scale_the_trait_part_and_told_ones_are_the_teacher(tokenizer: Any) -> None:
@@ -334,7 +353,10 @@ class Worsening:
     """An objective whose loss rises with every step on examples it has not seen."""
 
     def __init__(self) -> None:
-        self.examples = list(range(20))
+        self.prompts = [f"Prompt {i}" for i in range(20)]
+
+    def examples(self, prompts: Collection[str]) -> list[int]:
+        return [i for i, prompt in enumerate(self.prompts) if prompt in prompts]
 
     def collate(self, examples: list[int]) -> dict[str, Any]:
         return {"held": torch.tensor(examples)}
@@ -372,11 +394,11 @@ def test_a_loss_that_is_not_finite_ends_training_with_what_to_do(tokenizer: Any,
 def test_a_weighted_sum_adds_losses_and_names_figures(tokenizer: Any, targets: list[Target]) -> None:
     part = distill(tokenizer, targets)
     both = WeightedSum({"a": (2.0, part), "b": (0.5, distill(tokenizer, targets[::2]))})
-    assert len(both.examples) == len(part.examples)
+    assert len(both.examples(both.prompts)) == len(part.examples(part.prompts))
     model = untrained(tokenizer)
     with torch.no_grad():
-        loss, figures = both.loss(model, both.collate(both.examples[:2]), 0.0)
-        alone = [o.loss(model, o.collate(o.examples[:2]), 0.0)[0] for _, o in both.parts.values()]
+        loss, figures = both.loss(model, both.collate(both.examples(both.prompts)[:2]), 0.0)
+        alone = [o.loss(model, o.collate(o.examples(o.prompts)[:2]), 0.0)[0] for _, o in both.parts.values()]
     assert loss.item() == pytest.approx(2 * alone[0].item() + 0.5 * alone[1].item())
     assert {"a/kl", "b/kl_negative"} <= set(figures)
 

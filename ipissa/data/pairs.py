@@ -33,6 +33,7 @@ class Opening:
 class ContrastivePair:
     """Contexts under the two personas, and the opening that follows either."""
 
+    prompt: str
     chosen: list[int]  # token ids
     rejected: list[int]
     opening: list[int]
@@ -46,7 +47,7 @@ def contrastive_pairs(tokenizer: Any, trait: Trait, openings: Sequence[Opening])
         for pole in (1, -1)
     }
     return [
-        ContrastivePair(contexts[opening.prompt, 1], contexts[opening.prompt, -1], opening.tokens)
+        ContrastivePair(opening.prompt, contexts[opening.prompt, 1], contexts[opening.prompt, -1], opening.tokens)
         for opening in openings
     ]
 

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
+from ipissa.data.prompts import spread
 from ipissa.errors import ConfigError, TrainingError
 from ipissa.train.config import TrainConfig
 from ipissa.train.objectives.base import Batch, Objective
@@ -49,9 +50,10 @@ def fit(
         callbacks: Further callbacks for the Trainer.
 
     Raises:
+        ConfigError: no example is left to learn from, or to validate with.
         TrainingError: the loss is not finite.
     """
-    training, validation = _split(objective.examples, config)
+    training, validation = hold_back(objective, config.validation)
     trainer = _SteeringTrainer(
         objective,
         config,
@@ -190,14 +192,21 @@ class _Progress(ProgressCallback):
         )
 
 
-def _split(examples: Sequence[Any], config: TrainConfig) -> tuple[list[Any], list[Any]]:
-    """(training, validation) examples: every so many of them validates, by position."""
-    count = math.ceil(config.validation * len(examples)) if config.validation else 0
-    if not count:
-        return list(examples), []
-    held = {int(i * len(examples) / count) for i in range(count)}
-    training = [example for i, example in enumerate(examples) if i not in held]
-    return training, [examples[i] for i in sorted(held)]
+def hold_back(objective: Objective, share: float) -> tuple[Sequence[Any], Sequence[Any]]:
+    """(training, validation) examples, which have no prompt in common.
+
+    Raises:
+        ConfigError: one of them is empty, unless that is what share 0 says.
+    """
+    prompts = list(objective.prompts)
+    held = set(spread(prompts, math.ceil(share * len(prompts))))
+    training, validation = objective.examples(set(prompts) - held), objective.examples(held)
+    if not training or (held and not validation):
+        raise ConfigError(
+            f"With validation {share:g}, {len(held)} of {len(prompts)} prompts are held back, and "
+            f"{'they' if training else 'the others'} lack what both poles need; use another fraction or more prompts."
+        )
+    return training, validation
 
 
 def _arguments(config: TrainConfig, model: Any, folder: Path, validates: bool) -> TrainingArguments:

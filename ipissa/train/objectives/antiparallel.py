@@ -9,7 +9,7 @@ hinge orders the poles; both ramp up at the beginning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +86,7 @@ class AntiparallelExample:
 
 
 class Antiparallel:
-    """The objective. `examples` and the subspace are computed with the base model, once.
+    """The objective. What the base model does on the pairs, and the subspace, are computed once.
 
     Raises:
         ConfigError: the three subspaces have nothing in common.
@@ -99,9 +99,13 @@ class Antiparallel:
         layers = model.get_decoder().layers
         (block,) = site_blocks([config.depth], len(layers))
         self._layer: nn.Module = layers[block]
-        self.examples: Sequence[Any]
-        self.examples, stream = self._reference(model, pairs, block)
+        self._examples, stream = self._reference(model, pairs, block)
         self.basis = self._subspace(model, layers[: block + 1], stream)
+        self.prompts: Collection[str] = dict.fromkeys(pair.prompt for pair in pairs)
+
+    def examples(self, prompts: Collection[str]) -> Sequence[Any]:
+        """One per pair."""
+        return [example for example in self._examples if example.pair.prompt in prompts]
 
     def collate(self, examples: Sequence[AntiparallelExample]) -> Batch:
         """Rows chosen and rejected at +1, then chosen and rejected at -1."""
@@ -194,7 +198,7 @@ class Antiparallel:
         return examples, torch.cat(streams, dim=1)
 
     def _subspace(self, model: Any, layers: Sequence[nn.Module], stream: Tensor) -> Tensor:
-        differences = torch.stack([example.reference for example in self.examples])
+        differences = torch.stack([example.reference for example in self._examples])
         width = differences.shape[1]
         pool = min(BASIS_POOL, width // 2, len(differences))
         unembedding = model.get_output_embeddings().weight.detach().float().cpu()

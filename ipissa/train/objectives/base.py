@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -17,7 +18,11 @@ class Objective(Protocol):
     before the adapter exists, so that no step runs the base model.
     """
 
-    examples: Sequence[Any]
+    prompts: Collection[str]
+
+    def examples(self, prompts: Collection[str]) -> Sequence[Any]:
+        """What these prompts teach, of `self.prompts`; empty if they do not teach everything there is to learn."""
+        ...
 
     def collate(self, examples: Sequence[Any]) -> Batch:
         """Examples as padded tensors."""
@@ -36,16 +41,25 @@ class Objective(Protocol):
         ...
 
 
+def cycled(*sides: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """One of every side together, shorter ones over again until none of the longest is left out."""
+    if not all(sides):
+        return []
+    return [tuple(side[i % len(side)] for side in sides) for i in range(max(map(len, sides)))]
+
+
 class WeightedSum:
     """Several objectives on one adapter; an epoch is one pass over the longest of them."""
 
     def __init__(self, parts: dict[str, tuple[float, Objective]]) -> None:
         self.parts = parts
-        longest = max(len(objective.examples) for _, objective in parts.values())
-        self.examples: Sequence[Any] = [
-            {name: objective.examples[i % len(objective.examples)] for name, (_, objective) in parts.items()}
-            for i in range(longest)
-        ]
+        taught = (objective.prompts for _, objective in parts.values())
+        self.prompts: Collection[str] = dict.fromkeys(itertools.chain.from_iterable(taught))
+
+    def examples(self, prompts: Collection[str]) -> Sequence[Any]:
+        """One example of every part, the shorter parts over again."""
+        parts = {name: objective.examples(prompts) for name, (_, objective) in self.parts.items()}
+        return [dict(zip(parts, together, strict=True)) for together in cycled(*parts.values())]
 
     def collate(self, examples: Sequence[dict[str, Any]]) -> Batch:
         """One batch per objective."""

@@ -8,7 +8,7 @@ separation of chosen and rejected states along the trait's direction must grow a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +101,7 @@ class ContrastiveExample:
 
 
 class Contrastive:
-    """The objective. `examples` are computed with the base model, once.
+    """The objective. What the base model does on the pairs is computed once.
 
     Raises:
         ConfigError: the model has none of the loss modules.
@@ -124,9 +124,12 @@ class Contrastive:
         reference = torch.stack(
             [separation(*states[site.name], self.directions[site.name], ones) for site in self.sites], dim=-1
         )
-        self.examples: Sequence[Any] = [
-            ContrastiveExample(pair, reference[i], *logps[i]) for i, pair in enumerate(pairs)
-        ]
+        self.prompts: Collection[str] = dict.fromkeys(pair.prompt for pair in pairs)
+        self._examples = [ContrastiveExample(pair, reference[i], *logps[i]) for i, pair in enumerate(pairs)]
+
+    def examples(self, prompts: Collection[str]) -> Sequence[Any]:
+        """One per pair."""
+        return [example for example in self._examples if example.pair.prompt in prompts]
 
     def collate(self, examples: Sequence[ContrastiveExample]) -> Batch:
         """Rows chosen and rejected at +1, then chosen and rejected at -1."""

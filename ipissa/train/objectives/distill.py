@@ -22,7 +22,7 @@ token plus the mass of the tail, which bounds the exact KL from below and equals
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,7 @@ from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Continuation
 from ipissa.data.personas import Trait
 from ipissa.sequences import PaddedBatch, continuation_logprobs, pad_batch
-from ipissa.train.objectives.base import Batch
+from ipissa.train.objectives.base import Batch, cycled
 from ipissa.train.told import told_logprobs
 
 TEACHER_BATCH = 16
@@ -56,6 +56,7 @@ KINDS = ("guided", "odd", "told")
 class Target:
     """What one student row should predict: a sparse distribution per continuation token."""
 
+    prompt: str
     alpha: float
     context: list[int]  # token ids of the student's context
     tokens: list[int]  # token ids of the continuation
@@ -115,6 +116,7 @@ def build_targets(
             top = target.topk(min(top_k, target.shape[-1]), dim=-1)
             targets.append(
                 Target(
+                    c.prompt,
                     c.pole * float(strength),
                     chat_ids(tokenizer, trait.messages(c.prompt, persona)),
                     c.tokens,
@@ -140,11 +142,13 @@ class Distillation:
     def __init__(self, targets: Sequence[Target], *, pad_id: int) -> None:
         self.pad_id = pad_id
         self.weights = pole_weights(targets)
-        poles = [[t for t in targets if t.pole == pole] for pole in (1, -1)]
-        longest = max(map(len, poles))  # the shorter side begins again, so that no row is left out
-        self.examples: Sequence[Any] = [
-            (poles[0][i % len(poles[0])], poles[1][i % len(poles[1])]) for i in range(longest)
-        ]
+        self.prompts: Collection[str] = dict.fromkeys(target.prompt for target in targets)
+        self._targets = targets
+
+    def examples(self, prompts: Collection[str]) -> Sequence[Any]:
+        """Pairs of rows in the order of the targets, which are sorted by length."""
+        wanted = [target for target in self._targets if target.prompt in prompts]
+        return cycled(*([target for target in wanted if target.pole == pole] for pole in (1, -1)))
 
     def collate(self, examples: Sequence[tuple[Target, Target]]) -> Batch:
         """Rows of both poles as padded tensors."""
