@@ -111,7 +111,7 @@ def test_every_stream_in_a_busy_mixed_batch_is_what_it_is_alone(
         async with asyncio.timeout(60):
             found = await asyncio.gather(*map(arrive, requests))
         for request, rows in zip(requests, found, strict=True):
-            check_against(alone, request, rows, engine._end_ids)
+            check_against(alone, request, rows, engine._worker._end_ids)
 
     # Few slots and little memory: requests queue, join, leave, and lose their slots.
     with engine_for(tiny, max_batch=14, max_cache_tokens=14 * 40, max_model_len=100) as engine:
@@ -149,7 +149,7 @@ def test_clients_that_leave_at_random_leave_nothing_behind(tiny: Path) -> None:
         tasks_left = asyncio.run(everybody(engine))
         assert tasks_left == 0
         assert engine.stats()["active_rows"] == engine.stats()["queued"] == len(engine._requests) == 0
-        assert engine._runner._cache._layers == {}
+        assert engine._worker._runner._cache._layers == {}
         gc.collect()
         assert not [each for each in gc.get_objects() if type(each) in (Job, Sequence)]
         assert asyncio.run(run(engine, random_request(rng)))
@@ -251,7 +251,7 @@ def test_shared_layers_run_once_per_text_and_the_rest_once_per_alpha(tiny: Path)
     )
     engine = TorchEngine(str(tiny / "model"), {"honest": small}, device="cpu", dtype="float32")
     for index in rows:
-        layer = engine._steered.model.model.layers[index].self_attn
+        layer = engine._worker._steered.model.model.layers[index].self_attn
 
         def count(module: Any, args: Any, kwargs: Any, output: Any, index: int = index) -> None:
             rows[index] += kwargs["hidden_states"].shape[0]

@@ -99,7 +99,7 @@ def test_stopping_answers_everybody(tiny: Path, small_steps: None) -> None:
             asyncio.ensure_future(outcome(work))
             for work in (engine.score(ScoreRequest([5, 6, 7], ["Yes", "No"], SWEEP)), run(engine, request(1, 3000)))
         ]
-        await within(WAIT, lambda: engine._scoring is not None and engine.stats()["active_rows"])
+        await within(WAIT, lambda: engine._worker._scoring is not None and engine.stats()["active_rows"])
         waiting.append(asyncio.ensure_future(outcome(engine.score(ScoreRequest([5, 6], ["Yes", "No"], SWEEP)))))
         await within(WAIT, lambda: engine.stats()["queued"])
         await asyncio.to_thread(engine.close)
@@ -122,7 +122,7 @@ def test_an_adapter_that_comes_during_a_sweep_does_not_change_it(tiny: Path, sma
     async def sweep(engine: TorchEngine, *, add: bool) -> list[float]:
         scores = asyncio.ensure_future(engine.score(ScoreRequest([5, 6, 7], ["Yes", "No"], SWEEP)))
         if add:
-            await within(WAIT, lambda: engine._scoring is not None)
+            await within(WAIT, lambda: engine._worker._scoring is not None)
             await engine.add_adapter("kind", adapters["kind"])
             assert not scores.done()
         return [score.log_odds for score in await scores]
@@ -137,7 +137,7 @@ def test_an_adapter_that_comes_during_a_sweep_does_not_change_it(tiny: Path, sma
 def test_an_adapter_that_a_waiting_score_names_stays_and_others_may_go(tiny: Path, small_steps: None) -> None:
     async def scenario(engine: TorchEngine) -> None:
         scores = asyncio.ensure_future(engine.score(ScoreRequest([5, 6, 7], ["Yes", "No"], SWEEP)))
-        await within(WAIT, lambda: engine._scoring is not None)
+        await within(WAIT, lambda: engine._worker._scoring is not None)
         with pytest.raises(AdapterInUseError):
             await engine.remove_adapter("honest")
         await engine.remove_adapter("kind")
@@ -185,7 +185,7 @@ def test_score_calls_keep_to_the_pace_while_somebody_streams(tiny: Path, small_s
     calls: list[tuple[int, int]] = []
 
     async def scenario(engine: TorchEngine) -> None:
-        runner = engine._runner
+        runner = engine._worker._runner
         shared, rest = runner.shared_hidden_states, runner.continue_from
         runner.shared_hidden_states = lambda texts, width: (calls.append((len(texts), width)), shared(texts, width))[1]
         runner.continue_from = lambda hidden, steers, picks: (

@@ -124,7 +124,7 @@ def test_a_served_vector_steers_generation_and_scores_as_it_does_alone(tiny: Pat
         return generated, await engine.score(ScoreRequest([50, 60, 70], ["Yes", "No"], steers))
 
     with engine_for(tiny, adapters) as engine:
-        assert engine._runner.shared == 1
+        assert engine._worker._runner.shared == 1
         generated, scores = asyncio.run(main(engine))
     steered = ipissa.attach(model, adapters)
     choices = find_choices(tokenizer, ["Yes", "No"])
