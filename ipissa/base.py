@@ -22,6 +22,7 @@ from ipissa.errors import BaseModelMismatchError
 # Quantising or rounding a weight moves its leading singular triples by a few per cent; another
 # model's weight has nothing to do with them (residual about 1.4).
 MAX_RESIDUAL = 0.1
+SAMPLED = 256  # numbers of every weight
 SHAPE_KEYS = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "intermediate_size", "vocab_size",
@@ -51,6 +52,15 @@ def fingerprint(model: PreTrainedModel) -> str:
 def _fingerprint(config: Any) -> str:
     shape = {key: getattr(config, key, None) for key in SHAPE_KEYS}
     return hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A short name that changes with any training of the weights, by the first numbers of each of them."""
+    found = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        found.update(name.encode())
+        found.update(weight.detach().flatten()[:SAMPLED].float().cpu().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 def block_names(model: PreTrainedModel) -> list[str]:

@@ -73,13 +73,14 @@ def train(
     config: Annotated[Path | None, typer.Option(help="YAML file of settings; options here override it.")] = None,
     preset: Annotated[str | None, typer.Option(help="Named settings, below --config.")] = None,
     set: Annotated[list[str] | None, typer.Option(help="Any other setting, as NAME=VALUE.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Short for --preset quick: minutes, to try things.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="The preset quick, over --preset: minutes, to try.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was broken off.")] = False,
 ) -> None:
     """Make an adapter from two words and a model, by persona distillation."""
     given = {name: value for name, value in locals().items() if name in OPTIONS and value is not None}
     settings = {
-        **preset_settings("quick" if quick else preset),
+        **preset_settings(preset),
+        **preset_settings("quick" if quick else None),
         **(read_settings(config) if config else {}),
         **given,
         **assignments("--set", set or []),

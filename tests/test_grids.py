@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-import itertools
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -39,14 +40,19 @@ def test_every_grid_that_ships_has_one_row_per_combination(
         assert len(list(csv.DictReader(file))) == len(rows)  # one seed here, so nothing is summed up
 
 
-def _size(grid: dict[str, list[object]]) -> int:
-    return len(list(itertools.product(*grid.values())))
+def _grids(grid: Any) -> list[dict[str, list[Any]]]:
+    return grid if isinstance(grid, list) else [grid]
+
+
+def _size(grid: Any) -> int:
+    return sum(math.prod(len(options) for options in each.values()) for each in _grids(grid))
 
 
 def _shrunk(path: Path, tiny: Path, prompts: Path, folder: Path) -> Path:
     """The same comparison with seconds of training: two values of each setting, one seed, tiny models."""
     values = yaml.safe_load(path.read_text())
-    models = {name: _model(tiny, folder, i) for i, name in enumerate(values["grid"].get("model", ["the only one"]))}
+    grids = _grids(values["grid"])
+    models = {name: _model(tiny, folder, i) for i, name in enumerate(grids[0].get("model", ["the only one"]))}
     values["base"] |= {
         "model": str(tiny / "model"),
         "prompts": str(prompts),
@@ -59,9 +65,10 @@ def _shrunk(path: Path, tiny: Path, prompts: Path, folder: Path) -> Path:
         "dtype": "float32",
         "trainer": {"max_steps": 2},
     }
-    values["grid"] = {name: options[:2] for name, options in values["grid"].items()} | {"seed": [0]}
-    if "model" in values["grid"]:
-        values["grid"]["model"] = [models[name] for name in values["grid"]["model"]]
+    values["grid"] = [{name: options[:2] for name, options in each.items()} | {"seed": [0]} for each in grids]
+    for each in values["grid"]:
+        if "model" in each:
+            each["model"] = [models[name] for name in each["model"]]
     shrunk = folder / path.name
     shrunk.write_text(yaml.safe_dump(values))
     return shrunk

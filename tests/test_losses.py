@@ -170,6 +170,15 @@ def test_snorm_is_finite_with_tiny_singular_values() -> None:
     assert torch.allclose(snorm(torch.ones(5), S), torch.tensor([0.1, 0.25, 0.5, 5.0, 5.0]))
 
 
+@pytest.mark.parametrize("direction", ["adapter_dims", "top_diff_snorm"])
+def test_states_are_divided_by_singular_values_once(direction: str) -> None:
+    torch.manual_seed(0)
+    chosen, rejected, S = torch.randn(9, 12), torch.randn(9, 12), torch.linspace(4, 0.5, 12)
+    plain = DIRECTIONS[direction](PairStates(chosen, rejected, S, dims=4))
+    normed = DIRECTIONS[direction](PairStates(snorm(chosen, S), snorm(rejected, S), S, dims=4, snormed=True))
+    assert torch.equal(plain != 0, normed != 0)  # the same dimensions are chosen
+
+
 def test_the_flip_decides_by_the_running_mean_and_is_sticky() -> None:
     flip = SignFlip()
 
@@ -212,20 +221,32 @@ def test_coherence_is_free_below_the_threshold_and_one_easy_token_cannot_pay_for
     assert masked_mean(torch.tensor([[1.0, 5.0]]), torch.tensor([[1, 0]])).item() == 1
 
 
+def barrier(reference: list[float], now: list[float], k: int | None = None) -> float:
+    """At one token, against the k likeliest tokens of the reference."""
+    p = torch.tensor([[reference]])
+    top = p.topk(k or len(reference))
+    entropy = -torch.special.xlogy(p, p).sum(-1)
+    logprobs = torch.tensor([[now]]).log()
+    return total_variation_barrier(logprobs, top.indices, top.values.log(), entropy, torch.ones(1, 1)).item()
+
+
 def test_the_total_variation_barrier_is_zero_inside_and_hand_computed_outside() -> None:
-    ref = torch.tensor([[[0.99, 0.01]]]).log()
     entropy = -(0.99 * math.log(0.99) + 0.01 * math.log(0.01))
     allowed = 0.9 * math.sqrt(entropy + 0.02)
-    near = torch.tensor([[[0.99 - allowed * 0.99, 0.01 + allowed * 0.99]]]).log()
-    assert total_variation_barrier(ref, near, torch.ones(1, 1)).item() == 0
-    far = torch.tensor([[[0.19, 0.81]]]).log()
+    assert barrier([0.99, 0.01], [0.99 - allowed * 0.99, 0.01 + allowed * 0.99]) == 0
     excess = 0.8 - allowed
     expected = math.log(1 + 10 * excess) ** 2 + excess
-    assert total_variation_barrier(ref, far, torch.ones(1, 1)).item() == pytest.approx(expected, rel=1e-4)
-    unconstrained = torch.full((1, 1, 4), 0.25).log()  # H = log 4 > 1.21
-    sure = torch.tensor([[[0.0, 0.0, 0.0, 1.0]]]).log()
-    assert total_variation_barrier(unconstrained, sure, torch.ones(1, 1)).item() == 0
-    assert total_variation_barrier(sure, unconstrained, torch.ones(1, 1)).isfinite().all()  # 0 log 0
+    assert barrier([0.99, 0.01], [0.19, 0.81]) == pytest.approx(expected, rel=1e-4)
+    assert barrier([0.25] * 4, [0.0, 0.0, 0.0, 1.0]) == 0  # H = log 4 > 1.21
+    assert math.isfinite(barrier([0.0, 0.0, 0.0, 1.0], [0.25] * 4))
+
+
+def test_the_barrier_counts_the_tokens_it_was_not_told_of_as_one() -> None:
+    """From 0.9 to 0.1 at the likeliest and from 0.1 to 0.9 in the rest: TV = 0.8 either way."""
+    reference, now = [0.9, 0.06, 0.04], [0.1, 0.5, 0.4]
+    assert barrier(reference, now, k=1) == pytest.approx(barrier(reference, now))
+    # What moves among the rest is not seen: TV = 0.74 by all tokens, 0.7 by the first and the rest.
+    assert 0 < barrier(reference, [0.2, 0.02, 0.78], k=1) < barrier(reference, [0.2, 0.02, 0.78])
 
 
 def test_the_monotonic_hinge_accepts_either_order_and_refuses_one_sided_poles() -> None:

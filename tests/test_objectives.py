@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from torch import Tensor
+from transformers import TrainerCallback
 
 from ipissa.adapter import InnerPissaConfig
 from ipissa.adapter.model import layer_alpha
@@ -24,16 +25,16 @@ from ipissa.data.pairs import (
     read_suffixes,
 )
 from ipissa.data.personas import Trait
-from ipissa.errors import ConfigError, TrainingError
+from ipissa.errors import ConfigError
 from ipissa.train import TrainConfig
-from ipissa.train.elicitation import check_targets
 from ipissa.train.fit import fit
 from ipissa.train.initialise import select_triples
 from ipissa.train.losses.separation import separation_loss, symlog
 from ipissa.train.objectives.antiparallel import Antiparallel, AntiparallelConfig
+from ipissa.train.objectives.base import WeightedSum
 from ipissa.train.objectives.build import objective_weights
 from ipissa.train.objectives.contrastive import Contrastive, ContrastiveConfig
-from ipissa.train.objectives.distill import Target
+from ipissa.train.objectives.distill import Distillation, Target
 from ipissa.train.selection import SELECTIONS
 
 TRAIT = Trait.from_words("kind", "angry")
@@ -146,12 +147,70 @@ def test_contrastive_training_separates_both_poles(
     settings = ContrastiveConfig(direction="mean", depths=(0.5, 0.8), modules=("up_proj", "q_proj"), flip=flip)
     objective = Contrastive(model, pairs, settings, pad_id=tokenizer.pad_token_id)
     assert len(objective.sites) == 4
-    config = TrainConfig("kind", "angry", epochs=20, batch_size=6, lr=2e-2, checkpoint_every=10)
+    config = TrainConfig("kind", "angry", epochs=20, batch_size=12, lr=2e-2, checkpoint_every=10)
     history = fit(wrap(), objective, config, tmp_path)
     assert len(history) == 40
     assert mean_of(history[-10:], "loss") < mean_of(history[:10], "loss")
     saved = objective.state_dict()
     assert set(saved) == ({""} if flip == "global" else {site.name for site in objective.sites})
+
+
+class KilledError(Exception):
+    """Stands for the power going out."""
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KilledError
+
+
+def test_a_resumed_run_remembers_which_way_round_the_poles_go(
+    tokenizer: Any, pairs: list[ContrastivePair], tmp_path: Path
+) -> None:
+    def begin() -> tuple[Any, Contrastive]:
+        model, wrap = fresh(tokenizer)
+        settings = ContrastiveConfig(direction="mean", depths=(0.5,))
+        return wrap(), Contrastive(model, pairs, settings, pad_id=tokenizer.pad_token_id)
+
+    config = TrainConfig("kind", "angry", epochs=4, batch_size=12, lr=2e-2, checkpoint_every=2)
+    unbroken, objective = begin()
+    fit(unbroken, objective, config, tmp_path / "unbroken")
+    broken, other = begin()
+    with pytest.raises(KilledError):
+        fit(broken, other, config, tmp_path / "broken", callbacks=[KillAt(5)])
+    resumed, again = begin()
+    fit(resumed, again, config, tmp_path / "broken", resume=True)
+    assert objective.state_dict()[""] != 0
+    assert again.state_dict()[""] == pytest.approx(objective.state_dict()[""], rel=1e-4)
+
+
+def test_a_step_has_as_many_rows_under_every_objective(tokenizer: Any, pairs: list[ContrastivePair]) -> None:
+    model, _ = fresh(tokenizer)
+    pad_id = tokenizer.pad_token_id
+    rows = [Target("Who?", pole, [5], [6], torch.zeros(1, 1).int(), torch.zeros(1, 1), 0.1) for pole in (1, -1)]
+    distillation = Distillation(rows, pad_id=pad_id)
+    contrastive = Contrastive(model, pairs, ContrastiveConfig(depths=(0.5,)), pad_id=pad_id)
+    for objective in (distillation, contrastive, Antiparallel(model, pairs, AntiparallelConfig(), pad_id=pad_id)):
+        batch = objective.collate(objective.examples(objective.prompts)[:1])
+        assert len(batch["alpha"]) == objective.rows_per_example
+    both = WeightedSum({"a": (1.0, distillation), "b": (1.0, contrastive)})
+    assert both.rows_per_example == 6
+
+
+def test_the_antiparallel_constraints_weigh_the_same_in_every_validation(
+    tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    model, wrap = fresh(tokenizer)
+    objective = Antiparallel(model, pairs, AntiparallelConfig(), pad_id=tokenizer.pad_token_id)
+    batch, wrapped = objective.collate(objective.examples(objective.prompts)), wrap()
+    with torch.no_grad():
+        early, late = (objective.loss(wrapped.eval(), batch, progress)[0] for progress in (0.01, 1.0))
+        assert early == late
+        assert objective.loss(wrapped.train(), batch, 0.01)[0] < late
 
 
 def test_antiparallel_training_opposes_the_poles_within_the_barrier(
@@ -161,9 +220,10 @@ def test_antiparallel_training_opposes_the_poles_within_the_barrier(
     objective = Antiparallel(model, pairs, AntiparallelConfig(rank=2), pad_id=tokenizer.pad_token_id)
     assert objective.basis.shape[1] <= 2
     assert (objective.basis.T @ objective.basis - torch.eye(objective.basis.shape[1])).abs().max() < 1e-5
-    config = TrainConfig("kind", "angry", epochs=20, batch_size=6, lr=1e-2)
+    config = TrainConfig("kind", "angry", epochs=20, batch_size=12, lr=1e-2)
     history = fit(wrap(), objective, config, tmp_path)
     assert mean_of(history[-10:], "antiparallel") < min(-1.0, mean_of(history[:5], "antiparallel"))
+    assert mean_of(history[-10:], "barrier") < 0.1
 
 
 def test_an_antiparallel_adapter_that_does_nothing_pays_only_the_margins(
@@ -195,6 +255,29 @@ def test_selected_triples_are_the_weights_own_and_leave_the_base_alone(
         assert torch.equal(wrapped(input_ids=ids).logits, before)
 
 
+def test_chosen_triples_are_those_of_what_the_module_writes_on_the_pairs(
+    tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    """`dhs` by its definition: the triples along whose u the mean outputs of the two sides differ most."""
+    model, wrap = fresh(tokenizer)
+    linear = model.model.layers[1].mlp.down_proj
+    written: list[Tensor] = []
+    handle = linear.register_forward_hook(lambda _, args, output: written.append(output[0, -1]))
+    with torch.no_grad():
+        for pair in pairs:
+            for context in (pair.chosen, pair.rejected):
+                model(input_ids=torch.tensor([context + pair.opening]))
+    handle.remove()
+    chosen, rejected = torch.stack(written).double().unflatten(0, (-1, 2)).unbind(1)
+    U, S, _ = torch.linalg.svd(linear.weight.double(), full_matrices=False)
+    expected = ((chosen - rejected).mean(0) @ U).abs().topk(8).indices
+    assert set(expected.tolist()) != set(range(8))  # what `top` would choose, and what is there before
+    wrapped = wrap()
+    select_triples(wrapped, tokenizer, pairs, rule="dhs")
+    kept = wrapped.base_model.model.model.layers[1].mlp.down_proj.innerpissa_S["default"]
+    assert (kept.double().sort().values - S[expected].sort().values).abs().max() < 1e-5
+
+
 def test_activations_are_those_at_the_last_token_of_every_opening(tokenizer: Any, pairs: list[ContrastivePair]) -> None:
     model, _ = fresh(tokenizer)
     name = "model.layers.1.mlp.down_proj"
@@ -203,13 +286,16 @@ def test_activations_are_those_at_the_last_token_of_every_opening(tokenizer: Any
         for i, pair in enumerate(pairs):
             for side, context in enumerate((pair.chosen, pair.rejected)):
                 inputs: list[Tensor] = []
-                handle = model.get_submodule(name).register_forward_pre_hook(
-                    lambda _, args, inputs=inputs: inputs.append(args[0])
-                )
+                norms: list[Tensor] = []
+                handles = [
+                    module.register_forward_pre_hook(lambda _, args, into=into: into.append(args[0]))
+                    for module, into in ((model.get_submodule(name), inputs), (model.model.norm, norms))
+                ]
                 output = model(input_ids=torch.tensor([context + pair.opening]), output_hidden_states=True)
-                handle.remove()
+                for handle in handles:
+                    handle.remove()
                 assert (found.inputs[name][side, i] - inputs[0][0, -1]).abs().max() < 1e-4
-                for block, states in enumerate(output.hidden_states):
+                for block, states in enumerate([*output.hidden_states[:-1], norms[0]]):
                     assert (found.stream[block, side, i] - states[0, -1]).abs().max() < 1e-4
 
 
@@ -258,12 +344,3 @@ def test_loss_blocks_are_not_adapted() -> None:
     config = TrainConfig("kind", "angry", objective="contrastive", contrastive={"depths": [0.3, 0.8]})
     adapted = config.adapter_config(30).layers_to_transform
     assert set(adapted) == set(range(6, 27)) - {9, 24}
-
-
-def test_personas_that_elicit_nothing_are_refused() -> None:
-    def target(pole: int, untrained: float) -> Target:
-        return Target("Who?", pole, [0], [0], torch.zeros(1, 1).int(), torch.zeros(1, 1), untrained)
-
-    assert check_targets([target(1, 0.1), target(-1, 0.2)], TRAIT) == {1: 0.1, -1: 0.2}
-    with pytest.raises(TrainingError, match="Told to be an angry person"):
-        check_targets([target(1, 0.1), target(-1, 0.0001)], TRAIT)

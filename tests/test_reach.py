@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,11 @@ from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Continuation
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import spread
-from ipissa.errors import ConfigError
+from ipissa.errors import ConfigError, TrainingError
 from ipissa.models import load_model
-from ipissa.train.reach import Reach, measure_reach, warn_of_short_reach
+from ipissa.train import elicitation as elicitation_module
+from ipissa.train.elicitation import elicitation
+from ipissa.train.reach import Reach, check_reach, measure_reach
 from ipissa.train.words import split_pair
 
 TRAIT = Trait.from_words("kind", "angry")
@@ -83,11 +86,40 @@ def test_measured_divergences_equal_their_definition_text_by_text(tiny: Path) ->
 
 
 def test_a_short_reach_is_said_and_a_long_one_is_not(caplog: pytest.LogCaptureFixture) -> None:
-    warn_of_short_reach(Reach(0.1, 0.1, 0.38), TRAIT)
+    check_reach(Reach(0.1, 0.1, 0.38), TRAIT)
     assert not caplog.records
-    warn_of_short_reach(Reach(0.1, 0.1, 0.02), TRAIT)
+    check_reach(Reach(0.1, 0.1, 0.02), TRAIT)
     assert "'a kind' and 'an angry'" in caplog.text
     assert "about 5 %" in caplog.text
+
+
+def test_personas_that_elicit_nothing_are_refused() -> None:
+    check_reach(Reach(0.1, 0.1, 0.38), TRAIT)
+    with pytest.raises(TrainingError, match="Told to be an angry person, this model says nearly what it says untold"):
+        check_reach(Reach(0.1, 0.0001, 0.1), TRAIT)
+
+
+@pytest.mark.parametrize(("apart", "warned"), [(0.5, False), (0.02, True)])
+def test_personas_that_answer_alike_are_warned_of(
+    apart: float, warned: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Opposite ones by `apart` in every dilemma, which is Yes in half of them: their averages are equal."""
+    asked: list[str] = []
+
+    def odds(model: Any, tokenizer: Any, messages: Any, choices: Any, *, rows: int) -> Any:
+        text = messages[-1]["content"]
+        asked.append(text)
+        pole = 1 if "a kind" in text else -1 if "an angry" in text else 0
+        sign = 1 if len(asked) % 2 else -1  # six dilemmas, asked in the same order under every persona
+        return torch.tensor([[sign * pole * apart / 2, 0.0]])
+
+    monkeypatch.setattr(elicitation_module, "chat_ids", lambda tokenizer, messages, prefill: messages)
+    monkeypatch.setattr(elicitation_module, "find_choices", lambda tokenizer, choices: choices)
+    monkeypatch.setattr(elicitation_module, "score_choices", odds)
+    found = elicitation(None, None, TRAIT)
+    assert found.span == pytest.approx(apart)
+    assert found.neutral == found.plain == 0
+    assert (f"their log-odds are {apart:.2f} nats apart" in caplog.text) is warned
 
 
 def test_words_are_compared_on_the_command_line(tiny: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def test_every_combination_is_trained_once_and_summed_up_over_seeds(tmp_path: Pa
     grid = configs(tmp_path)
     assert [(c.lr, c.seed) for c in grid] == [(lr, seed) for lr in (0.001, 0.003) for seed in (0, 1, 2)]
     rows = read(run_sweep(grid, tmp_path / "out", train))
-    assert [row["run"] for row in rows] == [digest(config.to_dict()) for config in grid]
+    assert [row["run"] for row in rows] == [digest(config.to_dict() | config.contents()) for config in grid]
     summary = read(tmp_path / "out" / "summary.csv")
     assert [(row["varied"], row["runs"], row["enough_seeds"]) for row in summary] == [
         ('{"lr": 0.001}', "3", "yes"),
@@ -93,6 +93,49 @@ def test_a_run_that_fails_has_a_row_that_says_so_and_does_not_count(tmp_path: Pa
     rows = read(run_sweep(configs(tmp_path), tmp_path / "out", train))
     assert [row["error"] for row in rows] == ["", "it does not work.", ""] * 2
     assert [(r["failed"], r["enough_seeds"]) for r in read(tmp_path / "out" / "summary.csv")] == [("1", "no")] * 2
+    again = Trainer()
+    assert all(not row["error"] for row in read(run_sweep(configs(tmp_path), tmp_path / "out", again)))
+    assert [config.seed for config in again.trained] == [1, 1]
+
+
+def test_an_error_of_the_libraries_below_is_a_row_too(tmp_path: Path) -> None:
+    def full(config: TrainConfig, *args: Any, **settings: Any) -> Any:
+        raise MemoryFullError("no memory is left")
+
+    rows = read(run_sweep(configs(tmp_path)[:2], tmp_path / "out", full))
+    assert [row["error"] for row in rows] == ["MemoryFullError: no memory is left"] * 2
+
+
+class MemoryFullError(RuntimeError):
+    """As torch's is."""
+
+
+def test_rows_of_before_say_what_a_grid_that_has_grown_varies(tmp_path: Path) -> None:
+    run_sweep(configs(tmp_path, GRID.replace("0.001, ", "")), tmp_path / "out", Trainer())
+    assert {row["varied"] for row in read(tmp_path / "out" / "results.csv")} == {"{}"}
+    longer = GRID.replace("[0, 1, 2]", "[0, 1, 2, 3]")
+    run_sweep(configs(tmp_path, longer), tmp_path / "out", Trainer())
+    assert [(row["varied"], row["runs"]) for row in read(tmp_path / "out" / "summary.csv")] == [
+        ('{"lr": 0.001}', "4"),
+        ('{"lr": 0.003}', "4"),
+    ]
+
+
+def test_rows_of_other_prompts_are_not_mixed_in(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"Prompt {i}" for i in range(8)))
+    grid = f"base: {{positive: kind, negative: angry, prompts: {prompts}}}\ngrid: {{seed: [0]}}\n"
+    run_sweep(configs(tmp_path, grid), tmp_path / "out", Trainer())
+    prompts.write_text("\n".join(f"Another {i}" for i in range(8)))
+    with pytest.raises(ConfigError, match="put their settings and prompts back"):
+        run_sweep(configs(tmp_path, grid), tmp_path / "out", Trainer())
+
+
+def test_several_grids_are_one_after_the_other(tmp_path: Path) -> None:
+    text = "base: {positive: a, negative: b}\ngrid: [{lr: [1, 2], seed: [0]}, {depth_end: [0.5], seed: [0, 1]}]"
+    assert [(c.lr, c.depth_end, c.seed) for c in configs(tmp_path, text)] == [
+        (1, 0.9, 0), (2, 0.9, 0), (1.5e-3, 0.5, 0), (1.5e-3, 0.5, 1),
+    ]  # fmt: skip
 
 
 def test_runs_of_another_grid_are_not_mixed_in(tmp_path: Path) -> None:
@@ -106,7 +149,8 @@ def test_runs_of_another_grid_are_not_mixed_in(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("grid: {lr: [1]}", "needs two mappings"),
+        ("grid: {lr: [1]}", "needs base, a mapping, and grid"),
+        ("base: {positive: a, negative: b}\ngrid: []", "a mapping or a list of them"),
         ("base: {positive: a, negative: b}\ngrid: {lr: 1}", "give a list of values"),
         ("base: {positive: a, negative: b}\ngrid: {speed: [1]}", "'speed' is unknown"),
         ("- 1", "is not a mapping"),

@@ -21,7 +21,7 @@ from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError, TrainingError
 from ipissa.sequences import continuation_logprobs, pad_batch, target_logprobs
 from ipissa.train import TrainConfig
-from ipissa.train.fit import fit, hold_back, newest_checkpoint
+from ipissa.train.fit import History, fit, hold_back, newest_checkpoint
 from ipissa.train.objectives.base import WeightedSum
 from ipissa.train.objectives.distill import Distillation, Target, build_targets, distillation_loss, pole_weights
 from ipissa.train.trainer import checked_output
@@ -47,8 +47,17 @@ def test_a_template_of_ones_own_is_the_line_the_model_is_told() -> None:
 
 
 def test_words_get_the_article_they_need() -> None:
-    pairs = [("honest", "an honest"), ("kind", "a kind"), ("unkind", "an unkind"), ("a very calm", "a very calm")]
-    for words, phrase in pairs:
+    pairs = {
+        "honest": "an honest",
+        "kind": "a kind",
+        "unkind": "an unkind",
+        "unique": "a unique",
+        "unimportant": "an unimportant",
+        "euphoric": "a euphoric",
+        "a very calm": "a very calm",
+        "the last": "the last",
+    }
+    for words, phrase in pairs.items():
         assert Trait.from_words(words, "other").positive == phrase
     with pytest.raises(ConfigError, match="two opposite words"):
         Trait.from_words("kind", " kind ")
@@ -254,6 +263,22 @@ def test_sampled_continuations_are_reproducible_and_leave_the_global_random_stat
     assert [(c.prompt, c.pole) for c in first] == [(p, s) for p in ("Hello there", "Why?") for s in (1, 1, -1, -1)]
 
 
+def test_a_models_own_generation_settings_do_not_mix_with_ours(tokenizer: Any) -> None:
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    peft_model = peft.get_peft_model(
+        tiny_model("llama", vocab_size=len(tokenizer)), InnerPissaConfig(r=4, target_modules=["o_proj"], init_std=0.0)
+    )
+    settings = {"per_prompt": 4, "sampling": Sampling.whole(max_new_tokens=6), "seed": 3}
+    plain = sample_continuations(model, tokenizer, TRAIT, ["Hello there"], **settings)
+    for each in (model, peft_model):
+        for name, value in (("temperature", 1e-3), ("top_p", 0.1), ("repetition_penalty", 9.0)):
+            setattr(each.generation_config, name, value)
+        own = each.generation_config
+        assert sample_continuations(each, tokenizer, TRAIT, ["Hello there"], **settings) == plain
+        assert each.generation_config is own
+    assert peft_model.get_base_model().generation_config.top_p != 1.0
+
+
 @pytest.fixture(scope="module")
 def targets(tokenizer: Any) -> list[Target]:
     model = tiny_model("llama", vocab_size=len(tokenizer))
@@ -352,6 +377,8 @@ def test_accumulated_batches_give_the_step_of_one_large_batch(
 class Worsening:
     """An objective whose loss rises with every step on examples it has not seen."""
 
+    rows_per_example = 2
+
     def __init__(self) -> None:
         self.prompts = [f"Prompt {i}" for i in range(20)]
 
@@ -372,12 +399,77 @@ class Worsening:
         pass
 
 
+class Drifting(Worsening):
+    """Its weights move with every step, so that they say which step they are of."""
+
+    def loss(self, model: Any, batch: dict[str, Any], progress: float) -> tuple[torch.Tensor, dict]:
+        loss, figures = super().loss(model, batch, progress)
+        return loss + sum(p.sum() for p in model.parameters() if p.requires_grad) * model.training, figures
+
+
+STOPPING = {"epochs": 10, "batch_size": 4, "validation": 0.2, "patience": 2, "checkpoint_every": 5, "lr": 1e-2}
+
+
 def test_training_stops_when_validation_worsens_and_keeps_the_best(tokenizer: Any, tmp_path: Path) -> None:
-    config = TrainConfig(
-        "kind", "angry", epochs=10, batch_size=4, validation=0.2, patience=2, checkpoint_every=5, lr=1e-2
-    )
-    history = fit(untrained(tokenizer), Worsening(), config, tmp_path)
+    def weights_after(steps: int | None) -> tuple[list[torch.Tensor], History]:
+        peft_model = untrained(tokenizer)
+        settings = STOPPING if steps is None else STOPPING | {"validation": 0.0}
+        callbacks = [] if steps is None else [KillAt(steps)]
+        objective = Drifting() if steps is None else Sixteen()
+        try:
+            history = fit(
+                peft_model, objective, TrainConfig("kind", "angry", **settings), tmp_path / str(steps),
+                callbacks=callbacks,
+            )  # fmt: skip
+        except KilledError:
+            history = []
+        return parameters(peft_model), history
+
+    kept, history = weights_after(None)
     assert max(record["step"] for record in history) == 15  # best at 5, then twice worse, of 80 steps
+    fifth, tenth = weights_after(5)[0], weights_after(10)[0]
+    assert all((one - other).abs().max() < 1e-6 for one, other in zip(kept, fifth, strict=True))
+    assert any((one - other).abs().max() > 1e-3 for one, other in zip(kept, tenth, strict=True))
+
+
+class Sixteen(Drifting):
+    """Without the four prompts that validate, so that it makes the same steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.prompts = self.prompts[:16]
+
+
+def test_a_resumed_run_stops_when_an_unbroken_one_does(tokenizer: Any, tmp_path: Path) -> None:
+    config = TrainConfig("kind", "angry", **STOPPING)
+    with pytest.raises(KilledError):
+        fit(untrained(tokenizer), Drifting(), config, tmp_path, callbacks=[KillAt(13)])
+    history = fit(untrained(tokenizer), Drifting(), config, tmp_path, resume=True)
+    assert max(record["step"] for record in history) == 15
+
+
+def test_learning_that_is_complete_is_not_begun_again(tokenizer: Any, tmp_path: Path) -> None:
+    config = TrainConfig("kind", "angry", **STOPPING)
+    first, second = untrained(tokenizer), untrained(tokenizer)
+    history = fit(first, Drifting(), config, tmp_path)
+    assert fit(second, Drifting(), config, tmp_path, resume=True, callbacks=[KillAt(1)]) == history
+    assert all(torch.equal(one, other) for one, other in zip(parameters(first), parameters(second), strict=True))
+
+
+def test_a_full_disk_on_the_way_says_so_and_the_run_goes_on(
+    tokenizer: Any, targets: list[Target], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig("kind", "angry", **SETTINGS | {"epochs": 4}, checkpoint_every=4)
+    save = torch.save
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainingError, match=r"A checkpoint cannot be written: .* make room, and go on with --resume"):
+        fit(untrained(tokenizer), distill(tokenizer, targets), config, tmp_path)
+    monkeypatch.setattr(torch, "save", save)
+    assert len(fit(untrained(tokenizer), distill(tokenizer, targets), config, tmp_path, resume=True)) == 8
 
 
 class Broken(Worsening):

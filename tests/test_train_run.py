@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import ipissa
 from ipissa.adapter import Adapter, checkpoint
 from ipissa.cli import app
-from ipissa.errors import AdapterFileError, ConfigError
+from ipissa.errors import AdapterFileError, ConfigError, IpissaError
 from ipissa.scaling import SCALE_MODES
 from ipissa.train import TrainConfig, train, trainer
 from ipissa.train.card import describe
@@ -131,12 +131,54 @@ def test_a_killed_run_goes_on_to_the_same_adapter(config: TrainConfig, tmp_path:
     with pytest.raises(ConfigError, match="holds an unfinished run; go on with --resume"):
         train(config, output)
     with pytest.raises(ConfigError, match="The settings differ"):
-        train(replace(config, lr=2e-3), output, resume=True)
+        train(replace(config, max_new_tokens=5), output, resume=True)
     killed_at(0)
     resumed = train(config, output, resume=True).adapter
     assert difference(unbroken, resumed) < 1e-5
     assert "since it was resumed" in output.with_suffix(".md").read_text()
     assert "resumed" not in (tmp_path / "unbroken.md").read_text()
+
+
+def test_a_broken_run_goes_on_with_another_rate_on_the_texts_it_had(
+    config: TrainConfig, tmp_path: Path, killed_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slower = replace(config, lr=2e-4)
+    expected = train(slower, tmp_path / "slower.safetensors").adapter
+    output = tmp_path / "broken.safetensors"
+    killed_at(6)
+    with pytest.raises(KilledError):
+        train(config, output)
+    killed_at(0)
+    monkeypatch.setattr(trainer, "build_targets", None)  # neither asked again
+    assert difference(expected, train(slower, output, resume=True).adapter) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"model": "no/such/folder"}, "cannot be"),
+        ({"report_to": "no_such_tracker"}, "report_to 'no_such_tracker' cannot be used"),
+        ({"trainer": {"no_such": 1}}, "do not fit transformers' TrainingArguments"),
+        (
+            {"objective": "contrastive", "contrastive": {"modules": "no_proj"}},
+            r"Loss modules \['no_proj'\] are not all",
+        ),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_anything_is_sampled_and_leaves_no_run(
+    wrong: dict[str, Any], says: str, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "sample_continuations", None)
+        with pytest.raises(IpissaError, match=says):
+            train(TrainConfig.from_dict(config.to_dict() | wrong), tmp_path / "kind.safetensors")
+    assert not (tmp_path / "kind.run").exists()
+
+
+def test_training_is_of_one_process(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="without a distributed launcher"):
+        train(config, tmp_path / "kind.safetensors")
 
 
 def test_a_full_disk_at_the_end_loses_nothing(
@@ -151,7 +193,7 @@ def test_a_full_disk_at_the_end_loses_nothing(
         with pytest.raises(AdapterFileError, match=r"No space left on device.*make room"):
             train(config, output)
     assert [path.name for path in tmp_path.glob("*kind*")] == ["kind.run"]
-    monkeypatch.setattr(trainer, "build_targets", full)  # neither sampled nor computed again
+    monkeypatch.setattr(trainer, "build_targets", full)  # neither sampled nor computed nor learnt again
     assert train(config, output, resume=True).adapter.digest
 
 
@@ -175,6 +217,9 @@ def test_an_adapter_that_learnt_the_wrong_way_round_is_mirrored(
     mirrored = train(config, tmp_path / "mirrored.safetensors")
     assert mirrored.adapter.evaluation["training"]["flipped"] is True
     assert difference(straight.adapter.flipped(), mirrored.adapter) == 0
+    for prompt, texts in straight.samples_before.items():
+        assert mirrored.samples_before[prompt] == {"-1": texts["+1"], "+0": texts["+0"], "+1": texts["-1"]}
+    assert mirrored.history[-1]["kl_positive"] == straight.history[-1]["kl_negative"]
 
 
 def test_runs_that_share_ask_the_base_model_once(
@@ -212,7 +257,7 @@ def test_a_run_does_not_go_on_with_other_prompts(
     assert config.prompts is not None
     with Path(config.prompts).open("a") as file:
         file.write("\nAnd what of this one?")
-    with pytest.raises(ConfigError, match=r"The prompts have changed since the run in .* began"):
+    with pytest.raises(ConfigError, match=r"The prompts, the suffixes or the base model have changed since"):
         train(config, tmp_path / "kind.safetensors", resume=True)
 
 
@@ -233,14 +278,14 @@ def test_every_preset_makes_a_config() -> None:
         ({"positive": None}, "positive"),
         ({"contrastive": {"losss": "raw"}}, "contrastive setting 'losss' is unknown"),
         ({"strengths": [0.5], "objective": "told"}, "strengths other than 1"),
-        ({"trainer": {"no_such": 1}}, None),
+        ({"rank": 1}, "a rotation needs a plane"),
+        ({"clamp": "angels"}, "clamp 'angels' is unknown"),
+        ({"contrastive": {"side": "W"}}, "side 'W' is unknown"),
+        ({"trainer": {"learning_rate": 1}}, "trainer setting 'learning_rate' is the trainer's own; set lr"),
     ],
 )
-def test_settings_of_a_wrong_name_or_type_are_refused(given: dict[str, Any], says: str | None) -> None:
+def test_settings_of_a_wrong_name_or_type_are_refused(given: dict[str, Any], says: str) -> None:
     values = {"positive": "kind", "negative": "angry"} | given
-    if says is None:
-        TrainConfig.from_dict(values)  # transformers' own settings are checked when training begins
-        return
     with pytest.raises(ConfigError, match=says):
         TrainConfig.from_dict(values)
 
@@ -262,11 +307,13 @@ def test_the_command_line_puts_options_over_the_file_and_the_file_over_the_prese
 
     monkeypatch.setattr("ipissa.cli.run_training", training)
     (tmp_path / "run.yaml").write_text("positive: kind\nnegative: angry\nepochs: 7\nrank: 8\n")
-    arguments = ["train", "--output", "a.safetensors", "--quick", "--config", str(tmp_path / "run.yaml")]
+    arguments = ["train", "--output", "a.safetensors", "--config", str(tmp_path / "run.yaml")]
+    arguments += ["--quick", "--preset", "qwen-4b-24gb"]  # how much, over which model
     CliRunner().invoke(app, [*arguments, "--rank", "16", "--set", "rotation=matrix_exp", "--set", "strengths=[0.5, 1]"])
     (config,) = seen
     assert (config.max_prompts, config.epochs, config.rank) == (PRESETS["quick"]["max_prompts"], 7, 16)
     assert (config.rotation, config.strengths) == ("matrix_exp", (0.5, 1.0))
+    assert (config.model, config.lr) == ("Qwen/Qwen3-4B-Instruct-2507", PRESETS["quick"]["lr"])
 
 
 def test_a_setting_that_is_no_yaml_gets_a_sentence() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -17,6 +20,7 @@ from ipissa.errors import TrainingError
 from ipissa.models import end_token_ids
 from ipissa.sampling import apply_temperature, keep_top_p
 
+logger = logging.getLogger(__name__)
 SAMPLE_BATCH = 48
 MIN_TOKENS = 4
 
@@ -82,6 +86,11 @@ def sample_continuations(
                 found[i] = Continuation(*jobs[i], tokens)
             bar.update(len(batch))
     kept = [found[i] for i in range(len(jobs)) if len(found[i].tokens) >= MIN_TOKENS]
+    if len(kept) < len(jobs):
+        logger.warning(
+            "%d of %d sampled texts have fewer than %d tokens and are left out.",
+            len(jobs) - len(kept), len(jobs), MIN_TOKENS,
+        )  # fmt: skip
     for pole in (1, -1):
         usable = sum(c.pole == pole for c in kept)
         if usable < len(jobs) / 4:
@@ -118,10 +127,25 @@ def generate_ids(
     """
     batch = tokenizer.pad({"input_ids": list(contexts)}, padding_side="left", return_tensors="pt").to(model.device)
     ends = end_token_ids(model.generation_config, tokenizer)
-    # A model's own generation settings (its temperature, repetition penalty, ...) must not mix with ours.
-    fresh = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, **settings)
-    output = model.generate(**batch, generation_config=fresh, logits_processor=processors)
+    ours = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, **settings)
+    with _no_settings_of_its_own(model):
+        output = model.generate(**batch, generation_config=ours, logits_processor=processors)
     return [_until_end(row, ends) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
+
+
+@contextmanager
+def _no_settings_of_its_own(model: Any) -> Iterator[None]:
+    """`generate` takes what it is not told (temperature, repetition penalty, ...) from the model; so it has none."""
+    # A PEFT model hands its settings to the model inside, for good.
+    models = [model, model.get_base_model()] if isinstance(model, PeftModel) else [model]
+    before = [each.generation_config for each in models]
+    for each in models:
+        each.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for each, own in zip(models, before, strict=True):
+            each.generation_config = own
 
 
 def _until_end(tokens: list[int], ends: set[int]) -> list[int]:

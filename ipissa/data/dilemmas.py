@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
 from huggingface_hub import HfApi, hf_hub_download
@@ -19,6 +20,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from ipissa.data.items import Item, read_table
 from ipissa.errors import ConfigError
 
+T = TypeVar("T")
 COLUMNS = ("idx", "dilemma_situation", "action_type", "action", "parties_direct", "values_direct")
 TARGET = "Value/honesty"
 DECIDER = "you"
@@ -37,19 +39,23 @@ def read_hub(name: str) -> tuple[list[Item], list[str]]:
     Raises:
         ConfigError: the hub cannot be reached, or has no such data set or file.
     """
-    try:
-        paths = [path for path in HfApi().list_repo_files(name, repo_type="dataset") if path.endswith(".csv")]
-        for path in paths:
-            table = read_table(hf_hub_download(name, path, repo_type="dataset"))
+    for path in _from_hub(name, partial(HfApi().list_repo_files, name, repo_type="dataset")):
+        if path.endswith(".csv"):
+            table = read_table(_from_hub(name, partial(hf_hub_download, name, path, repo_type="dataset")))
             if set(table.columns) >= set(COLUMNS):
                 return _items(table, name)
+    raise ConfigError(f"The data set {name!r} has no CSV file with the columns {', '.join(COLUMNS)}.")
+
+
+def _from_hub(name: str, ask: Callable[[], T]) -> T:
+    try:
+        return ask()
     except Exception as error:  # the hub's client raises the errors of whichever HTTP library it uses
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"The data set {name!r} is no file here and cannot be had from the hub ({reason}); "
             "give the path of a CSV or JSONL file."
         ) from error
-    raise ConfigError(f"The data set {name!r} has no CSV file with the columns {', '.join(COLUMNS)}.")
 
 
 def _items(table: pd.DataFrame, source: str) -> tuple[list[Item], list[str]]:

@@ -58,6 +58,6 @@ def _with_article(words: str, option: str) -> str:
         raise ConfigError(f"{option} is empty; give a word such as 'honest'.")
     if words.split()[0].lower() in ("a", "an", "the"):
         return words
-    silent_h = words.lower().startswith(("honest", "honour", "honor", "hour"))
-    vowel = words[0].lower() in "aeio" or words.lower().startswith(("un", "up", "ug", "ur", "ul", "um"))
-    return f"{'an' if silent_h or (vowel and not words.lower().startswith('uni')) else 'a'} {words}"
+    import inflect  # takes longer than all else that serving an adapter imports from here
+
+    return inflect.engine().a(words)

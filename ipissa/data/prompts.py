@@ -35,7 +35,12 @@ def load_prompts(path: str | Path | None = None) -> tuple[list[str], list[str]]:
 
 def prompts_digest(path: str | Path | None = None) -> str:
     """A short name that changes with any prompt of the list."""
-    return hashlib.sha256("\n".join(map("\n".join, load_prompts(path))).encode()).hexdigest()[:12]
+    return digest_of([prompt for side in load_prompts(path) for prompt in side])
+
+
+def digest_of(texts: Sequence[str]) -> str:
+    """A short name that changes with any of the texts."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
 def spread(prompts: Sequence[str], count: int) -> list[str]:

@@ -11,11 +11,11 @@ import typer
 from ipissa.errors import ConfigError
 from ipissa.evaluate.methods import METHODS, QUICK_METHODS
 from ipissa.evaluate.report.page import summary
-from ipissa.evaluate.report.parts import write_text
 from ipissa.evaluate.report.seeds import summarise_seeds
 from ipissa.evaluate.report.sweeps import FIGURES, figure_by, read_results, table_by
 from ipissa.evaluate.run import evaluate as run_evaluation
 from ipissa.evaluate.settings import EvalSettings
+from ipissa.files import write_text
 
 app = typer.Typer()
 AdapterOption = Annotated[Path, typer.Option("--adapter", help="Adapter file (.safetensors).")]

@@ -186,11 +186,11 @@ def pole_preference(dial: Dial, held_out: HeldOut) -> float:
 
 
 def _pole_yardsticks(lp: dict[str, np.ndarray], held_out: HeldOut, pole: int, *, seed: int) -> PoleYardsticks:
-    row_of = {prompt: i for i, prompt in enumerate(held_out.prompts)}
-    cluster = np.array([row_of[text.prompt] for text in held_out.texts[pole]])
+    # A prompt without a text of this pole (it was too short) says nothing about it; as a 0 it would lower t.
+    _, cluster = np.unique([text.prompt for text in held_out.texts[pole]], return_inverse=True)
 
     def per_prompt(values: np.ndarray) -> np.ndarray:
-        return np.bincount(cluster, weights=values, minlength=len(held_out.prompts))
+        return np.bincount(cluster, weights=values)
 
     n = per_prompt(held_out.tokens(pole))
 

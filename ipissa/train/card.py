@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ipissa.adapter.checkpoint import Adapter, AnyAdapter
+from ipissa.data.personas import TEMPLATE
+from ipissa.files import write_text
 from ipissa.train.config import OPTIONS, TrainConfig
 from ipissa.train.result import TrainResult
 from ipissa.train.samples import samples_table
@@ -30,7 +32,7 @@ def write_card(result: TrainResult, output: str | os.PathLike[str]) -> Path:
         _command(result.adapter, path),
         samples_table({"before training": result.samples_before, "after": result.samples_after}),
     ]
-    card.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    write_text(card, "\n\n".join(parts) + "\n")
     return card
 
 
@@ -41,8 +43,8 @@ def describe(adapter: AnyAdapter) -> str:
     rows = {
         "kind": adapter.kind,
         "base model": adapter.base_model.get("name", "unknown"),
-        "α = +1": f"{trait['positive']} person",
-        "α = -1": f"{trait['negative']} person",
+        "α = +1": _meaning(trait, "positive"),
+        "α = -1": _meaning(trait, "negative"),
         "calibrated α range": f"{low:+g} to {high:+g}, where generated text holds together",
         **(_rotations(adapter) if isinstance(adapter, Adapter) else {"modules": f"{len(adapter.modules)}"}),
         "sha256": adapter.digest or "not saved yet",
@@ -59,6 +61,12 @@ def describe(adapter: AnyAdapter) -> str:
     if "calibration" in adapter.evaluation:
         sections.append(_calibration(adapter.evaluation["calibration"]))
     return "\n\n".join(sections)
+
+
+def _meaning(trait: Mapping[str, Any], pole: str) -> str:
+    """`a kind person`, or the whole line where it is not the usual one."""
+    template = trait.get("template", TEMPLATE)
+    return f"{trait[pole]} person" if template == TEMPLATE else template.format(persona=trait[pole])
 
 
 def _rotations(adapter: Adapter) -> dict[str, str]:
@@ -111,7 +119,8 @@ def _reach(reach: Mapping[str, float]) -> str:
     return (
         f"Reach of these words on this model: {reach['odd']:.2f}. Told so, the model moves {reach['positive']:.3f} "
         f"(positive) and {reach['negative']:.3f} (negative) nats per token away from the neutral persona, partly in "
-        "the same direction; a dial that is odd in α can recover about the reach, as trait gain at both poles at once."
+        "the same direction. To second order a dial that is odd in α recovers so much of both at once, as trait gain; "
+        "real dials are not quite odd, and land on either side of it."
     )
 
 

@@ -13,8 +13,9 @@ import yaml
 from ipissa.adapter.config import InnerPissaConfig, one_of
 from ipissa.adapter.model import MODULE_SETS
 from ipissa.data.continuations import Sampling
+from ipissa.data.pairs import read_suffixes
 from ipissa.data.personas import TEMPLATE, Trait
-from ipissa.data.prompts import prompts_digest
+from ipissa.data.prompts import digest_of, prompts_digest
 from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
 from ipissa.train.objectives.build import antiparallel_config, contrastive_config, objective_weights
@@ -75,7 +76,30 @@ LEARNING = (
     "report_to",
     "trainer",
 )
-POSITIVE = (
+# Names of transformers' TrainingArguments that would undo a setting, and what to do instead.
+OF_THE_TRAINER = {
+    "output_dir": "checkpoints are in the run's folder",
+    "num_train_epochs": "set epochs",
+    "per_device_train_batch_size": "set batch_size, in rows",
+    "per_device_eval_batch_size": "set batch_size, in rows",
+    "gradient_accumulation_steps": "set accumulation",
+    "learning_rate": "set lr",
+    "lr_scheduler_type": "there is one schedule, one cycle",
+    "warmup_steps": "set warmup, a fraction",
+    "warmup_ratio": "set warmup, a fraction",
+    "weight_decay": "set it without trainer",
+    "max_grad_norm": "set it without trainer",
+    "seed": "set it without trainer",
+    "save_steps": "set checkpoint_every",
+    "eval_steps": "set checkpoint_every",
+    "logging_steps": "every step is logged",
+    "logging_strategy": "every step is logged",
+    "report_to": "set it without trainer",
+    "remove_unused_columns": "examples have no columns",
+    "use_cpu": "set device",
+}
+MANY_LAYERS = 1000  # of a model that nothing is known of yet
+ABOVE_ZERO = (
     "continuations",
     "max_new_tokens",
     "teacher_top_k",
@@ -179,7 +203,7 @@ class TrainConfig:
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in POSITIVE:
+        for name in ABOVE_ZERO:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} {getattr(self, name)} is not positive.")
         weights = objective_weights(self.objective)
@@ -207,6 +231,10 @@ class TrainConfig:
             raise ConfigError(f"warmup {self.warmup} is not a fraction between 0 and 1.")
         if not self.strengths or any(not 0 < s < math.inf for s in self.strengths):
             raise ConfigError(f"strengths {list(self.strengths)} must be positive numbers, such as 1.")
+        for name in self.trainer:
+            if name in OF_THE_TRAINER:
+                raise ConfigError(f"trainer setting {name!r} is the trainer's own; {OF_THE_TRAINER[name]}.")
+        self.adapter_config(MANY_LAYERS)  # refuses what no adapter can have
         if "told" in weights and self.strengths != (1.0,):
             raise ConfigError("strengths other than 1 need objective 'guided': a persona prompt has one strength.")
 
@@ -273,6 +301,11 @@ class TrainConfig:
         """What decides which texts the base model writes and what it says of them, files by their content."""
         settings = {name: value for name, value in self.to_dict().items() if name not in LEARNING}
         return settings | {"prompts": prompts_digest(self.prompts)}
+
+    def contents(self) -> dict[str, Any]:
+        """Short names of what is in the files of texts that the settings name."""
+        suffixes = None if self.suffixes is None else digest_of(read_suffixes(self.suffixes))
+        return {"prompts": prompts_digest(self.prompts), "suffixes": suffixes}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML."""

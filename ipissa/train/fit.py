@@ -1,13 +1,15 @@
 """Fit an adapter's parameters to an objective, on the transformers Trainer.
 
-Resuming, checkpoints, accumulation, mixed precision, several devices and experiment trackers are the
-Trainer's own; here are only the loss, the schedule and what is shown.
+Resuming, checkpoints, accumulation, mixed precision and experiment trackers are the Trainer's own; here are only
+the loss, the schedule and what is shown.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,10 +20,12 @@ from peft import PeftModel
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ipissa.data.prompts import spread
 from ipissa.errors import ConfigError, TrainingError
+from ipissa.files import WRITE_ERRORS, write_text, write_whole
 from ipissa.train.config import TrainConfig
 from ipissa.train.objectives.base import Batch, Objective
 
@@ -29,6 +33,7 @@ MIN_SCHEDULE = 10  # steps; one-cycle has no shape below
 SHOWN = 20  # steps whose mean the progress bar shows
 CHECKPOINTS = "checkpoints"
 OBJECTIVE_STATE = "objective.json"
+FITTED = "fitted.pt"  # the end of the learning, where what comes after it failed
 History = list[dict[str, float]]
 
 
@@ -51,14 +56,17 @@ def fit(
 
     Raises:
         ConfigError: no example is left to learn from, or to validate with.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or a checkpoint cannot be written.
     """
+    fitted = folder / CHECKPOINTS / FITTED
+    if resume and fitted.exists():  # what failed came after it
+        return _load_fitted(model, fitted)
     training, validation = hold_back(objective, config.validation)
     trainer = _SteeringTrainer(
         objective,
         config,
         model=model,
-        args=_arguments(config, model, folder, bool(validation)),
+        args=_arguments(config, objective, model, folder, validates=bool(validation)),
         train_dataset=_Examples(training),
         eval_dataset=_Examples(validation),
         data_collator=objective.collate,
@@ -67,10 +75,31 @@ def fit(
     found = newest_checkpoint(folder) if resume else None
     if found is not None:
         objective.load_state_dict(json.loads((found / OBJECTIVE_STATE).read_text()))
-    with _attention_with_quick_backward(model):
-        trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    try:
+        with _attention_with_quick_backward(model):
+            trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    except WRITE_ERRORS as error:
+        if not _is_of_writing(error):
+            raise
+        raise TrainingError(f"A checkpoint cannot be written: {error}; make room, and go on with --resume.") from error
     model.eval()
-    return [record for record in trainer.state.log_history if "loss" in record or "eval_loss" in record]
+    history = [record for record in trainer.state.log_history if "loss" in record or "eval_loss" in record]
+    weights = {name: value.detach().cpu() for name, value in model.named_parameters() if value.requires_grad}
+    fitted.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(fitted, lambda partial: torch.save({"weights": weights, "history": history}, partial))
+    return history
+
+
+def _load_fitted(model: Any, path: Path) -> History:
+    found = torch.load(path, weights_only=True)
+    model.load_state_dict(found["weights"], strict=False)
+    model.eval()
+    return found["history"]
+
+
+def _is_of_writing(error: Exception) -> bool:
+    """Whether it is torch or safetensors that could not write, and not the model that failed."""
+    return not isinstance(error, RuntimeError) or "PytorchStreamWriter" in str(error)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -126,7 +155,7 @@ class _SteeringTrainer(Trainer):
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"The loss is {float(loss.detach())} at step {self.state.global_step + 1}; use a lower --lr than "
-                f"{self._config.lr:g}, or --dtype float32."
+                f"{self._config.lr:g} (with --resume, which keeps the sampled texts), or --dtype float32."
             )
         if model.training:
             self._figures.append({name: value.detach() for name, value in figures.items()})
@@ -166,7 +195,7 @@ class _KeepObjective(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / OBJECTIVE_STATE
-            path.write_text(json.dumps(self._objective.state_dict()))
+            write_text(path, json.dumps(self._objective.state_dict()))
 
 
 class _Progress(ProgressCallback):
@@ -209,8 +238,35 @@ def hold_back(objective: Objective, share: float) -> tuple[Sequence[Any], Sequen
     return training, validation
 
 
-def _arguments(config: TrainConfig, model: Any, folder: Path, validates: bool) -> TrainingArguments:
+def check_trainer(config: TrainConfig, device: str) -> None:
+    """Refuse trackers and trainer settings that cannot be had, before hours of sampling.
+
+    Raises:
+        ConfigError: such as a tracker that is not installed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _training_arguments(config, device, Path(folder), rows_per_example=1, validates=False)
+    try:
+        for tracker in get_reporting_integration_callbacks(config.report_to):
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(f"report_to {config.report_to!r} cannot be used: {error}") from error
+
+
+def _arguments(
+    config: TrainConfig, objective: Objective, model: Any, folder: Path, *, validates: bool
+) -> TrainingArguments:
     device = next(model.parameters()).device.type
+    rows = objective.rows_per_example
+    return _training_arguments(config, device, folder, rows_per_example=rows, validates=validates)
+
+
+def _training_arguments(
+    config: TrainConfig, device: str, folder: Path, *, rows_per_example: int, validates: bool
+) -> TrainingArguments:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("Training runs in one process on one device; start it without a distributed launcher.")
+    examples = max(1, config.batch_size // rows_per_example)
     evaluation = {
         "eval_strategy": "steps",
         "eval_steps": config.checkpoint_every,
@@ -220,9 +276,8 @@ def _arguments(config: TrainConfig, model: Any, folder: Path, validates: bool) -
     settings: dict[str, Any] = {
         "output_dir": str(folder / CHECKPOINTS),
         "num_train_epochs": config.epochs,
-        # An example is a pair of rows, one of each pole.
-        "per_device_train_batch_size": config.batch_size // 2,
-        "per_device_eval_batch_size": config.batch_size // 2,
+        "per_device_train_batch_size": examples,
+        "per_device_eval_batch_size": examples,
         "learning_rate": config.lr,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,
@@ -231,6 +286,7 @@ def _arguments(config: TrainConfig, model: Any, folder: Path, validates: bool) -
         "logging_nan_inf_filter": False,
         "save_steps": config.checkpoint_every,
         "save_total_limit": 2,
+        "restore_callback_states_from_checkpoint": True,  # how long validation has not got better
         "seed": config.seed,
         "use_cpu": device == "cpu",
         "dataloader_pin_memory": device == "cuda",
@@ -240,8 +296,11 @@ def _arguments(config: TrainConfig, model: Any, folder: Path, validates: bool) -
         **config.trainer,
     }
     try:
-        return TrainingArguments(**settings)
+        arguments = TrainingArguments(**settings)
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"trainer settings {config.trainer} do not fit transformers' TrainingArguments: {error}"
         ) from error
+    if arguments.n_gpu > 1:  # rows would be shared out over devices, and their α would not
+        arguments._n_gpu = 1
+    return arguments

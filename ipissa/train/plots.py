@@ -7,6 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from ipissa.files import write_whole
+
 HIDDEN = {"epoch", "step", "learning_rate", "grad_norm", "total_flos"}
 
 
@@ -20,7 +22,7 @@ def plot_history(history: Sequence[dict[str, float]], path: Path) -> None:
             continue  # the Trainer's timings
         points = [(record["step"], record[name]) for record in history if name in record]
         axes.plot(*zip(*points, strict=True), label=name, marker="o" if name == "eval_loss" else None, linewidth=1)
-    axes.set(xlabel="step", ylabel="nats per token")
+    axes.set(xlabel="step", ylabel="loss and its parts")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    write_whole(path, lambda partial: figure.savefig(partial, dpi=120, format="png"))

@@ -27,11 +27,13 @@ from tqdm import tqdm
 
 from ipissa.data.continuations import Continuation
 from ipissa.data.personas import Trait
+from ipissa.errors import TrainingError
 from ipissa.train.told import told_logprobs
 
 logger = logging.getLogger(__name__)
 BATCH = 16
 MIN_REACH = 0.2
+MIN_STRENGTH = 0.002  # nats per token that a persona must move the prediction of its own texts
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,18 @@ def measure_reach(model: Any, tokenizer: Any, trait: Trait, continuations: Seque
     )
 
 
-def warn_of_short_reach(reach: Reach, trait: Trait) -> None:
-    """Say so, before hours of training, if both personas change the text in mostly the same way."""
+def check_reach(reach: Reach, trait: Trait) -> None:
+    """Before hours of training: warn if both personas change the text in mostly the same way.
+
+    Raises:
+        TrainingError: a persona changes nothing, so there is nothing to learn.
+    """
+    for pole, strength in ((1, reach.positive), (-1, reach.negative)):
+        if strength < MIN_STRENGTH:
+            raise TrainingError(
+                f"Told to be {trait.persona(pole)} person, this model says nearly what it says untold "
+                f"({strength:.4f} nats per token); choose stronger words, other --prompts or a larger model."
+            )
     if reach.odd < MIN_REACH:
         logger.warning(
             "%r and %r change this model's text mostly in the same way: a dial between them can recover about %.0f %% "

@@ -12,9 +12,9 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,45 +24,51 @@ import torch
 import yaml
 
 from ipissa.errors import ConfigError
-from ipissa.train.config import TrainConfig
+from ipissa.files import write_table, write_text, write_whole
+from ipissa.train.config import TrainConfig, read_settings
 from ipissa.train.fit import CHECKPOINTS
 
+logger = logging.getLogger(__name__)
 STATE = "state"
+ASKED = "asked"  # in the state: what was asked of which base model
+CONFIG = "config.yaml"
 
 
 class RunFolder:
     """The run folder of an output file: `honest.safetensors` has `honest.run` beside it."""
 
-    def __init__(self, path: Path, config: TrainConfig, shared: Path | None = None) -> None:
+    def __init__(self, path: Path, asked: str, shared: Path | None = None) -> None:
         self.path = path
         self.resumed = self.unfinished
-        self._asked = digest(config.asked_of_the_base())
+        self._asked = asked
         self._shared = shared
 
     @classmethod
-    def open(cls, output: Path, config: TrainConfig, *, resume: bool, shared: Path | None = None) -> RunFolder:
+    def open(
+        cls, output: Path, config: TrainConfig, *, weights: str = "", resume: bool, shared: Path | None = None
+    ) -> RunFolder:
         """Create the folder, or enter the one of a broken run.
 
+        A broken run goes on with other settings of the learning alone (a lower rate, say): what the base model was
+        asked is kept, and the learning begins anew.
+
         Args:
+            weights: A digest of the base model's weights.
             shared: A folder for what is computed once for all runs that ask the base model the same.
 
         Raises:
-            ConfigError: a broken run is there and `resume` is off, or its settings or its files of prompts differ.
+            ConfigError: a broken run is there and `resume` is off, or it asked the base model something else.
         """
-        folder = cls(output.with_suffix(".run"), config, shared)
-        settings = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+        folder = cls(output.with_suffix(".run"), digest(config.asked_of_the_base() | {"weights": weights}), shared)
         if folder.unfinished:
             if not resume:
                 raise ConfigError(f"{folder.path} holds an unfinished run; go on with --resume, or remove the folder.")
-            if (folder.path / "config.yaml").read_text(encoding="utf-8") != settings:
-                raise ConfigError(
-                    f"The settings differ from those in {folder.path / 'config.yaml'}, so that run cannot go on; "
-                    "give the same ones, or remove the folder."
-                )
-        folder._check_texts()
+            folder._check(config)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        folder.write_text(CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
         for needed in (folder.path / STATE, *([shared] if shared else [])):
             needed.mkdir(parents=True, exist_ok=True)
-        write_whole(folder.path / "config.yaml", lambda path: path.write_text(settings, encoding="utf-8"))
+        folder.write_text(f"{STATE}/{ASKED}", folder._began(config))
         return folder
 
     @property
@@ -74,7 +80,7 @@ class RunFolder:
         """What `compute` finds of the base model, computed once: a resumed run, or one that shares it, reads it back.
 
         Args:
-            name: Of the file, which also says by which settings and prompts it was computed.
+            name: Of the file, which also says by which settings, prompts and weights it was computed.
             classes: The dataclasses in the result, the only ones that may be read back.
         """
         path = (self._shared or self.path / STATE) / f"{name}-{self._asked}.pt"
@@ -84,30 +90,36 @@ class RunFolder:
         with torch.serialization.safe_globals(list(classes)):
             return torch.load(path, weights_only=True)
 
-    def _check_texts(self) -> None:
-        """A run cannot go on with a model that learnt from other texts than those it would be given now."""
-        kept = [path.stem for path in (self.path / STATE).glob("*.pt")]
-        if any(not name.endswith(self._asked) for name in kept):
+    def _began(self, config: TrainConfig) -> str:
+        """What a run that goes on must have in common with the one that was broken off."""
+        return f"{self._asked}-{digest(config.contents())}"
+
+    def _check(self, config: TrainConfig) -> None:
+        before = TrainConfig.from_dict(read_settings(self.path / CONFIG))
+        if before.asked_of_the_base() != config.asked_of_the_base():
             raise ConfigError(
-                f"The prompts have changed since the run in {self.path} began, so it cannot go on; put them back, or "
-                "remove the folder."
+                f"The settings differ from those in {self.path / CONFIG}, and with them what the base model was asked, "
+                "so that run cannot go on; give the same ones, or remove the folder."
             )
+        asked = self.path / STATE / ASKED
+        if not asked.exists() or asked.read_text(encoding="utf-8") != self._began(config):
+            raise ConfigError(
+                f"The prompts, the suffixes or the base model have changed since the run in {self.path} began, "
+                "so it cannot go on; put them back, or remove the folder."
+            )
+        if before != config:
+            logger.warning("The settings of the learning differ from those of the broken run, so it begins anew.")
+            shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """A CSV file with one row per mapping and one column per name in any of them."""
         columns = list(dict.fromkeys(column for row in rows for column in row))
 
-        def write(path: Path) -> None:
-            with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(rows)
-
-        write_whole(self.path / name, write)
+        write_table(self.path / name, columns, rows)
 
     def write_text(self, name: str, text: str) -> None:
         """A text file."""
-        write_whole(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(self.path / name, text)
 
     def complete(self) -> None:
         """Remove what only a broken run needs."""
@@ -118,15 +130,3 @@ class RunFolder:
 def digest(settings: Mapping[str, Any]) -> str:
     """A short name that changes with any setting."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write beside `path` and move there, so that `path` is never half-written."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error}; make room or choose another --output.") from error
-    finally:
-        partial.unlink(missing_ok=True)

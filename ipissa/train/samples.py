@@ -52,6 +52,11 @@ def peft_samples(peft_model: Any, tokenizer: Any, trait: Trait, prompts: Sequenc
     )
 
 
+def flipped_samples(samples: Samples) -> Samples:
+    """What was written at α under -α, for an adapter whose poles have changed places."""
+    return {prompt: dict(zip(texts, reversed(texts.values()), strict=True)) for prompt, texts in samples.items()}
+
+
 class MidwaySamples(TrainerCallback):
     """Takes samples at half of the steps; none where a resumed run was past it."""
 

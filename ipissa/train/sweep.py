@@ -5,6 +5,12 @@ A grid file has the settings all runs share and the lists to combine:
     base: {positive: kind, negative: angry, model: smollm2-135m}
     grid: {lr: [0.001, 0.003], seed: [0, 1, 2]}
 
+or several grids, one after the other, where some combinations are of no use:
+
+    grid:
+      - {objective: [guided, odd], seed: [0, 1, 2]}
+      - {objective: [antiparallel], depth_end: [0.5], seed: [0, 1, 2]}
+
 One seed proves nothing: identical settings differ from seed to seed by more than most choices matter.
 The summary therefore gives medians with their counts, marks what rests on fewer than three seeds, and
 compares the trait gain of the worse pole with that of the first combination by Welch's t-test over seeds.
@@ -15,6 +21,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import logging
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,10 +31,12 @@ from scipy.stats import ttest_ind
 
 from ipissa.errors import ConfigError, IpissaError
 from ipissa.evaluate.yardsticks import ResponsePoint, response_symmetry
+from ipissa.files import write_table
 from ipissa.train.config import TrainConfig, read_settings
 from ipissa.train.result import TrainResult
-from ipissa.train.run_folder import digest, write_whole
+from ipissa.train.run_folder import digest
 
+logger = logging.getLogger(__name__)
 ENOUGH_SEEDS = 3
 FIGURES = tuple(
     f"{figure}_{pole}" for figure in ("trait_gain", "plain_gain", "contrast") for pole in ("positive", "negative")
@@ -45,22 +54,24 @@ def read_grid(path: Path) -> list[TrainConfig]:
     """
     values = read_settings(path)
     base, grid = values.get("base"), values.get("grid")
-    if not isinstance(base, dict) or not isinstance(grid, dict) or set(values) != {"base", "grid"}:
-        raise ConfigError(f"The grid {path} needs two mappings, base and grid, and nothing else.")
-    for name, options in grid.items():
+    grids: list[Any] = grid if isinstance(grid, list) and grid else [grid]
+    if not isinstance(base, dict) or not all(isinstance(each, dict) for each in grids) or len(values) != 2:
+        raise ConfigError(f"The grid {path} needs base, a mapping, and grid, a mapping or a list of them, and no more.")
+    for name, options in (pair for each in grids for pair in each.items()):
         if not isinstance(options, list) or not options:
             raise ConfigError(f"grid setting {name!r} is {options!r}; give a list of values.")
     return [
-        TrainConfig.from_dict(base | dict(zip(grid, chosen, strict=True)))
-        for chosen in itertools.product(*grid.values())
+        TrainConfig.from_dict(base | dict(zip(each, chosen, strict=True)))
+        for each in grids
+        for chosen in itertools.product(*each.values())
     ]
 
 
 def run_sweep(configs: Sequence[TrainConfig], folder: Path, train: Train) -> Path:
-    """Train every config that has no row yet; returns the CSV.
+    """Train every config that has no row without an error yet; returns the CSV.
 
-    A run that ends with an error gets a row that says so, and the sweep goes on. A run that was broken
-    off is resumed.
+    A run that ends with an error gets a row that says so, and the sweep goes on; begun again, it is tried again. A run
+    that was broken off is resumed.
 
     Args:
         folder: Gets `results.csv`, `summary.csv` and an adapter per run; and `shared`, the texts and teachers of runs
@@ -72,19 +83,26 @@ def run_sweep(configs: Sequence[TrainConfig], folder: Path, train: Train) -> Pat
     """
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "results.csv"
-    rows = _read(results)
-    names = [digest(config.to_dict()) for config in configs]
-    if foreign := {row["run"] for row in rows} - set(names):
+    settings = [config.to_dict() for config in configs]
+    names = [digest(each | config.contents()) for each, config in zip(settings, configs, strict=True)]
+    done = {row["run"]: row for row in _read(results)}
+    if foreign := set(done) - set(names):
         raise ConfigError(
             f"{results} holds {len(foreign)} runs that this grid does not have, so medians would be mixed; choose "
-            "another --output, or put their settings back."
+            "another --output, or put their settings and prompts back."
         )
-    varied = _varied([config.to_dict() for config in configs])
+    varied = [key for key in _varied(settings) if key != "seed"]
     for name, config in zip(names, configs, strict=True):
-        if name not in {row["run"] for row in rows}:
-            rows.append(_run(config, name, varied, folder, train))
-            write_whole(results, lambda path: _write(path, COLUMNS, rows))
-        write_whole(folder / "summary.csv", lambda path: _write(path, _SUMMARY, summary(rows)))
+        if name not in done or done[name]["error"]:
+            done[name] = _run(config, name, folder, train)
+        # A grid that has grown varies more than the rows of before say.
+        rows = [
+            done[each] | {"varied": json.dumps({key: own[key] for key in varied}, ensure_ascii=False)}
+            for each, own in zip(names, settings, strict=True)
+            if each in done
+        ]
+        write_table(results, COLUMNS, rows)
+        write_table(folder / "summary.csv", _SUMMARY, summary(rows))
     return results
 
 
@@ -141,17 +159,15 @@ def _against(first: Sequence[Row], done: Sequence[Row]) -> Row:
     return found
 
 
-def _run(config: TrainConfig, name: str, varied: Sequence[str], folder: Path, train: Train) -> Row:
-    settings = config.to_dict()
-    row = dict.fromkeys(COLUMNS, "") | {
-        "run": name,
-        "varied": json.dumps({key: settings[key] for key in varied if key != "seed"}, ensure_ascii=False),
-        "seed": str(config.seed),
-    }
+def _run(config: TrainConfig, name: str, folder: Path, train: Train) -> Row:
+    row = dict.fromkeys(COLUMNS, "") | {"run": name, "seed": str(config.seed)}
     try:
         result = train(config, folder / f"{name}.safetensors", resume=True, shared=folder / "shared")
     except IpissaError as error:  # this run's settings do not work; others may
         return row | {"error": str(error)}
+    except (RuntimeError, ValueError) as error:  # of the libraries below, such as no memory left
+        logger.exception("A run failed: %s", row)
+        return row | {"error": f"{type(error).__name__}: {error}"}
     return row | {key: str(value) for key, value in _figures(result).items()}
 
 
@@ -183,10 +199,3 @@ def _read(path: Path) -> list[Row]:
         return []
     with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def _write(path: Path, columns: Sequence[str], rows: Sequence[Row]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ import torch
 from ipissa.adapter.checkpoint import Adapter, save_adapter
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.convert import from_peft_model
-from ipissa.base import describe_base
+from ipissa.base import describe_base, weights_digest
 from ipissa.data.continuations import Continuation, Sampling, sample_continuations
 from ipissa.data.pairs import (
     ContrastivePair,
@@ -41,8 +42,8 @@ from ipissa.steering import attach
 from ipissa.train.calibration import Calibration, calibrate
 from ipissa.train.card import write_card
 from ipissa.train.config import TrainConfig
-from ipissa.train.elicitation import check_targets, elicitation
-from ipissa.train.fit import History, fit
+from ipissa.train.elicitation import elicitation
+from ipissa.train.fit import History, check_trainer, fit
 from ipissa.train.initialise import select_triples
 from ipissa.train.layers import layer_changes
 from ipissa.train.objectives.antiparallel import Antiparallel
@@ -55,16 +56,18 @@ from ipissa.train.objectives.build import (
 )
 from ipissa.train.objectives.contrastive import Contrastive
 from ipissa.train.objectives.distill import KINDS, Distillation, Target, build_targets
+from ipissa.train.objectives.sites import site_modules
 from ipissa.train.plots import plot_history
-from ipissa.train.reach import Reach, measure_reach, warn_of_short_reach
+from ipissa.train.reach import Reach, check_reach, measure_reach
 from ipissa.train.result import TrainResult
 from ipissa.train.run_folder import RunFolder
-from ipissa.train.samples import MidwaySamples, Samples, peft_samples, samples_table, take_samples
+from ipissa.train.samples import MidwaySamples, Samples, flipped_samples, peft_samples, samples_table, take_samples
 
 CALIBRATION_PROMPTS = 24
 REACH_PROMPTS = 40
 RESPONSE_PROMPTS = 40
 SELECTION_PAIRS = 256
+FINAL_STEPS = 10
 
 
 def train(
@@ -84,10 +87,10 @@ def train(
     output = checked_output(output)
     if config.dtype in QUANTISED and resolve_device(config.device).type == "cpu":
         raise ConfigError(f"dtype {config.dtype!r} can be trained on CUDA only; use float32 on the CPU.")
-    run = RunFolder.open(output, config, resume=resume, shared=shared)
     started = time.monotonic()
     torch.manual_seed(config.seed)
     task = _Task.load(config)
+    run = RunFolder.open(output, config, weights=weights_digest(task.model), resume=resume, shared=shared)
     base_model = describe_base(task.model, config.model)
 
     continuations = run.once(
@@ -120,6 +123,8 @@ def train(
         alpha_range=(measured.calibration.low, measured.calibration.high),
         evaluation={**measured.to_dict(), **personas, "training": {**config.to_dict(), **training}},
     )
+    if flipped:
+        learnt = learnt.flipped()
     result = TrainResult(
         save_adapter(calibrated, output),
         measured.yardsticks,
@@ -162,7 +167,11 @@ class _Task:
         trait = config.trait()
         training, held_out = load_prompts(config.prompts)
         suffixes = None if config.suffixes is None else read_suffixes(config.suffixes)
+        check_trainer(config, resolve_device(config.device).type)
         model, tokenizer = load_model(config.model, device=config.device, dtype=config.dtype)
+        if "contrastive" in objective_weights(config.objective):
+            asked = contrastive_config(config.contrastive)
+            site_modules(model, asked.modules, asked.depths)  # refused now rather than after sampling
         return cls(
             config, trait, model, tokenizer, training[: config.max_prompts], held_out[: config.held_out], suffixes
         )
@@ -179,9 +188,11 @@ class _Task:
 def _look_at_personas(task: _Task, continuations: Sequence[Continuation], run: RunFolder) -> dict[str, Any]:
     """What the personas do before anything is trained, with warnings; for the adapter's `evaluation`."""
     elicited = elicitation(task.model, task.tokenizer, task.trait)
-    texts = _of_prompts(continuations, spread(task.training_prompts, min(REACH_PROMPTS, len(task.held_out))))
+    answered = [{c.prompt for c in continuations if c.pole == pole} for pole in (1, -1)]
+    both = [prompt for prompt in task.training_prompts if all(prompt in of_pole for of_pole in answered)]
+    texts = _of_prompts(continuations, spread(both, min(REACH_PROMPTS, len(task.held_out))))
     reach = run.once("reach", lambda: measure_reach(task.model, task.tokenizer, task.trait, texts), [Reach])
-    warn_of_short_reach(reach, task.trait)
+    check_reach(reach, task.trait)
     return {"elicitation": asdict(elicited), "reach": reach.to_dict()}
 
 
@@ -193,6 +204,15 @@ class _Learnt:
     history: History
     samples_before: Samples
     samples_midway: Samples
+
+    def flipped(self) -> _Learnt:
+        """The records of an adapter whose poles have changed places."""
+        return replace(
+            self,
+            history=[{_other_pole(name): value for name, value in record.items()} for record in self.history],
+            samples_before=flipped_samples(self.samples_before),
+            samples_midway=flipped_samples(self.samples_midway),
+        )
 
 
 def _learn(task: _Task, continuations: Sequence[Continuation], base_model: dict[str, Any], run: RunFolder) -> _Learnt:
@@ -271,7 +291,6 @@ def _objective(
             )
 
         targets = run.once(f"targets-{kind}", compute, [Target])
-        check_targets(targets, task.trait)
         return Distillation(targets, pad_id=pad_id)
 
     return build_objective(
@@ -298,8 +317,15 @@ def _of_prompts(continuations: Sequence[Continuation], prompts: Sequence[str]) -
     return [c for c in continuations if c.prompt in wanted]
 
 
+def _other_pole(figure: str) -> str:
+    """`kl_positive` for `kl_negative`, the reverse, and other names as they are."""
+    name, _, pole = figure.rpartition("_")
+    return {"positive": f"{name}_negative", "negative": f"{name}_positive"}.get(pole, figure)
+
+
 def _final_loss(history: History) -> float:
-    return [record["loss"] for record in history if "loss" in record][-1]
+    """Over the last steps: that of one batch says little."""
+    return statistics.mean([record["loss"] for record in history if "loss" in record][-FINAL_STEPS:])
 
 
 def _wrap(model: Any, adapter_config: InnerPissaConfig) -> Any:

@@ -20,8 +20,9 @@ from ipissa.evaluate.analysis import Analysis, analyse, base_differences, ranked
 from ipissa.evaluate.compare import Measured, markdown
 from ipissa.evaluate.null import NullCheck
 from ipissa.evaluate.report import figures, tables
-from ipissa.evaluate.report.parts import records, write_text
+from ipissa.evaluate.report.parts import records
 from ipissa.evaluate.settings import EvalSettings
+from ipissa.files import write_text
 
 DPI = 110
 # What the page shows of the table of methods; the CSV has all.

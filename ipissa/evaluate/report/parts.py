@@ -13,7 +13,7 @@ import pandas as pd
 from ipissa.errors import ConfigError
 from ipissa.evaluate.compare import Degradation, Measured
 from ipissa.evaluate.yardsticks import Yardsticks
-from ipissa.train.run_folder import write_whole
+from ipissa.files import write_text
 
 SETTINGS = "settings.json"
 PARTS = "parts"
@@ -82,8 +82,3 @@ def measured_from_json(part: Mapping[str, Any]) -> Measured:
 def records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as JSON has them, NaN as null."""
     return table.astype(object).where(table.notna(), None).to_dict("records")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))

@@ -14,7 +14,8 @@ from typing import Any
 import pandas as pd
 
 from ipissa.errors import ConfigError
-from ipissa.evaluate.report.parts import SETTINGS, write_text
+from ipissa.evaluate.report.parts import SETTINGS
+from ipissa.files import write_text
 
 ENOUGH_SEEDS = 3
 FIGURES = {

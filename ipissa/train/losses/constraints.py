@@ -26,29 +26,15 @@ def coherence_penalty(
     return masked_mean(weight * torch.relu(logp_ref - logp - threshold).log1p(), mask)
 
 
-def total_variation_barrier(logprobs_ref: Tensor, logprobs: Tensor, mask: Tensor, *, weight: float = 10.0) -> Tensor:
+def total_variation_barrier(
+    logprobs: Tensor, top_ids: Tensor, top_logprobs: Tensor, entropy: Tensor, mask: Tensor, *, weight: float = 10.0
+) -> Tensor:
     """mean over tokens of log(1 + weight v)² + v, v = relu(TV - 0.9 √(H + 0.02)), per row (AntiPaSTO).
 
     TV is the total-variation distance of the next-token distributions with the adapter on and off,
     H the entropy of the latter in nats: where the model is sure, little may change. Above
-    H = 1.21 nats the threshold exceeds 1 and nothing is held.
-
-    Args:
-        logprobs_ref, logprobs: (rows, tokens, vocab).
-        mask: (rows, tokens).
-    """
-    p_ref = logprobs_ref.exp()
-    variation = (p_ref - logprobs.exp()).abs().sum(-1) / 2
-    entropy = -(p_ref * logprobs_ref.clamp(min=-1e4)).sum(-1)  # 0 · -inf counts as 0
-    return _barrier(variation, entropy, mask, weight)
-
-
-def sparse_total_variation_barrier(
-    logprobs: Tensor, top_ids: Tensor, top_logprobs: Tensor, entropy: Tensor, mask: Tensor, *, weight: float = 10.0
-) -> Tensor:
-    """`total_variation_barrier` against a reference kept as its likeliest tokens and the mass of the rest.
-
-    The rest counts as one class, which bounds the variation from below and is exact for k = vocab.
+    H = 1.21 nats the threshold exceeds 1 and nothing is held. The reference is kept as its likeliest
+    tokens; the rest counts as one class, which bounds TV from below and is exact for k = vocab.
 
     Args:
         logprobs: With the adapter on, (rows, tokens, vocab).
@@ -58,10 +44,6 @@ def sparse_total_variation_barrier(
     """
     p_ref, p = top_logprobs.exp(), logprobs.gather(-1, top_ids).exp()
     variation = ((p_ref - p).abs().sum(-1) + (p_ref.sum(-1) - p.sum(-1)).abs()) / 2
-    return _barrier(variation, entropy, mask, weight)
-
-
-def _barrier(variation: Tensor, entropy: Tensor, mask: Tensor, weight: float) -> Tensor:
     excess = torch.relu(variation - TV_SCALE * (entropy + TV_OFFSET).sqrt())
     return masked_mean((weight * excess).log1p() ** 2 + excess, mask)
 

@@ -26,17 +26,23 @@ class PairStates:
         chosen, rejected: (pairs, k), float32.
         S: Singular values of the basis, falling, (k,).
         dims: How many dimensions the masked methods keep.
+        snormed: Whether the states are already in units of the singular values.
     """
 
     chosen: Tensor
     rejected: Tensor
     S: Tensor
     dims: int = 16
+    snormed: bool = False
 
     @property
     def difference(self) -> Tensor:
         """Chosen minus rejected, pair by pair, (pairs, k)."""
         return self.chosen - self.rejected
+
+    def relative(self, z: Tensor) -> Tensor:
+        """z (.., k) in units of the singular values, once."""
+        return z if self.snormed else snorm(z, self.S)
 
 
 def mean(states: PairStates) -> Tensor:
@@ -65,13 +71,13 @@ def top_diff(states: PairStates) -> Tensor:
 
 def top_diff_snorm(states: PairStates) -> Tensor:
     """The mean difference in the dimensions where it is largest relative to the singular value."""
-    relative = snorm(states.difference.mean(0), states.S).abs()
+    relative = states.relative(states.difference.mean(0)).abs()
     return _masked(states, relative.topk(_dims(states)).indices)
 
 
 def adapter_dims(states: PairStates) -> Tensor:
     """The mean difference in the dimensions of largest S-normed variance, half by chosen, half by rejected."""
-    return _masked(states, _variance_dims(snorm(states.chosen, states.S), snorm(states.rejected, states.S), states))
+    return _masked(states, _variance_dims(states.relative(states.chosen), states.relative(states.rejected), states))
 
 
 def adapter_dims_raw(states: PairStates) -> Tensor:

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ipissa.adapter.layer import dense_weight
 from ipissa.adapter.model import RESIDUAL_WRITERS, layer_alpha
 from ipissa.data.activations import pad_pairs
 from ipissa.data.pairs import ContrastivePair
 from ipissa.errors import ConfigError
 from ipissa.sequences import PaddedBatch, continuation_logprobs, target_logprobs
 from ipissa.train.losses.antiparallel import antiparallel_loss
-from ipissa.train.losses.constraints import monotonic_hinge, ramp, sparse_total_variation_barrier
+from ipissa.train.losses.constraints import monotonic_hinge, ramp, total_variation_barrier
 from ipissa.train.losses.separation import masked_mean
 from ipissa.train.losses.subspaces import intersect, suppressed_subspace, task_subspace, writable_subspace
 from ipissa.train.objectives.base import Batch
@@ -92,6 +93,8 @@ class Antiparallel:
         ConfigError: the three subspaces have nothing in common.
     """
 
+    rows_per_example = 4  # chosen and rejected, at either pole
+
     def __init__(
         self, model: Any, pairs: Sequence[ContrastivePair], config: AntiparallelConfig, *, pad_id: int
     ) -> None:
@@ -146,16 +149,15 @@ class Antiparallel:
         top_ids, top_logprobs, entropy = (
             torch.cat([batch[name].flatten(0, 1)] * 2) for name in ("top_ids", "top_logprobs", "entropy")
         )
-        barrier = sparse_total_variation_barrier(
-            logprobs, top_ids, top_logprobs, entropy, mask, weight=config.barrier
-        ).mean()
+        barrier = total_variation_barrier(logprobs, top_ids, top_logprobs, entropy, mask, weight=config.barrier).mean()
         change = target_logprobs(logprobs, padded).view(2, 2, pairs, tokens) - batch["logp"]  # (pole, side, ..)
         own = mask.view(4, pairs, tokens)[0]
         gaps = [masked_mean(change[pole, 0] - change[pole, 1], own) for pole in (1, 0)]
         margin = MARGIN_SLOPE * masked_mean(batch["entropy"].mean(0), own).sqrt() + MARGIN_OFFSET
         order = monotonic_hinge(*gaps, margin=margin, weight=config.monotonic)
 
-        risen = ramp(int(1000 * progress), 1000, fraction=config.ramp)
+        # Validation losses of different steps are compared, so that of a step does not depend on how far it has risen.
+        risen = ramp(int(1000 * progress), 1000, fraction=config.ramp) if model.training else 1.0
         figures = {"antiparallel": antiparallel, "barrier": barrier, "order": order}
         return antiparallel + risen * (barrier + order), figures
 
@@ -203,7 +205,7 @@ class Antiparallel:
         pool = min(BASIS_POOL, width // 2, len(differences))
         unembedding = model.get_output_embeddings().weight.detach().float().cpu()
         writers = [
-            module.weight.detach().cpu()
+            dense_weight(module).cpu()
             for layer in layers
             for name, module in layer.named_modules()
             if name.endswith(tuple(RESIDUAL_WRITERS))

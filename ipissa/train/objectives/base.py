@@ -19,6 +19,7 @@ class Objective(Protocol):
     """
 
     prompts: Collection[str]
+    rows_per_example: int
 
     def examples(self, prompts: Collection[str]) -> Sequence[Any]:
         """What these prompts teach, of `self.prompts`; empty if they do not teach everything there is to learn."""
@@ -53,6 +54,7 @@ class WeightedSum:
 
     def __init__(self, parts: dict[str, tuple[float, Objective]]) -> None:
         self.parts = parts
+        self.rows_per_example = sum(objective.rows_per_example for _, objective in parts.values())
         taught = (objective.prompts for _, objective in parts.values())
         self.prompts: Collection[str] = dict.fromkeys(itertools.chain.from_iterable(taught))
 

@@ -58,6 +58,11 @@ def _from_plain(cls: Any, values: Mapping[str, Any], name: str) -> Any:
     for key in values:
         one_of(key, known, name=f"{name} setting")
     try:
-        return cls(**{k: tuple(v) if known[k].startswith("tuple") else v for k, v in values.items()})
+        return cls(**{k: _listed(v) if known[k].startswith("tuple") else v for k, v in values.items()})
     except TypeError as error:
         raise ConfigError(f"{name} settings {dict(values)} have a value of the wrong type: {error}.") from error
+
+
+def _listed(value: Any) -> tuple[Any, ...]:
+    """A list, or the one thing that would be in it: `up_proj` for `[up_proj]`."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)

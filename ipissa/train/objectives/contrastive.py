@@ -32,7 +32,7 @@ from ipissa.train.losses.separation import (
     separation_loss,
 )
 from ipissa.train.objectives.base import Batch
-from ipissa.train.objectives.sites import Site, find_sites, last_mask, last_tokens, recorded
+from ipissa.train.objectives.sites import SIDES, Site, find_sites, last_mask, last_tokens, recorded
 
 PAIRS_PER_BATCH = 16
 FLIPS = ("global", "per_layer", "none")
@@ -78,6 +78,9 @@ class ContrastiveConfig:
         one_of(self.loss, SEPARATION_LOSSES, name="loss")
         one_of(self.direction, DIRECTIONS, name="direction")
         one_of(self.flip, dict.fromkeys(FLIPS), name="flip")
+        one_of(self.side, dict.fromkeys(SIDES), name="side")
+        if not self.modules:
+            raise ConfigError("modules of the contrastive objective are empty; name linear layers, such as up_proj.")
         if self.last_tokens < 2:
             raise ConfigError(f"last_tokens {self.last_tokens} leaves no token to predict; use at least 2.")
         if not self.depths or any(not 0 <= depth < 1 for depth in self.depths):
@@ -106,6 +109,8 @@ class Contrastive:
     Raises:
         ConfigError: the model has none of the loss modules.
     """
+
+    rows_per_example = 4  # chosen and rejected, at either pole
 
     def __init__(
         self,
@@ -228,7 +233,7 @@ class Contrastive:
         return snorm(z, site.S.to(z)) if self.config.snorm else z
 
     def _direction(self, site: Site, chosen: Tensor, rejected: Tensor) -> Tensor:
-        states = PairStates(chosen[:, -1], rejected[:, -1], site.S.cpu(), self.config.dims)
+        states = PairStates(chosen[:, -1], rejected[:, -1], site.S.cpu(), self.config.dims, self.config.snorm)
         return DIRECTIONS[self.config.direction](states)
 
     @torch.no_grad()

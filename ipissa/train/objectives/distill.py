@@ -139,6 +139,8 @@ def _with_contexts(
 class Distillation:
     """The objective: pairs of rows, one of each pole, each row at its own α."""
 
+    rows_per_example = 2
+
     def __init__(self, targets: Sequence[Target], *, pad_id: int) -> None:
         self.pad_id = pad_id
         self.weights = pole_weights(targets)

@@ -40,21 +40,30 @@ def find_sites(model: Any, modules: Sequence[str], depths: Sequence[float], side
     """The sites of those module names at those depths, fractions of the number of blocks in [0, 1).
 
     Raises:
-        ConfigError: the model has no such module, or `side` is unknown.
+        ConfigError: the model has no such module.
     """
-    if side not in SIDES:
-        raise ConfigError(f"side {side!r} is unknown; use one of {', '.join(SIDES)}.")
+    found = []
+    for name, module in site_modules(model, modules, depths).items():
+        u, s, v = thin_svd(module)
+        found.append(Site(name, module, side, v if side == "V" else u, s))
+    return found
+
+
+def site_modules(model: Any, modules: Sequence[str], depths: Sequence[float]) -> dict[str, nn.Linear]:
+    """The linear layers of those names at those depths, by full name.
+
+    Raises:
+        ConfigError: the model does not have all of them.
+    """
     blocks = model.config.get_text_config().num_hidden_layers
     wanted = [f".{block}." for block in site_blocks(depths, blocks)]
-    found = []
-    for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.Linear)
-            and name.endswith(tuple(f".{m}" for m in modules))
-            and any(w in name for w in wanted)
-        ):
-            u, s, v = thin_svd(module)
-            found.append(Site(name, module, side, v if side == "V" else u, s))
+    found = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and name.endswith(tuple(f".{m}" for m in modules))
+        and any(w in name for w in wanted)
+    }
     if len(found) < len(modules) * len(wanted):
         raise ConfigError(f"Loss modules {list(modules)} are not all in this model; {len(found)} were found.")
     return found

@@ -1,0 +1,46 @@
+"""Write files whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ipissa.errors import ConfigError
+
+# What writers raise where there is no room: Python's own, torch's, safetensors'.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write beside `path` and move there, so that `path` is never half-written.
+
+    Raises:
+        ConfigError: it cannot be written; what was there before is as it was.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        write(partial)
+        partial.replace(path)
+    except WRITE_ERRORS as error:
+        raise ConfigError(f"{path} cannot be written: {error}; make room there, or choose another place.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all."""
+    write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """A CSV file, whole or not at all."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
