@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 VLLM   := .venv-vllm
 PORT   ?= 8000
 
-.PHONY: demo install test test-vllm test-ui lint format bench bench-vllm bench-page clean
+.PHONY: demo install test test-vllm test-ui lint format docs bench bench-vllm bench-page clean
 
 demo: install  ## the slider page and the API on port 8000, with the shipped adapters
 	$(BIN)/ipissa-serve --port $(PORT)
@@ -22,7 +22,7 @@ $(STAMP): pyproject.toml
 	touch $@
 
 # Tests are many and small: a worker per core, with one thread, is twice as fast as one worker with all of them.
-test: install  ## the whole test suite
+test: install  ## every test that needs neither a browser nor vLLM
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 # vLLM's CPU build pins a torch and much else, so it has an environment of its own.
@@ -53,6 +53,9 @@ lint: install  ## format, lint and types
 format: install  ## apply the formatter and the safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: install  ## what the docstrings say, as pages in build/docs; without the modules that need vLLM
+	$(BIN)/python -W ignore -m pdoc --docformat google --output-directory build/docs ipissa ipissa_server ipissa_ui '!.*vllm.*'
 
 bench: install  ## measure; every figure is a ratio within one run
 	$(BIN)/python -m benchmarks

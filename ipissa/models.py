@@ -102,7 +102,7 @@ def _storage(dtype: str, device: torch.device) -> dict[str, Any]:
     if dtype not in QUANTISED:
         return {"dtype": resolve_dtype(dtype, device)}
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"dtype {dtype!r} needs bitsandbytes; run `pip install ipissa[quantised]`.")
+        raise ConfigError(f"dtype {dtype!r} needs bitsandbytes; run `pip install bitsandbytes`.")
     if dtype == "8bit" and device.type == "cpu":
         raise ConfigError("dtype '8bit' runs on CUDA only; use '4bit', which also runs on the CPU.")
     compute = resolve_dtype("auto", device)
@@ -151,10 +151,10 @@ def _unpacked(gguf: Path) -> Path:
     """A folder with the GGUF file's weights and tokenizer in transformers' own format.
 
     Reading a GGUF file takes transformers some twenty seconds each time, mostly in parsing its
-    vocabulary; the unpacked copy loads in one. It is made once per file, in the cache folder.
+    vocabulary; the unpacked copy loads in one. It is made once per content, in the cache folder.
     """
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()}:{stat.st_size}:{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    with gguf.open("rb") as file:
+        key = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     folder = cache_dir() / "models" / f"{gguf.stem}-{key}"
     if folder.is_dir():
         return folder
