@@ -191,7 +191,7 @@ def test_a_small_run_of_the_training_command_makes_a_usable_adapter(tmp_path: Pa
     output = tmp_path / "made" / "calm.safetensors"
     done = run(
         "ipissa", "train", "--positive", "calm", "--negative", "nervous", "--model", str(tmp_path / "model"),
-        "--prompts", str(tmp_path / "prompts.txt"), "--rank", "4", "--max-new-tokens", "6", "--epochs", "1",
+        "--prompts", str(tmp_path / "prompts.txt"), "--rank", "4", "--max-new-tokens", "6", "--epochs", "1", "--quick",
         "--output", str(output),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

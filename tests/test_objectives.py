@@ -119,6 +119,28 @@ def test_the_contrastive_loss_equals_its_definition_pair_by_pair(
     assert figures["order"].item() == pytest.approx(100 * min(forward, backward).item(), abs=1e-2)
 
 
+def test_the_loss_of_several_sites_is_the_mean_of_theirs(tokenizer: Any, pairs: list[ContrastivePair]) -> None:
+    model, wrap = fresh(tokenizer)
+
+    def separations(*depths: float) -> torch.Tensor:
+        settings = ContrastiveConfig(direction="mean", depths=depths, flip="none")
+        objective = Contrastive(model, pairs, settings, pad_id=tokenizer.pad_token_id)
+        wrapped = wrap()
+        with torch.no_grad():
+            _, figures = objective.loss(wrapped, objective.collate(objective.examples(objective.prompts)), 0.5)
+        wrapped.unload()
+        return torch.stack([figures["separation_positive"], figures["separation_negative"]])
+
+    torch.manual_seed(1)
+    first = separations(0.5)
+    torch.manual_seed(1)  # the same adapter
+    second = separations(0.8)
+    torch.manual_seed(1)
+    both = separations(0.5, 0.8)
+    assert (first - second).abs().max() > 1e-2
+    assert (both - (first + second) / 2).abs().max() < 1e-4
+
+
 def test_an_adapter_that_does_nothing_has_the_losses_of_the_reference(
     tokenizer: Any, pairs: list[ContrastivePair]
 ) -> None:

@@ -14,11 +14,13 @@ from conftest import tiny_model
 from transformers import TrainerCallback
 
 from ipissa.adapter import InnerPissaConfig
+from ipissa.adapter.dial import add_dial
 from ipissa.data.chat import chat_ids, chat_text
 from ipissa.data.continuations import Continuation, Sampling, sample_continuations
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError, TrainingError
+from ipissa.evaluate.baselines.tuners import TUNERS, lora_like
 from ipissa.sequences import continuation_logprobs, pad_batch, target_logprobs
 from ipissa.train import TrainConfig
 from ipissa.train.fit import History, fit, hold_back, newest_checkpoint
@@ -313,6 +315,21 @@ def test_fitting_lowers_the_loss_at_both_poles(tokenizer: Any, targets: list[Tar
     for key in ("kl_positive", "kl_negative"):
         start, end = (sum(record[key] for record in part) for part in (history[:5], history[-5:]))
         assert end < 0.8 * start
+
+
+@pytest.mark.parametrize("kind", TUNERS)
+def test_lora_and_dora_train_under_the_same_objective(
+    kind: str, tokenizer: Any, targets: list[Target], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = tiny_model("llama", vocab_size=len(tokenizer)).requires_grad_(False)
+    config = TrainConfig("kind", "angry", rank=4, **SETTINGS | {"epochs": 20})
+    tuned = peft.get_peft_model(model, lora_like(config.adapter_config(4), dora=kind == "dora"))
+    add_dial(tuned)
+    history = fit(tuned, distill(tokenizer, targets), config, tmp_path)
+    for key in ("kl_positive", "kl_negative"):
+        start, end = (sum(record[key] for record in part) for part in (history[:5], history[-5:]))
+        assert end < 0.9 * start
 
 
 class KilledError(Exception):

@@ -100,6 +100,7 @@ def test_a_run_leaves_an_adapter_its_card_and_what_it_takes_to_train_again(confi
         rows = list(csv.DictReader(file))
     assert len(rows) == len(result.history) == 9  # 12 prompts, 4 pairs a step, 3 epochs
     assert float(rows[-1]["loss"]) == result.history[-1]["loss"]
+    assert all(float(row["kl_positive"]) >= 0 and float(row["kl_negative"]) >= 0 for row in rows)
     assert (run / "losses.png").read_bytes().startswith(b"\x89PNG")
     with (run / "layers.csv").open() as file:
         assert [row["module"] for row in csv.DictReader(file)] == list(result.adapter.modules)

@@ -192,7 +192,7 @@ def test_unusable_configurations_are_refused(bad: dict[str, Any], says: str) -> 
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_lora_and_dora_have_the_same_dial_and_train_under_the_same_objective(dora: bool) -> None:
+def test_lora_and_dora_have_the_same_dial(dora: bool) -> None:
     """α = 1 is the tuned layer, 0 the base, -1 its mirror image; rows of one batch have their own."""
     model = tiny_model("llama").requires_grad_(False)
     ids = torch.tensor([[5, 6, 7, 8]])
