@@ -8,7 +8,7 @@ python -m benchmarks.results
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +78,21 @@ def _rank(name: str, medians: pd.DataFrame) -> str:
     gains = medians[medians["figure"].isin(["trait_gain +", "trait_gain -"])].groupby("method")["median"].min()
     ranked = gains[gains.index.isin(equal)]
     ahead = [f"`{each}`" for each in ranked.index[ranked > ranked[ADAPTER]]]
-    listed = ", ".join(ahead) or "no other method"
-    return f"At equal degradation, more trait gain at the worse pole than `{name}`: {listed}."
+    text = f"At equal degradation, more trait gain at the worse pole than `{name}`: {_listed(ahead)}."
+    best = medians[medians["figure"].isin(["trait_gain + at best", "trait_gain - at best"])]
+    if best.empty:
+        return text
+    at_best = best.groupby("method")["median"].min()
+    ahead = [f"`{each}`" for each in at_best.index[at_best > gains[ADAPTER]]]
+    nearest = at_best.idxmax()
+    return (
+        f"{text} Of the methods that are not trained, each at the scale that suits it best, whatever that costs: "
+        f"{_listed(ahead)}; the nearest, `{nearest}`, has {at_best[nearest]:.2f} against {gains[ADAPTER]:.2f}."
+    )
+
+
+def _listed(methods: Sequence[str]) -> str:
+    return ", ".join(methods) or "no other method"
 
 
 def _dilemmas(medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ from ipissa.evaluate.baselines.vectors import (
     mean_differences,
     module_components,
 )
+from ipissa.evaluate.best_scale import STEPS, Best, measure_at_best
 from ipissa.evaluate.compare import adapter_degradation, markdown, measure_method
 from ipissa.evaluate.degradation import PlainText, text_degradation
 from ipissa.evaluate.dial import ScaledDial
@@ -37,7 +38,7 @@ from ipissa.evaluate.held_out import HeldOut
 from ipissa.evaluate.methods import ADAPTER, METHODS, Materials, made
 from ipissa.evaluate.side_by_side import side_by_side
 from ipissa.evaluate.steerer import Steerer
-from ipissa.evaluate.yardsticks import measure_persona_prompt
+from ipissa.evaluate.yardsticks import measure_persona_prompt, measure_yardsticks
 from ipissa.steering import attach
 from ipissa.train.config import TrainConfig
 from ipissa.train.objectives.distill import Target, build_targets
@@ -239,6 +240,7 @@ def materials(model: Any, tokenizer: Any, pairs: list[ContrastivePair], adapter:
         adapter,
         pairs,
         plain[:2],
+        HeldOut(tokenizer, TRAIT, texts[:4]),
         HeldOut(tokenizer, TRAIT, texts[4:]),
         plain[2:],
         learn,
@@ -276,6 +278,25 @@ def test_a_comparison_measures_all_methods_on_the_same_texts_at_equal_degradatio
             scaled = Steerer(ScaledDial(steerer.dial, scale))
             found = text_degradation(scaled, tokenizer, m.tuning, [-1.0, 1.0])
         assert sum(found.values()) / 2 == pytest.approx(wanted, rel=0.06), method
+
+
+@pytest.mark.parametrize("method", ["caa", "sspace"])
+def test_a_methods_best_scale_is_that_of_the_largest_gain_on_training_prompts(
+    method: str, model: Any, tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    m = materials(model, tokenizer, pairs, random_adapter(model, suffixes=("o_proj",)))
+    best = measure_at_best(method, m, around=0.4)
+    with made(method, m) as steerer:
+
+        def worse(held_out: HeldOut, scale: float) -> float:
+            found = measure_yardsticks(steerer.dial, held_out, alpha=scale)
+            return min(found.positive.trait_gain.value, found.negative.trait_gain.value)
+
+        on_training = {0.4 * step: worse(m.tuning_told, 0.4 * step) for step in STEPS}
+        assert best.scale == max(on_training, key=on_training.__getitem__)
+        gains = (best.yardsticks.positive.trait_gain.value, best.yardsticks.negative.trait_gain.value)
+        assert min(gains) == pytest.approx(worse(m.held_out, best.scale), abs=1e-3)
+    assert Best.from_dict(best.to_dict()) == best
 
 
 def test_the_plain_gain_of_a_persona_prompt_equals_its_definition(model: Any, tokenizer: Any) -> None:

@@ -119,11 +119,15 @@ def test_every_row_table_and_figure_is_written(report: Path) -> None:
     assert {name: len(rows) for name, rows in choices["rows"].items()} == {
         name: 2 * len(ASKED) * (3 if name == "prompt" else ALPHAS) for name in METHODS
     }
-    for name in ("yardsticks", "degradation", "methods", "dose", "values", "clusters", "pareto", "null"):
+    for name in ("yardsticks", "best", "degradation", "methods", "dose", "values", "clusters", "pareto", "null"):
         assert not pd.read_csv(report / "tables" / f"{name}.csv").empty
     for name in ("yardsticks", "dose", "pareto", "values", "clusters", "null"):
         assert (report / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert [each["method"] for each in json.loads((report / "yardsticks.json").read_text())["methods"]] == METHODS
+    assert set(pd.read_csv(report / "tables" / "best.csv")["method"]) == {
+        "caa",
+        "random",
+    }  # they have a scale to choose
     assert (report / "texts.md").read_text().count("| told | steered |") == 2
     assert (report / "yardsticks.md").read_text().startswith("| method |")
 
@@ -133,7 +137,7 @@ def test_the_page_holds_everything_itself_and_has_the_yardsticks_first(report: P
     assert page.count("data:image/png;base64,") == 6
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     headings = re.findall(r"<h2>(.*?)</h2>", page)
-    assert headings[:2] == ["Does it steer: text", "Does it steer: dilemmas"]
+    assert headings[:3] == [f"Does it steer: {what}" for what in ("text", "each at its own best scale", "dilemmas")]
     assert "honesty" in page
     assert "items.jsonl (sha256 " in page
     assert str(report.parent) not in page  # files are named, not where they lie

@@ -41,6 +41,18 @@ def test_every_method_has_a_row_and_those_ahead_are_named() -> None:
     assert "than `kind`: no other method." in first
 
 
+def test_methods_at_their_own_best_scale_are_named() -> None:
+    table = medians((2.5, 3, 4), adapter=0.3, caa=0.1, sspace=0.2)
+    at_best = [
+        [method, f"trait_gain {pole} at best", gain, gain, gain, 3]
+        for method, gains in {"caa": (0.9, 0.25), "sspace": (0.35, 0.31)}.items()
+        for pole, gain in zip("+-", gains, strict=True)
+    ]
+    table = pd.concat([table, pd.DataFrame(at_best, columns=table.columns)])
+    text = section("kind", table, FACTS)
+    assert "whatever that costs: `sspace`; the nearest, `sspace`, has 0.31 against 0.30." in text
+
+
 @pytest.mark.parametrize(
     ("t", "says"),
     [((2.5, 3, 4), "is dist"), ((-4, -3, -2.5), "is dist"), ((1.5, 3, 4), "is not"), ((-4, 3, 4), "is not")],

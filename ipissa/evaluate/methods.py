@@ -47,6 +47,7 @@ class Materials:
         adapter: The one to be measured; methods take its modules, rank and training.
         pairs: Contrastive pairs of training prompts, that vectors are computed from.
         tuning: Unsteered answers to training prompts, on which methods are brought to equal degradation.
+        tuning_told: Told answers to them, on which methods choose their best scale.
         held_out: Told answers to held-out prompts, for the yardsticks.
         plain: Unsteered answers to held-out prompts, for the degradation that is reported.
         learn: The adapter's training settings and targets, for methods that are trained as it was.
@@ -58,6 +59,7 @@ class Materials:
     adapter: AnyAdapter
     pairs: Sequence[ContrastivePair]
     tuning: Sequence[PlainText]
+    tuning_told: HeldOut
     held_out: HeldOut
     plain: Sequence[PlainText]
     learn: Callable[[], tuple[TrainConfig, Sequence[Target]]]

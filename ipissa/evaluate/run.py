@@ -22,6 +22,7 @@ from ipissa.data.prompts import load_prompts, spread
 from ipissa.errors import ConfigError
 from ipissa.evaluate.analysis import at_poles, item_labels
 from ipissa.evaluate.baselines.tuners import distillation_targets, training_config
+from ipissa.evaluate.best_scale import SCALABLE, Best, measure_at_best
 from ipissa.evaluate.choices import complete
 from ipissa.evaluate.compare import Measured, adapter_degradation, measure_method
 from ipissa.evaluate.degradation import sample_plain
@@ -70,6 +71,7 @@ def evaluate(path: str | os.PathLike[str], output: str | os.PathLike[str], setti
         adapter=adapter,
         dataset=dataset,
         measured=measured,
+        best=_best(bench, parts, measured),
         texts=_kept(parts, "texts", bench.texts),
         null=_null(bench, parts, dataset, measured),
         loss_gap=_loss_gap(Path(path)),
@@ -113,6 +115,23 @@ def _all_methods(bench: _Bench, parts: Parts, dataset: Dataset | None, folder: P
             part = measured_to_json(measured)
             parts.save(method, part)
         found.append(measured_from_json(part))
+    return found
+
+
+def _best(bench: _Bench, parts: Parts, measured: Sequence[Measured]) -> list[Best]:
+    """Methods that have a scale to choose, each at its own best."""
+    found = []
+    for each in measured:
+        if each.method in SCALABLE:
+            around = each.scale or 1.0
+            part = _kept(
+                parts,
+                f"best-{each.method}",
+                lambda method=each.method, around=around: measure_at_best(
+                    method, bench.materials, around=around
+                ).to_dict(),
+            )
+            found.append(Best.from_dict(part))
     return found
 
 
@@ -184,7 +203,9 @@ class _Bench:
             config = replace(config, seed=config.seed + seed)  # at 0, the very texts that the adapter learnt from
             return config, distillation_targets(model, tokenizer, trait, config, load_prompts(config.prompts)[0])
 
-        openings = openings_from_continuations(told(self.training[:PAIR_PROMPTS], seed), seed=seed)
+        texts = told(self.training[:PAIR_PROMPTS], seed)
+        openings = openings_from_continuations(texts, seed=seed)
+        some = set(self.training[:TUNING_PROMPTS])
         return Materials(
             model=model,
             tokenizer=tokenizer,
@@ -192,6 +213,7 @@ class _Bench:
             adapter=self.adapter,
             pairs=contrastive_pairs(tokenizer, trait, openings),
             tuning=sample_plain(model, tokenizer, self.training[:TUNING_PROMPTS], seed=seed),
+            tuning_told=HeldOut(tokenizer, trait, [text for text in texts if text.prompt in some]),
             held_out=HeldOut(tokenizer, trait, told(self.held_out, seed + 1)),
             plain=sample_plain(model, tokenizer, spread(self.held_out, PLAIN_PROMPTS), seed=seed + 1),
             learn=learn,

@@ -109,6 +109,19 @@ def measure_yardsticks(dial: Dial, held_out: HeldOut, *, alpha: float = 1.0, see
     return _measure(dial, held_out, settings, alpha=alpha, seed=seed)
 
 
+def worse_trait_gains(dial: Dial, held_out: HeldOut, alphas: Sequence[float]) -> dict[float, float]:
+    """The trait gain of the worse pole at every |α|."""
+    gains: dict[float, list[float]] = {alpha: [] for alpha in alphas}
+    for pole in (1, -1):
+        settings = {"told": Setting(pole, 0.0), "neutral": Setting(0, 0.0)}
+        steered = {f"{alpha:g}": Setting(0, pole * alpha) for alpha in alphas}
+        lp = held_out.log_likelihoods(dial, pole, settings | steered, label=f"scales {SIGN[pole]}")
+        for alpha in alphas:
+            gain = (lp[f"{alpha:g}"] - lp["neutral"]).sum() / (lp["told"] - lp["neutral"]).sum()
+            gains[alpha].append(float(gain))
+    return {alpha: min(of_poles) for alpha, of_poles in gains.items()}
+
+
 def measure_persona_prompt(dial: Dial, held_out: HeldOut, *, told_by: Trait | None = None, seed: int = 0) -> Yardsticks:
     """The same yardsticks of telling the model.
 

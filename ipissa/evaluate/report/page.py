@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from ipissa.adapter.checkpoint import AnyAdapter
 from ipissa.data.items import Dataset
 from ipissa.evaluate.analysis import Analysis, analyse, base_differences, ranked, why_unranked
+from ipissa.evaluate.best_scale import Best
 from ipissa.evaluate.compare import Measured, markdown
 from ipissa.evaluate.null import NullCheck
 from ipissa.evaluate.report import figures, tables
@@ -57,6 +58,7 @@ class Findings:
     adapter: AnyAdapter
     dataset: Dataset | None
     measured: list[Measured]
+    best: list[Best]
     texts: str
     null: tuple[NullCheck, pd.DataFrame, float] | None
     loss_gap: float | None = None  # of the adapter's training
@@ -133,6 +135,8 @@ def _frames(findings: Findings, analyses: Sequence[Analysis]) -> dict[str, pd.Da
             "clusters": tables.stacked(analyses, "clusters"),
             "pareto": tables.pareto_table(analyses, findings.measured),
         }
+    if findings.best:
+        found["best"] = tables.best_table(findings.best)
     if findings.null:
         found["null"] = findings.null[1]
     return found
@@ -201,6 +205,7 @@ def _page(
         shortcomings=findings.measured[0].yardsticks.shortcomings(),
         prompts=findings.measured[0].yardsticks.prompts,
         yardsticks=_html(frames["yardsticks"]),
+        best=_html(frames["best"]) if "best" in frames else None,
         degradation=_html(frames["degradation"]),
         dataset=findings.dataset,
         dilemmas=shown,

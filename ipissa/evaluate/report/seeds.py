@@ -96,6 +96,13 @@ def _figures(folder: Path) -> pd.DataFrame:
         for name in FIGURES["yardsticks"]
         for pole in ("+", "-")
     ]
+    path = folder / "tables" / "best.csv"
+    if path.exists():
+        best = pd.read_csv(path)
+        parts += [
+            best.assign(figure=f"trait_gain {pole} at best", value=best["trait_gain"])[best["pole"] == pole]
+            for pole in ("+", "-")
+        ]
     path = folder / "tables" / "methods.csv"
     if path.exists():
         methods = pd.read_csv(path)

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import pandas as pd
 
 from ipissa.evaluate.analysis import Analysis
+from ipissa.evaluate.best_scale import Best
 from ipissa.evaluate.compare import Measured
+from ipissa.evaluate.yardsticks import Yardsticks
 
 YARDSTICKS = ("trait_gain", "plain_gain", "contrast")
 
 
 def yardstick_table(measured: Sequence[Measured]) -> pd.DataFrame:
     """A row per method and pole: every yardstick with its interval and t."""
-    found = []
-    for each in measured:
-        for pole, side in (("+", each.yardsticks.positive), ("-", each.yardsticks.negative)):
-            row: dict[str, object] = {"method": each.method, "scale": each.scale, "equal": each.equal, "pole": pole}
-            for name in YARDSTICKS:
-                estimate = getattr(side, name)
-                row |= {name: estimate.value} | {
-                    f"{name}_{key}": getattr(estimate, key) for key in ("low", "high", "t")
-                }
-            found.append(row)
+    found = [
+        {"method": each.method, "scale": each.scale, "equal": each.equal} | row
+        for each in measured
+        for row in _of_poles(each.yardsticks)
+    ]
     return pd.DataFrame(found).astype({"scale": float})  # NaN, shown as nothing, where there is none
+
+
+def best_table(best: Sequence[Best]) -> pd.DataFrame:
+    """The same at the scale that suits a method best."""
+    return pd.DataFrame(
+        [{"method": each.method, "scale": each.scale} | row for each in best for row in _of_poles(each.yardsticks)]
+    )
+
+
+def _of_poles(yardsticks: Yardsticks) -> Iterator[dict[str, object]]:
+    for pole, side in (("+", yardsticks.positive), ("-", yardsticks.negative)):
+        row: dict[str, object] = {"pole": pole}
+        for name in YARDSTICKS:
+            estimate = getattr(side, name)
+            row |= {name: estimate.value} | {f"{name}_{key}": getattr(estimate, key) for key in ("low", "high", "t")}
+        yield row
 
 
 def degradation_table(measured: Sequence[Measured]) -> pd.DataFrame:

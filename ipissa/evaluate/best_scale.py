@@ -1,0 +1,45 @@
+"""What a method reaches at the scale that suits it best, whatever it costs.
+
+Equal degradation compares on the adapter's terms. Here a method may choose: of some scales around that one, the one
+with the largest trait gain at its worse pole, found on training prompts and measured on held-out ones. The adapter
+may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ipissa.evaluate.dial import ScaledDial
+from ipissa.evaluate.methods import VECTORS, Materials, made
+from ipissa.evaluate.yardsticks import Yardsticks, measure_yardsticks, worse_trait_gains
+
+STEPS = (0.125, 0.25, 0.5, 1.0, 2.0)  # times the scale of equal degradation
+SCALABLE = (*VECTORS, "sspace", "random")  # what is trained has the scale that it was trained at
+
+
+@dataclass(frozen=True)
+class Best:
+    """A method at its best scale."""
+
+    method: str
+    scale: float
+    yardsticks: Yardsticks
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {"method": self.method, "scale": self.scale, "yardsticks": self.yardsticks.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Best:
+        """What `to_dict` gave."""
+        return cls(values["method"], values["scale"], Yardsticks.from_dict(values["yardsticks"]))
+
+
+def measure_at_best(method: str, m: Materials, *, around: float) -> Best:
+    """Choose among `around` times `STEPS`, and measure there."""
+    with made(method, m) as steerer:
+        gains = worse_trait_gains(steerer.dial, m.tuning_told, [around * step for step in STEPS])
+        scale = max(gains, key=gains.__getitem__)
+        return Best(method, scale, measure_yardsticks(ScaledDial(steerer.dial, scale), m.held_out))
