@@ -55,11 +55,11 @@ def _fingerprint(config: Any) -> str:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """A short name that changes with any training of the weights, by the first numbers of each of them."""
+    """A short name that changes when all weights are trained: of some numbers of each, in the dtype they have."""
     found = hashlib.sha256()
     for name, weight in model.named_parameters():
         found.update(name.encode())
-        found.update(weight.detach().flatten()[:SAMPLED].float().cpu().numpy().tobytes())
+        found.update(weight.detach().flatten()[:: max(1, weight.numel() // SAMPLED)].float().cpu().numpy().tobytes())
     return found.hexdigest()[:12]
 
 

@@ -151,7 +151,8 @@ def _unpacked(gguf: Path) -> Path:
     """A folder with the GGUF file's weights and tokenizer in transformers' own format.
 
     Reading a GGUF file takes transformers some twenty seconds each time, mostly in parsing its
-    vocabulary; the unpacked copy loads in one. It is made once per content, in the cache folder.
+    vocabulary; the unpacked copy loads in one. It is made once per content, whatever the
+    path, in the cache folder; hashing reads the file once per start.
     """
     with gguf.open("rb") as file:
         key = hashlib.file_digest(file, "sha256").hexdigest()[:16]

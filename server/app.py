@@ -134,7 +134,7 @@ def _with_page(app: FastAPI, settings: Settings) -> FastAPI:
         from ipissa_ui.client import Client
         from ipissa_ui.page import mount_page
     except ModuleNotFoundError as error:
-        raise ConfigError("The page needs gradio: run `pip install '.[ui]'` in the checkout, or pass --no-ui.") from error
+        raise ConfigError("The page needs gradio: run `pip install gradio`, or pass --no-ui.") from error
     return mount_page(app, Client(_own_url(settings)))
 
 

@@ -127,8 +127,16 @@ def test_rows_of_other_prompts_are_not_mixed_in(tmp_path: Path) -> None:
     grid = f"base: {{positive: kind, negative: angry, prompts: {prompts}}}\ngrid: {{seed: [0]}}\n"
     run_sweep(configs(tmp_path, grid), tmp_path / "out", Trainer())
     prompts.write_text("\n".join(f"Another {i}" for i in range(8)))
-    with pytest.raises(ConfigError, match="put their settings and prompts back"):
+    with pytest.raises(ConfigError, match="put settings and prompts back"):
         run_sweep(configs(tmp_path, grid), tmp_path / "out", Trainer())
+
+
+def test_a_combination_in_two_grids_counts_once(tmp_path: Path) -> None:
+    train = Trainer()
+    text = "base: {positive: a, negative: b}\ngrid: [{lr: [1, 2], seed: [0]}, {lr: [2], rank: [8, 32], seed: [0]}]"
+    rows = read(run_sweep(configs(tmp_path, text), tmp_path / "out", train))
+    assert [(config.lr, config.rank) for config in train.trained] == [(1, 32), (2, 32), (2, 8)]
+    assert len(rows) == 3
 
 
 def test_several_grids_are_one_after_the_other(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import errno
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import SHIPPED
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from typer.testing import CliRunner
 
 import ipissa
@@ -183,7 +184,7 @@ def test_training_is_of_one_process(config: TrainConfig, tmp_path: Path, monkeyp
 
 
 def test_a_full_disk_at_the_end_loses_nothing(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, tmp_path: Path, killed_at: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -194,7 +195,9 @@ def test_a_full_disk_at_the_end_loses_nothing(
         with pytest.raises(AdapterFileError, match=r"No space left on device.*make room"):
             train(config, output)
     assert [path.name for path in tmp_path.glob("*kind*")] == ["kind.run"]
-    monkeypatch.setattr(trainer, "build_targets", full)  # neither sampled nor computed nor learnt again
+    for name in ("build_targets", "sample_continuations", "select_triples"):  # neither sampled nor asked again
+        monkeypatch.setattr(trainer, name, full)
+    killed_at(1)  # nor learnt
     assert train(config, output, resume=True).adapter.digest
 
 
@@ -246,20 +249,57 @@ def test_runs_that_share_ask_the_base_model_once(
     assert sampled == [7, 8]
 
 
-def test_a_run_does_not_go_on_with_other_prompts(
-    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("changed", ["prompts", "suffixes", "weights"])
+def test_a_run_does_not_go_on_with_other_texts_or_weights(
+    changed: str, config: TrainConfig, tmp_path: Path, killed_at: Any
 ) -> None:
-    def broken(*args: Any, **how: Any) -> Any:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer, "fit", broken)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "kind.safetensors")
+    suffixes = tmp_path / "suffixes.txt"
+    suffixes.write_text("I think that\nLet me tell you\nNo, and\nWell, then\n")
     assert config.prompts is not None
-    with Path(config.prompts).open("a") as file:
-        file.write("\nAnd what of this one?")
-    with pytest.raises(ConfigError, match=r"The prompts, the suffixes or the base model have changed since"):
+    folder = tmp_path / "model"
+    shutil.copytree(config.model, folder)
+    config = replace(config, model=str(folder), suffixes=str(suffixes))
+    killed_at(1)
+    with pytest.raises(KilledError):
+        train(config, tmp_path / "kind.safetensors")
+    if changed == "weights":
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            model.lm_head.weight *= 1.01
+        model.save_pretrained(folder)
+    else:
+        with Path({"prompts": config.prompts, "suffixes": suffixes}[changed]).open("a") as file:
+            file.write("\nAnd what of this one?")
+    # Of other prompts nothing had been learnt, but --resume says that it should go on.
+    with pytest.raises(ConfigError, match=r"The prompts, the suffixes or the base model have changed|The settings"):
         train(config, tmp_path / "kind.safetensors", resume=True)
+
+
+def test_a_broken_run_that_learnt_nothing_gives_way_to_one_that_asks_something_else(
+    config: TrainConfig, tmp_path: Path, killed_at: Any
+) -> None:
+    output, other = tmp_path / "kind.safetensors", replace(config, max_new_tokens=5)
+    expected = train(other, tmp_path / "other.safetensors").adapter
+    killed_at(1)
+    with pytest.raises(KilledError):
+        train(config, output)
+    killed_at(0)
+    with pytest.raises(ConfigError, match="holds an unfinished run"):
+        train(config, output)
+    assert difference(expected, train(other, output).adapter) == 0
+
+
+def test_checkpoints_outlive_another_spelling_of_a_file_or_another_tracker(
+    config: TrainConfig, tmp_path: Path, killed_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "kind.safetensors"
+    killed_at(6)
+    with pytest.raises(KilledError):
+        train(config, output)
+    killed_at(4)  # a step that is not made again: the checkpoint is of step 4
+    assert config.prompts is not None
+    monkeypatch.chdir(Path(config.prompts).parent)
+    train(replace(config, prompts=Path(config.prompts).name, report_to="all"), output, resume=True)
 
 
 def test_every_preset_makes_a_config() -> None:

@@ -6,6 +6,7 @@ the loss, the schedule and what is shown.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
@@ -33,6 +35,7 @@ MIN_SCHEDULE = 10  # steps; one-cycle has no shape below
 SHOWN = 20  # steps whose mean the progress bar shows
 CHECKPOINTS = "checkpoints"
 OBJECTIVE_STATE = "objective.json"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 FITTED = "fitted.pt"  # the end of the learning, where what comes after it failed
 History = list[dict[str, float]]
 
@@ -84,22 +87,32 @@ def fit(
         raise TrainingError(f"A checkpoint cannot be written: {error}; make room, and go on with --resume.") from error
     model.eval()
     history = [record for record in trainer.state.log_history if "loss" in record or "eval_loss" in record]
-    weights = {name: value.detach().cpu() for name, value in model.named_parameters() if value.requires_grad}
-    fitted.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(fitted, lambda partial: torch.save({"weights": weights, "history": history}, partial))
+    if isinstance(model, PeftModel):
+        # Factors too: another machine's SVD may have other signs, and what was learnt belongs to these.
+        learnt = {"weights": get_peft_model_state_dict(model), "history": history}
+        fitted.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(fitted, lambda partial: torch.save(learnt, partial))
     return history
 
 
-def _load_fitted(model: Any, path: Path) -> History:
+def _load_fitted(model: PeftModel, path: Path) -> History:
     found = torch.load(path, weights_only=True)
-    model.load_state_dict(found["weights"], strict=False)
+    set_peft_model_state_dict(model, found["weights"])
     model.eval()
     return found["history"]
 
 
 def _is_of_writing(error: Exception) -> bool:
-    """Whether it is torch or safetensors that could not write, and not the model that failed."""
-    return not isinstance(error, RuntimeError) or "PytorchStreamWriter" in str(error)
+    """Whether a file could not be written, rather than that the model or a tracker failed."""
+    if isinstance(error, OSError):
+        return error.errno in NO_ROOM
+    of_torch = "inline_container" in str(error) or "iostream error" in str(error)
+    return isinstance(error, SafetensorError) or (of_torch and "Reader" not in str(error))
+
+
+def has_learnt(folder: Path) -> bool:
+    """Whether anything is there that a run could go on from."""
+    return newest_checkpoint(folder) is not None or (folder / CHECKPOINTS / FITTED).exists()
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -155,7 +168,8 @@ class _SteeringTrainer(Trainer):
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"The loss is {float(loss.detach())} at step {self.state.global_step + 1}; use a lower --lr than "
-                f"{self._config.lr:g} (with --resume, which keeps the sampled texts), or --dtype float32."
+                f"{self._config.lr:g} (with --resume, which keeps the sampled texts), or --dtype float32 (after "
+                "removing the run's folder)."
             )
         if model.training:
             self._figures.append({name: value.detach() for name, value in figures.items()})
@@ -227,13 +241,15 @@ def hold_back(objective: Objective, share: float) -> tuple[Sequence[Any], Sequen
     Raises:
         ConfigError: one of them is empty, unless that is what share 0 says.
     """
-    prompts = list(objective.prompts)
-    held = set(spread(prompts, math.ceil(share * len(prompts))))
-    training, validation = objective.examples(set(prompts) - held), objective.examples(held)
-    if not training or (held and not validation):
+    prompts = set(objective.prompts)
+    whole = [prompt for prompt in objective.prompts if objective.examples({prompt})] if share else []
+    held = set(spread(whole, math.ceil(share * len(whole))))
+    training, validation = objective.examples(prompts - held), objective.examples(held)
+    if not training or (share and not validation):
         raise ConfigError(
-            f"With validation {share:g}, {len(held)} of {len(prompts)} prompts are held back, and "
-            f"{'they' if training else 'the others'} lack what both poles need; use another fraction or more prompts."
+            f"validation {share:g} cannot be had: of {len(prompts)} prompts {len(whole)} have all that the objective "
+            f"needs, and {'none of them is' if training else 'all of them are'} held back; use another fraction or "
+            "more prompts, after removing the run's folder."
         )
     return training, validation
 
@@ -245,7 +261,7 @@ def check_trainer(config: TrainConfig, device: str) -> None:
         ConfigError: such as a tracker that is not installed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        _training_arguments(config, device, Path(folder), rows_per_example=1, validates=False)
+        _training_arguments(config, device, Path(folder), rows_per_example=1, validates=config.validation > 0)
     try:
         for tracker in get_reporting_integration_callbacks(config.report_to):
             tracker()
@@ -297,7 +313,7 @@ def _training_arguments(
     }
     try:
         arguments = TrainingArguments(**settings)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(
             f"trainer settings {config.trainer} do not fit transformers' TrainingArguments: {error}"
         ) from error

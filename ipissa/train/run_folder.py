@@ -26,7 +26,7 @@ import yaml
 from ipissa.errors import ConfigError
 from ipissa.files import write_table, write_text, write_whole
 from ipissa.train.config import TrainConfig, read_settings
-from ipissa.train.fit import CHECKPOINTS
+from ipissa.train.fit import CHECKPOINTS, has_learnt
 
 logger = logging.getLogger(__name__)
 STATE = "state"
@@ -35,46 +35,53 @@ CONFIG = "config.yaml"
 
 
 class RunFolder:
-    """The run folder of an output file: `honest.safetensors` has `honest.run` beside it."""
+    """The run folder of an output file: `honest.safetensors` has `honest.run` beside it.
 
-    def __init__(self, path: Path, asked: str, shared: Path | None = None) -> None:
-        self.path = path
-        self.resumed = self.unfinished
-        self._asked = asked
+    A broken run goes on with other settings of the learning alone (a lower rate, say): what the base model was asked is
+    kept, and the learning begins anew. One that had learnt nothing yet gives way to a run that asks something else.
+
+    Args:
+        shared: A folder for what is computed once for all runs that ask the base model the same.
+
+    Raises:
+        ConfigError: a broken run is there and `resume` is off, or it asked the base model something else.
+    """
+
+    def __init__(self, output: Path, config: TrainConfig, *, resume: bool, shared: Path | None = None) -> None:
+        self.path = output.with_suffix(".run")
+        self._config = TrainConfig.from_dict(config.to_dict())  # as a file gives it back: 3 epochs are 3.0
         self._shared = shared
-
-    @classmethod
-    def open(
-        cls, output: Path, config: TrainConfig, *, weights: str = "", resume: bool, shared: Path | None = None
-    ) -> RunFolder:
-        """Create the folder, or enter the one of a broken run.
-
-        A broken run goes on with other settings of the learning alone (a lower rate, say): what the base model was
-        asked is kept, and the learning begins anew.
-
-        Args:
-            weights: A digest of the base model's weights.
-            shared: A folder for what is computed once for all runs that ask the base model the same.
-
-        Raises:
-            ConfigError: a broken run is there and `resume` is off, or it asked the base model something else.
-        """
-        folder = cls(output.with_suffix(".run"), digest(config.asked_of_the_base() | {"weights": weights}), shared)
-        if folder.unfinished:
-            if not resume:
-                raise ConfigError(f"{folder.path} holds an unfinished run; go on with --resume, or remove the folder.")
-            folder._check(config)
-        folder.path.mkdir(parents=True, exist_ok=True)
-        folder.write_text(CONFIG, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
-        for needed in (folder.path / STATE, *([shared] if shared else [])):
-            needed.mkdir(parents=True, exist_ok=True)
-        folder.write_text(f"{STATE}/{ASKED}", folder._began(config))
-        return folder
+        self._asked = ""
+        self.resumed = self.unfinished
+        if self.unfinished:
+            self._look_at_the_broken_run(resume)
 
     @property
     def unfinished(self) -> bool:
         """Whether a run was begun here and not completed."""
-        return (self.path / STATE).is_dir()
+        return any((self.path / STATE).glob("*"))
+
+    def begin(self, weights: str) -> None:
+        """Create what is missing of the folder, once the base model is there.
+
+        Args:
+            weights: A digest of the base model's weights.
+
+        Raises:
+            ConfigError: a broken run was begun with other texts or weights.
+        """
+        self._asked = digest(self._config.asked_of_the_base() | {"weights": weights})
+        began = f"{self._asked}-{digest(self._config.contents())}"
+        asked = self.path / STATE / ASKED
+        if self.resumed and asked.read_text(encoding="utf-8") != began:
+            raise ConfigError(
+                f"The prompts, the suffixes or the base model have changed since the run in {self.path} began, "
+                "so it cannot go on; put them back, or remove the folder."
+            )
+        for needed in (self.path / STATE, *([self._shared] if self._shared else [])):
+            needed.mkdir(parents=True, exist_ok=True)
+        self.write_text(CONFIG, yaml.safe_dump(self._config.to_dict(), sort_keys=False, allow_unicode=True))
+        write_text(asked, began)
 
     def once(self, name: str, compute: Callable[[], Any], classes: Sequence[type] = ()) -> Any:
         """What `compute` finds of the base model, computed once: a resumed run, or one that shares it, reads it back.
@@ -90,24 +97,23 @@ class RunFolder:
         with torch.serialization.safe_globals(list(classes)):
             return torch.load(path, weights_only=True)
 
-    def _began(self, config: TrainConfig) -> str:
-        """What a run that goes on must have in common with the one that was broken off."""
-        return f"{self._asked}-{digest(config.contents())}"
-
-    def _check(self, config: TrainConfig) -> None:
+    def _look_at_the_broken_run(self, resume: bool) -> None:
+        if not (self.path / STATE / ASKED).exists():
+            raise ConfigError(f"{self.path} holds a run of an earlier version, which cannot go on; remove the folder.")
         before = TrainConfig.from_dict(read_settings(self.path / CONFIG))
-        if before.asked_of_the_base() != config.asked_of_the_base():
+        asks_the_same = before.asked_of_the_base() == self._config.asked_of_the_base()
+        if not resume and not asks_the_same and not has_learnt(self.path):
+            logger.warning("The broken run in %s had learnt nothing; its texts are dropped.", self.path)
+            shutil.rmtree(self.path / STATE)
+            self.resumed = False
+        elif not resume:
+            raise ConfigError(f"{self.path} holds an unfinished run; go on with --resume, or remove the folder.")
+        elif not asks_the_same:
             raise ConfigError(
                 f"The settings differ from those in {self.path / CONFIG}, and with them what the base model was asked, "
                 "so that run cannot go on; give the same ones, or remove the folder."
             )
-        asked = self.path / STATE / ASKED
-        if not asked.exists() or asked.read_text(encoding="utf-8") != self._began(config):
-            raise ConfigError(
-                f"The prompts, the suffixes or the base model have changed since the run in {self.path} began, "
-                "so it cannot go on; put them back, or remove the folder."
-            )
-        if before != config:
+        elif _learning(before) != _learning(self._config):
             logger.warning("The settings of the learning differ from those of the broken run, so it begins anew.")
             shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
 
@@ -125,6 +131,11 @@ class RunFolder:
         """Remove what only a broken run needs."""
         for name in (CHECKPOINTS, STATE):
             shutil.rmtree(self.path / name, ignore_errors=True)
+
+
+def _learning(config: TrainConfig) -> str:
+    """Of all that decides what is learnt; how a file is spelt and who is told of it do not."""
+    return digest(config.to_dict() | config.contents() | {"report_to": ""})
 
 
 def digest(settings: Mapping[str, Any]) -> str:

@@ -83,13 +83,15 @@ def run_sweep(configs: Sequence[TrainConfig], folder: Path, train: Train) -> Pat
     """
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "results.csv"
+    # A combination may be in two grids, and counts once.
+    configs = list({digest(config.to_dict() | config.contents()): config for config in configs}.values())
     settings = [config.to_dict() for config in configs]
     names = [digest(each | config.contents()) for each, config in zip(settings, configs, strict=True)]
     done = {row["run"]: row for row in _read(results)}
     if foreign := set(done) - set(names):
         raise ConfigError(
-            f"{results} holds {len(foreign)} runs that this grid does not have, so medians would be mixed; choose "
-            "another --output, or put their settings and prompts back."
+            f"{results} holds {len(foreign)} runs that this grid does not have (other settings, other prompts, or an "
+            "earlier version), so medians would be mixed; choose another --output, or put settings and prompts back."
         )
     varied = [key for key in _varied(settings) if key != "seed"]
     for name, config in zip(names, configs, strict=True):

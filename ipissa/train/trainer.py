@@ -87,10 +87,11 @@ def train(
     output = checked_output(output)
     if config.dtype in QUANTISED and resolve_device(config.device).type == "cpu":
         raise ConfigError(f"dtype {config.dtype!r} can be trained on CUDA only; use float32 on the CPU.")
+    run = RunFolder(output, config, resume=resume, shared=shared)
     started = time.monotonic()
     torch.manual_seed(config.seed)
     task = _Task.load(config)
-    run = RunFolder.open(output, config, weights=weights_digest(task.model), resume=resume, shared=shared)
+    run.begin(weights_digest(task.model))
     base_model = describe_base(task.model, config.model)
 
     continuations = run.once(

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from .base import OverloadedError, TokenOut
@@ -110,5 +111,5 @@ def _settle(future: asyncio.Future[Any], result: object) -> None:
 
 def _call_soon(loop: asyncio.AbstractEventLoop, function: Callable[..., object], *args: Any) -> None:
     """Run `function` on the loop, unless it has closed because its server is gone."""
-    if not loop.is_closed():
+    with suppress(RuntimeError):  # what a closed loop raises
         loop.call_soon_threadsafe(function, *args)
