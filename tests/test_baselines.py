@@ -20,7 +20,7 @@ from ipissa.data.personas import Trait
 from ipissa.errors import ConfigError
 from ipissa.evaluate.baselines.engineered import EngineeredTrait
 from ipissa.evaluate.baselines.random import random_like
-from ipissa.evaluate.baselines.reft import ReftDial
+from ipissa.evaluate.baselines.reft import ReftDial, trained_reft
 from ipissa.evaluate.baselines.sspace import sspace_like
 from ipissa.evaluate.baselines.tuners import training_config
 from ipissa.evaluate.baselines.vectors import (
@@ -196,6 +196,20 @@ def test_loreft_equals_its_formula_in_an_orthonormal_subspace(model: Any) -> Non
     with torch.no_grad():
         assert (reft(h) - expected).abs().max() < 1e-5
     dial.detach()
+
+
+def test_a_trained_loreft_keeps_its_subspace_and_steers(
+    model: Any, tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    m = materials(model, tokenizer, pairs, random_adapter(model, suffixes=("o_proj",)))
+    config, targets = m.learn()
+    with trained_reft(model, tokenizer, replace(config, epochs=10, weight_decay=0.5), targets) as dial:
+        for block in dial.steered_modules():
+            R = block.get_submodule("loreft").subspace.weight
+            assert (R @ R.T - torch.eye(len(R))).abs().max() < 1e-5
+        with dial.alpha(1.0), torch.no_grad():
+            steered = model(IDS).logits
+    assert (steered - logits_of(model, IDS)).abs().max() > 1e-3
 
 
 def test_engineered_prompts_say_it_at_length_in_the_system_turn_only() -> None:

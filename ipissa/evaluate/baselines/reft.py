@@ -91,7 +91,8 @@ def trained_reft(model: Any, tokenizer: Any, config: TrainConfig, targets: Seque
         # Checkpoints of a model that is not PEFT's would hold all of its weights.
         # So none is kept, and there is no best one to go back to.
         trainer = {**config.trainer, "save_strategy": "no"}
-        settings = replace(config, lr=LEARNING_RATE, validation=0.0, trainer=trainer)
+        # torch keeps the signs of an orthogonal matrix as whole numbers among its parameters: decayed, 1 becomes 0.
+        settings = replace(config, lr=LEARNING_RATE, weight_decay=0.0, validation=0.0, trainer=trainer)
         with tempfile.TemporaryDirectory() as folder:
             fit(model, Distillation(targets, pad_id=tokenizer.pad_token_id), settings, Path(folder))
         yield dial
