@@ -18,6 +18,7 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    TrainerCallback,
 )
 
 from ipissa.adapter import Adapter, AdapterConfig, ModuleFactors, save_adapter
@@ -95,6 +96,21 @@ def random_adapter(
             delta_s=None if settings.scale_mode == "none" else torch.randn(rank, generator=generator) * 0.2,
         )
     return Adapter(config=settings, modules=modules, base_model=describe_base(model, "tiny"), trait=dict(TRAIT))
+
+
+class KilledError(Exception):
+    """Stands for the power going out."""
+
+
+class KillAt(TrainerCallback):
+    """Breaks training off after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KilledError
 
 
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,8 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import KillAt, KilledError, tiny_model
 from torch import Tensor
-from transformers import TrainerCallback
 
 from ipissa.adapter import InnerPissaConfig
 from ipissa.adapter.model import layer_alpha
@@ -175,19 +174,6 @@ def test_contrastive_training_separates_both_poles(
     assert mean_of(history[-10:], "loss") < mean_of(history[:10], "loss")
     saved = objective.state_dict()
     assert set(saved) == ({""} if flip == "global" else {site.name for site in objective.sites})
-
-
-class KilledError(Exception):
-    """Stands for the power going out."""
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KilledError
 
 
 def test_a_resumed_run_remembers_which_way_round_the_poles_go(

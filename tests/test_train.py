@@ -10,8 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import tiny_model
-from transformers import TrainerCallback
+from conftest import KillAt, KilledError, tiny_model
 
 from ipissa.adapter import InnerPissaConfig
 from ipissa.adapter.dial import add_dial
@@ -335,19 +334,6 @@ def test_lora_and_dora_train_under_the_same_objective(
     for key in ("kl_positive", "kl_negative"):
         start, end = (sum(record[key] for record in part) for part in (history[:5], history[-5:]))
         assert end < 0.9 * start
-
-
-class KilledError(Exception):
-    """Stands for the power going out."""
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise KilledError
 
 
 @pytest.mark.parametrize("kill_at", [3, 7, 13])

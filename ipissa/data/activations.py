@@ -40,12 +40,11 @@ def pair_activations(
     for start in tqdm(range(0, len(pairs), PAIRS_PER_BATCH), desc="activations", unit="batch"):
         padded = pad_pairs(pairs[start : start + PAIRS_PER_BATCH], pad_id=tokenizer.pad_token_id, device=_device(model))
         last = padded.input_ids.shape[1] - padded.targets.shape[1] + padded.mask.sum(-1) - 1  # (rows,)
-        after_the_last: list[Tensor] = []
         with ExitStack() as hooks:
             for name, module in modules.items():
                 hooks.enter_context(_recorded(module, last, inputs[name]))
             # transformers' last hidden states are those after the final norm, which is not the stream any more.
-            hooks.enter_context(_recorded_output(model.get_decoder().layers[-1], last, after_the_last))
+            after_the_last = hooks.enter_context(output_of(model.get_decoder().layers[-1]))
             output = model(
                 input_ids=padded.input_ids,
                 attention_mask=padded.attention_mask,
@@ -54,8 +53,8 @@ def pair_activations(
                 use_cache=False,
                 output_hidden_states=True,
             )
-        before = [_last_tokens(states, last) for states in output.hidden_states[:-1]]
-        streams.append(torch.stack([*before, *after_the_last]))
+        stream = [*output.hidden_states[:-1], *after_the_last]
+        streams.append(torch.stack([_last_tokens(states, last) for states in stream]))
     return PairActivations(
         {name: torch.cat([_by_side(rows) for rows in found], dim=1) for name, found in inputs.items()},
         torch.cat([_by_side(rows, dim=1) for rows in streams], dim=2),
@@ -70,20 +69,19 @@ def pad_pairs(pairs: Sequence[ContrastivePair], *, pad_id: int, device: torch.de
 
 
 @contextmanager
-def _recorded(module: nn.Module, last: Tensor, into: list[Tensor]) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(lambda _, args: into.append(_last_tokens(args[0], last)))
+def output_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what a decoder layer gives out."""
+    seen: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
     try:
-        yield
+        yield seen
     finally:
         handle.remove()
 
 
 @contextmanager
-def _recorded_output(block: nn.Module, last: Tensor, into: list[Tensor]) -> Iterator[None]:
-    def record(block: nn.Module, args: Any, output: Any) -> None:
-        into.append(_last_tokens(output[0] if isinstance(output, tuple) else output, last))
-
-    handle = block.register_forward_hook(record)
+def _recorded(module: nn.Module, last: Tensor, into: list[Tensor]) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(lambda _, args: into.append(_last_tokens(args[0], last)))
     try:
         yield
     finally:

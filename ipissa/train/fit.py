@@ -69,7 +69,13 @@ def fit(
         objective,
         config,
         model=model,
-        args=_arguments(config, objective, model, folder, validates=bool(validation)),
+        args=_arguments(
+            config,
+            next(model.parameters()).device.type,
+            folder,
+            rows_per_example=objective.rows_per_example,
+            validates=bool(validation),
+        ),
         train_dataset=_Examples(training),
         eval_dataset=_Examples(validation),
         data_collator=objective.collate,
@@ -261,7 +267,7 @@ def check_trainer(config: TrainConfig, device: str) -> None:
         ConfigError: such as a tracker that is not installed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        _training_arguments(config, device, Path(folder), rows_per_example=1, validates=config.validation > 0)
+        _arguments(config, device, Path(folder), rows_per_example=1, validates=config.validation > 0)
     try:
         for tracker in get_reporting_integration_callbacks(config.report_to):
             tracker()
@@ -270,14 +276,6 @@ def check_trainer(config: TrainConfig, device: str) -> None:
 
 
 def _arguments(
-    config: TrainConfig, objective: Objective, model: Any, folder: Path, *, validates: bool
-) -> TrainingArguments:
-    device = next(model.parameters()).device.type
-    rows = objective.rows_per_example
-    return _training_arguments(config, device, folder, rows_per_example=rows, validates=validates)
-
-
-def _training_arguments(
     config: TrainConfig, device: str, folder: Path, *, rows_per_example: int, validates: bool
 ) -> TrainingArguments:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

@@ -84,23 +84,22 @@ def run_sweep(configs: Sequence[TrainConfig], folder: Path, train: Train) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "results.csv"
     # A combination may be in two grids, and counts once.
-    configs = list({digest(config.to_dict() | config.contents()): config for config in configs}.values())
-    settings = [config.to_dict() for config in configs]
-    names = [digest(each | config.contents()) for each, config in zip(settings, configs, strict=True)]
+    named = {digest(config.to_dict() | config.contents()): config for config in configs}
     done = {row["run"]: row for row in _read(results)}
-    if foreign := set(done) - set(names):
+    if foreign := done.keys() - named.keys():
         raise ConfigError(
             f"{results} holds {len(foreign)} runs that this grid does not have (other settings, other prompts, or an "
             "earlier version), so medians would be mixed; choose another --output, or put settings and prompts back."
         )
-    varied = [key for key in _varied(settings) if key != "seed"]
-    for name, config in zip(names, configs, strict=True):
+    settings = {name: config.to_dict() for name, config in named.items()}
+    varied = [key for key in _varied(list(settings.values())) if key != "seed"]
+    for name, config in named.items():
         if name not in done or done[name]["error"]:
             done[name] = _run(config, name, folder, train)
         # A grid that has grown varies more than the rows of before say.
         rows = [
             done[each] | {"varied": json.dumps({key: own[key] for key in varied}, ensure_ascii=False)}
-            for each, own in zip(names, settings, strict=True)
+            for each, own in settings.items()
             if each in done
         ]
         write_table(results, COLUMNS, rows)

@@ -109,8 +109,8 @@ def train(
         lambda: task.sample(task.held_out, config.held_out_continuations, whole, seed=config.seed + 1),
         [Continuation],
     )
-    adapter, flipped = _right_way_round(task, learnt.adapter, test_set)
-    measured = _measure(task, adapter, test_set)
+    learnt, flipped = _right_way_round(task, learnt, test_set)
+    measured = _measure(task, learnt.adapter, test_set)
 
     seconds = time.monotonic() - started
     training = {
@@ -120,12 +120,10 @@ def train(
         "flipped": flipped,
     }
     calibrated = replace(
-        adapter,
+        learnt.adapter,
         alpha_range=(measured.calibration.low, measured.calibration.high),
         evaluation={**measured.to_dict(), **personas, "training": {**config.to_dict(), **training}},
     )
-    if flipped:
-        learnt = learnt.flipped()
     result = TrainResult(
         save_adapter(calibrated, output),
         measured.yardsticks,
@@ -207,9 +205,10 @@ class _Learnt:
     samples_midway: Samples
 
     def flipped(self) -> _Learnt:
-        """The records of an adapter whose poles have changed places."""
+        """The adapter with its poles exchanged, and the records of it."""
         return replace(
             self,
+            adapter=self.adapter.flipped(),
             history=[{_other_pole(name): value for name, value in record.items()} for record in self.history],
             samples_before=flipped_samples(self.samples_before),
             samples_midway=flipped_samples(self.samples_midway),
@@ -304,13 +303,13 @@ def _objective(
     )
 
 
-def _right_way_round(task: _Task, adapter: Adapter, test_set: Sequence[Continuation]) -> tuple[Adapter, bool]:
-    """The adapter, or its mirror image if that follows the labelled held-out texts, and whether it is that."""
+def _right_way_round(task: _Task, learnt: _Learnt, test_set: Sequence[Continuation]) -> tuple[_Learnt, bool]:
+    """What was learnt, or its mirror image if that follows the labelled held-out texts, and whether it is that."""
     labelled = _of_prompts(test_set, task.held_out[:CALIBRATION_PROMPTS])
-    steered = attach(task.model, adapter)
+    steered = attach(task.model, learnt.adapter)
     preference = pole_preference(steered, HeldOut(task.tokenizer, task.trait, labelled))
     steered.detach()
-    return (adapter.flipped(), True) if preference < 0 else (adapter, False)
+    return (learnt.flipped(), True) if preference < 0 else (learnt, False)
 
 
 def _of_prompts(continuations: Sequence[Continuation], prompts: Sequence[str]) -> list[Continuation]:

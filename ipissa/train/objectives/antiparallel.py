@@ -9,8 +9,8 @@ hinge orders the poles; both ramp up at the beginning.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ipissa.adapter.layer import dense_weight
 from ipissa.adapter.model import RESIDUAL_WRITERS, layer_alpha
-from ipissa.data.activations import pad_pairs
+from ipissa.data.activations import output_of, pad_pairs
 from ipissa.data.pairs import ContrastivePair
 from ipissa.errors import ConfigError
 from ipissa.sequences import PaddedBatch, continuation_logprobs, target_logprobs
@@ -217,14 +217,3 @@ class Antiparallel:
                 "The personas differ in no direction that blocks both write and erase; use another objective or depth."
             )
         return basis[:, : self.config.rank]
-
-
-@contextmanager
-def output_of(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects what a decoder layer gives out."""
-    seen: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
-    try:
-        yield seen
-    finally:
-        handle.remove()
