@@ -172,8 +172,10 @@ def test_prefixes_are_never_shared_between_two_alphas(served: VllmServed, torch_
 
 def test_a_client_that_hangs_up_frees_its_places(served: VllmServed) -> None:
     body = {"model": "kind", "prompt": PROMPT, "max_tokens": 900, "steer_alpha": [0.5, 1], "stream": True}
+    body["logit_bias"] = {0: -100, 2: -100}  # neither row may end by itself
     with served.http.stream("POST", "/v1/completions", json=body) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: a dropped iterator closes the connection
+        next(lines)
         assert served.metric("ipissa_active_rows") == 2
     deadline = time.monotonic() + 60
     while served.metric("ipissa_active_rows") and time.monotonic() < deadline:
