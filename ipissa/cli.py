@@ -54,9 +54,9 @@ def train(
         typer.Option(help="guided, odd, told, contrastive, antiparallel, or a sum such as guided=1,contrastive=0.1."),
     ] = None,
     selection: Annotated[
-        str | None, typer.Option(help="Rule that chooses the singular triples, such as top or cho_var_snorm.")
+        str | None, typer.Option(help="learnt, or a rule that chooses singular triples, such as top or cho_var_snorm.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Singular triples per module.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Directions that turn, per module.")] = None,
     continuations: Annotated[int | None, typer.Option(help="Sampled answers per prompt and pole.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Length of a sampled answer.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the sampled answers.")] = None,

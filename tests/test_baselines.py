@@ -220,9 +220,21 @@ def test_engineered_prompts_say_it_at_length_in_the_system_turn_only() -> None:
     assert trait.messages("Why?", 0) == trait.messages("Why?", None) == [user]
 
 
+def test_a_random_adapter_of_learnt_directions_has_others_of_the_same_weight(model: Any) -> None:
+    adapter = random_adapter(model, suffixes=("o_proj",), scale_mode="none", directions="learnt")
+    other = random_like(adapter, model, seed=1)
+    for name, factors in adapter.modules.items():
+        found = other.modules[name]
+        weight = model.get_submodule(name).weight.detach()
+        assert (weight @ found.V - found.U * found.S).abs().max() < 1e-5
+        assert (found.V.T @ found.V - torch.eye(6)).abs().max() < 1e-5
+        assert torch.linalg.svdvals(found.V.T @ factors.V).min() < 0.9
+        assert found.rotation_v.norm().item() == pytest.approx(factors.rotation_v.norm().item(), rel=1e-4)
+
+
 def test_a_random_adapter_turns_as_far_and_elsewhere(model: Any) -> None:
     adapter = random_adapter(model, suffixes=("o_proj",))
-    other = random_like(adapter, seed=1)
+    other = random_like(adapter, model, seed=1)
     for name, factors in adapter.modules.items():
         found = other.modules[name]
         assert torch.equal(found.U, factors.U)
@@ -230,7 +242,7 @@ def test_a_random_adapter_turns_as_far_and_elsewhere(model: Any) -> None:
             assert two.norm().item() == pytest.approx(one.norm().item(), rel=1e-4)
             assert (one - two).abs().max() > 0.1 * one.abs().max()
         assert (found.rotation_v + found.rotation_v.T).abs().max() < 1e-6
-    again = random_like(adapter, seed=1)
+    again = random_like(adapter, model, seed=1)
     assert all(torch.equal(again.modules[n].rotation_v, other.modules[n].rotation_v) for n in adapter.modules)
 
 

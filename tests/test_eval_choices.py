@@ -117,7 +117,7 @@ def test_random_adapters_seldom_have_an_effect(answering: Any, tokenizer: Any) -
     adapter = random_adapter(answering, suffixes=("o_proj", "down_proj"))
     ts = []
     for seed in range(20):
-        steered = attach(answering, random_like(adapter, seed=seed))
+        steered = attach(answering, random_like(adapter, answering, seed=seed))
         rows = measure_choices(Steerer(steered), tokenizer, bundled, ALPHAS, rows_per_batch=96)
         ts.append(abs(balanced_slope(labelled(rows, bundled)).trait.t))
         steered.detach()

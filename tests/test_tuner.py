@@ -26,6 +26,7 @@ from ipissa.scaling import scaled_singular_values
 from ipissa.train import TrainConfig
 
 IDS = torch.tensor([[5, 9, 33, 71, 12, 40], [7, 7, 80, 2, 19, 55]])
+LEARNT = {"directions": "learnt", "scale_mode": "none", "clamp": "none"}
 CONFIGS = {
     "default": {},
     "matrix_exp": {"rotation": "matrix_exp"},
@@ -39,6 +40,9 @@ CONFIGS = {
     "scale only": {"rotate_v": False},
     "odd rank": {"r": 5},
     "rank beyond the module": {"r": 500},
+    "learnt": LEARNT,
+    "learnt, matrix_exp": {**LEARNT, "rotation": "matrix_exp"},
+    "learnt, rank beyond the module": {**LEARNT, "r": 500},
 }
 
 
@@ -152,16 +156,18 @@ def test_two_adapters_switch_and_only_the_active_one_trains() -> None:
 
 
 def test_initial_parameters_make_plus_and_minus_one_differ_and_zeros_do_not() -> None:
-    for std, differs in ((0.002, True), (0.0, False)):
-        config = InnerPissaConfig(r=8, target_modules=["o_proj"], init_std=std, scale_mode="none")
+    for std, directions, differs in ((0.002, "triples", True), (0.002, "learnt", True), (0.0, "triples", False)):
+        settings = {**LEARNT, "directions": directions, "init_std": std}
+        config = InnerPissaConfig(r=8, target_modules=["o_proj"], **settings)
         model = peft.get_peft_model(tiny_model("llama"), config).eval()
         with layer_alpha(model, torch.tensor([1.0, -1.0])):
             plus, minus = logits_of(model, IDS[:1].expand(2, -1))
         assert (not torch.equal(plus, minus)) is differs
 
 
-def test_gradients_reach_every_trainable_parameter_and_no_other() -> None:
-    model = wrapped(rotate_u=True)
+@pytest.mark.parametrize("config", [{"rotate_u": True}, LEARNT], ids=["triples", "learnt"])
+def test_gradients_reach_every_trainable_parameter_and_no_other(config: dict[str, Any]) -> None:
+    model = wrapped(**config)
     with layer_alpha(model, torch.tensor([1.0, -1.0])):
         model(input_ids=IDS).logits.logsumexp(-1).sum().backward()
     for name, parameter in model.named_parameters():
@@ -182,6 +188,11 @@ def test_the_layers_alpha_is_restored_after_an_exception() -> None:
         ({"clamp": "hard"}, "clamp 'hard'"),
         ({"scale_mode": "add"}, "scale_mode 'add'"),
         ({"r": 1}, "at least 2"),
+        ({"directions": "seen"}, "directions 'seen' is unknown; use one of triples, learnt"),
+        ({**LEARNT, "r": 7}, "r 7 is odd"),
+        ({**LEARNT, "rotate_u": True}, "learnt directions need False"),
+        ({**LEARNT, "scale_mode": "add2"}, "scale_mode 'add2' is for singular triples"),
+        ({**LEARNT, "clamp": "entries"}, "clamp 'entries' is for singular triples"),
         ({"max_rotation": 0}, "not positive"),
         ({"rotate_v": False, "scale_mode": "none"}, "nothing would be trained"),
     ],

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ipissa.adapter.config import one_of
+from ipissa.adapter.config import DIRECTIONS, one_of
 from ipissa.adapter.described import Described
 from ipissa.adapter.vector import VectorAdapter, VectorConfig
 from ipissa.errors import AdapterFileError, ConfigError
@@ -49,12 +49,14 @@ class AdapterConfig:
     rotate_u: bool = False
     clamp: str = "entries"
     max_rotation: float = 0.3
+    directions: str = "triples"
     modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         one_of(self.rotation, ROTATIONS, name="rotation")
         one_of(self.scale_mode, SCALE_MODES, name="scale_mode")
         one_of(self.clamp, CLAMPS, name="clamp")
+        one_of(self.directions, DIRECTIONS, name="directions")
         if not isinstance(self.rank, int) or not isinstance(self.max_rotation, int | float):
             raise ConfigError(f"rank {self.rank!r} and max_rotation {self.max_rotation!r} are not numbers.")
 

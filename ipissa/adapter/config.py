@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
@@ -11,10 +12,11 @@ from ipissa.rotation import CLAMPS, ROTATIONS
 from ipissa.scaling import SCALE_MODES
 
 PEFT_TYPE = "INNERPISSA"
+DIRECTIONS = ("triples", "learnt")
 
 
-def one_of(value: str, table: dict, *, name: str) -> None:
-    """Raise `ConfigError` unless `value` is a key of `table`."""
+def one_of(value: str, table: Collection[str], *, name: str) -> None:
+    """Raise `ConfigError` unless `value` is in `table`."""
     if value not in table:
         raise ConfigError(f"{name} {value!r} is unknown; use one of {', '.join(table)}.")
 
@@ -30,6 +32,8 @@ class InnerPissaConfig(PeftConfig):
         scale_mode: `add2`, `add_tanh`, `mult` or `none`, how singular values follow α.
         rotate_v: Train a rotation of the input singular vectors.
         rotate_u: Train a rotation of the output singular vectors.
+        directions: `triples`, the r largest singular triples, or `learnt` (`ipissa.adapter.frame`): r directions of the
+            input, an even number, mixed of all the layer's right singular vectors, which turn without scaling.
         clamp: `entries` (as published), `angles` (each plane's true angle) or `none`.
         max_rotation: Limit of the clamp, for entries or in radians.
         init_std: Standard deviation of the initial rotation parameters. Never zero: at zero, +α and
@@ -45,6 +49,7 @@ class InnerPissaConfig(PeftConfig):
     scale_mode: str = field(default="add2", metadata={"help": "add2 | add_tanh | mult | none"})
     rotate_v: bool = field(default=True, metadata={"help": "rotate input singular vectors"})
     rotate_u: bool = field(default=False, metadata={"help": "rotate output singular vectors"})
+    directions: str = field(default="triples", metadata={"help": "triples | learnt"})
     clamp: str = field(default="entries", metadata={"help": "entries | angles | none"})
     max_rotation: float = field(default=0.3, metadata={"help": "limit of the clamp"})
     init_std: float = field(default=0.002, metadata={"help": "std of the initial rotation parameters"})
@@ -57,6 +62,7 @@ class InnerPissaConfig(PeftConfig):
         one_of(self.rotation, ROTATIONS, name="rotation")
         one_of(self.scale_mode, SCALE_MODES, name="scale_mode")
         one_of(self.clamp, CLAMPS, name="clamp")
+        one_of(self.directions, DIRECTIONS, name="directions")
         if self.r < 2:
             raise ConfigError(f"r {self.r} is too small: a rotation needs a plane, so use at least 2.")
         if not self.max_rotation > 0:
@@ -65,3 +71,14 @@ class InnerPissaConfig(PeftConfig):
             raise ConfigError(f"init_std {self.init_std} is negative.")
         if not (self.rotate_v or self.rotate_u) and self.scale_mode == "none":
             raise ConfigError("rotate_v, rotate_u and scale_mode are all off: nothing would be trained.")
+        if self.directions == "learnt":
+            self._check_learnt()
+
+    def _check_learnt(self) -> None:
+        if self.r % 2:
+            raise ConfigError(f"r {self.r} is odd, and learnt directions turn in pairs; use an even rank.")
+        for name, only in (("rotate_v", True), ("rotate_u", False), ("scale_mode", "none"), ("clamp", "none")):
+            if getattr(self, name) != only:
+                raise ConfigError(
+                    f"{name} {getattr(self, name)!r} is for singular triples; learnt directions need {only!r}."
+                )

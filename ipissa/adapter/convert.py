@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ipissa.adapter.checkpoint import Adapter, AdapterConfig, ModuleFactors, module_factors
 from ipissa.adapter.config import InnerPissaConfig
-from ipissa.adapter.layer import InnerPissaLayer
+from ipissa.adapter.frame import frame_factors, frame_of
+from ipissa.adapter.layer import InnerPissaLayer, dense_weight
 from ipissa.adapter.lora import new_folder
 from ipissa.errors import AdapterFileError
 from ipissa.rotation import CLAMPS, skew
@@ -32,18 +33,27 @@ def from_peft_model(peft_model: nn.Module, *, adapter_name: str = "default", **d
     """The adapter a PEFT-wrapped model holds now; `description` fills the other fields of `Adapter`."""
     modules: dict[str, ModuleFactors] = {}
     for full_name, layer in peft_model.named_modules():
-        if isinstance(layer, InnerPissaLayer) and adapter_name in layer.innerpissa_U:
-            parts = {
-                "U": layer.innerpissa_U[adapter_name],
-                "S": layer.innerpissa_S[adapter_name],
-                "V": layer.innerpissa_V[adapter_name],
-                "p_v": layer.innerpissa_p_v.get(adapter_name, None),
-                "p_u": layer.innerpissa_p_u.get(adapter_name, None),
-                "d": layer.innerpissa_d.get(adapter_name, None),
-            }
+        if isinstance(layer, InnerPissaLayer) and adapter_name in layer.innerpissa_config:
             config = layer.innerpissa_config[adapter_name]
-            modules[full_name.removeprefix(PREFIX)] = _effective(config, parts)
+            modules[full_name.removeprefix(PREFIX)] = _factors(layer, adapter_name)
     return Adapter(config=_adapter_config(config, modules), modules=modules, **description)
+
+
+def _factors(layer: InnerPissaLayer, adapter_name: str) -> ModuleFactors:
+    if adapter_name in layer.innerpissa_frame:
+        frame = frame_of(layer.innerpissa_frame[adapter_name].detach())
+        weight = layer.original_weight() if layer.merged else dense_weight(layer.base_linear())
+        found = frame_factors(weight, frame)
+        return ModuleFactors(*(factor.float().cpu() for factor in found))
+    parts = {
+        "U": layer.innerpissa_U[adapter_name],
+        "S": layer.innerpissa_S[adapter_name],
+        "V": layer.innerpissa_V[adapter_name],
+        "p_v": layer.innerpissa_p_v.get(adapter_name, None),
+        "p_u": layer.innerpissa_p_u.get(adapter_name, None),
+        "d": layer.innerpissa_d.get(adapter_name, None),
+    }
+    return _effective(layer.innerpissa_config[adapter_name], parts)
 
 
 def from_peft_folder(folder: str | os.PathLike[str]) -> Adapter:
@@ -55,6 +65,11 @@ def from_peft_folder(folder: str | os.PathLike[str]) -> Adapter:
     folder = Path(folder)
     try:
         config = InnerPissaConfig.from_pretrained(str(folder))
+        if config.directions == "learnt":
+            raise AdapterFileError(
+                f"{folder} holds learnt directions, which are an adapter only together with the base model's weights; "
+                "load it with PEFT and pass the model to from_peft_model."
+            )
         tensors = load_file(folder / "adapter_model.safetensors")
         description = json.loads((folder / DESCRIPTION).read_text())
         description["alpha_range"] = tuple(description["alpha_range"])
@@ -63,7 +78,7 @@ def from_peft_folder(folder: str | os.PathLike[str]) -> Adapter:
             module, _, name = key.removeprefix(PREFIX).rpartition(".innerpissa_")
             parts.setdefault(module, {})[name] = value
         found = {module: _effective(config, each) for module, each in sorted(parts.items(), key=_natural)}
-        adapter_config = _adapter_config(config, found)
+        adapter_config = _adapter_config(config, found, description.pop("directions", None))
         modules = {
             module: module_factors(
                 folder, module, adapter_config, {f"{module}.{name}": t for name, t in factors.tensors().items()}
@@ -103,6 +118,7 @@ def to_peft_folder(adapter: Adapter, output_dir: str | os.PathLike[str]) -> Path
         }
         tensors |= {f"{PREFIX}{module}.innerpissa_{k}": v.contiguous() for k, v in parts.items() if v is not None}
     description = {key: value for key, value in asdict(adapter).items() if key not in ("config", "modules", "digest")}
+    description["directions"] = adapter.config.directions  # to PEFT they are triples, whatever chose them
     with new_folder(output_dir) as folder:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(folder))
@@ -128,7 +144,9 @@ def _effective(config: InnerPissaConfig, parts: dict[str, Any]) -> ModuleFactors
     )
 
 
-def _adapter_config(config: InnerPissaConfig, modules: dict[str, ModuleFactors]) -> AdapterConfig:
+def _adapter_config(
+    config: InnerPissaConfig, modules: dict[str, ModuleFactors], directions: str | None = None
+) -> AdapterConfig:
     return AdapterConfig(
         rank=config.r,
         rotation=config.rotation,
@@ -137,6 +155,7 @@ def _adapter_config(config: InnerPissaConfig, modules: dict[str, ModuleFactors])
         rotate_u=config.rotate_u,
         clamp=config.clamp,
         max_rotation=config.max_rotation,
+        directions=directions or config.directions,
         modules=tuple(modules),
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.delta import delta_core
+from ipissa.adapter.frame import frame_core, frame_of, images, initial_frame
 from ipissa.rotation import CLAMPS, skew
 
 
@@ -18,13 +19,19 @@ class InnerPissaLayer(BaseTunerLayer):
     """Adds x V [R_v(α) diag(S(α)) R_u(α)ᵀ - diag(S)] Uᵀ to a linear layer's output.
 
     U (d_out, r), S (r,), V (d_in, r) come from the layer's own thin SVD and stay frozen; the free
-    parameters are P_v and P_u (r, r), whose skew parts generate the rotations, and d (r,). No
+    parameters are P_v and P_u (r, r), whose skew parts generate the rotations, and d (r,). With learnt
+    directions there is one parameter, their frame, and nothing frozen (`ipissa.adapter.frame`). No
     residual weight is stored, the bias is untouched, and at α = 0 the sum is exactly the base layer.
 
     Merged form: W + U [R_u(α) diag(S(α)) R_v(α)ᵀ - diag(S)] Vᵀ at the α in force when merging.
     """
 
-    adapter_layer_names: tuple[str, ...] = ("innerpissa_p_v", "innerpissa_p_u", "innerpissa_d")
+    adapter_layer_names: tuple[str, ...] = (
+        "innerpissa_p_v",
+        "innerpissa_p_u",
+        "innerpissa_d",
+        "innerpissa_frame",
+    )
     other_param_names: tuple[str, ...] = ("innerpissa_U", "innerpissa_S", "innerpissa_V", "innerpissa_config")
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -35,6 +42,7 @@ class InnerPissaLayer(BaseTunerLayer):
         self.innerpissa_p_v = nn.ParameterDict()
         self.innerpissa_p_u = nn.ParameterDict()
         self.innerpissa_d = nn.ParameterDict()
+        self.innerpissa_frame = nn.ParameterDict()
         self.innerpissa_U = BufferDict(persistent=True)
         self.innerpissa_S = BufferDict(persistent=True)
         self.innerpissa_V = BufferDict(persistent=True)
@@ -45,10 +53,19 @@ class InnerPissaLayer(BaseTunerLayer):
         self._merged_deltas: dict[str, Tensor] = {}
 
     def update_layer(self, adapter_name: str, config: InnerPissaConfig, inference_mode: bool = False) -> None:
-        """Split the base weight and create the parameters of one adapter."""
+        """Create the parameters of one adapter, and freeze the singular triples it turns."""
+        self.innerpissa_config[adapter_name] = config
+        if config.directions == "learnt":
+            r = min(config.r, self.in_features // 2 * 2, self.out_features // 2 * 2)
+            self.innerpissa_frame[adapter_name] = nn.Parameter(initial_frame(self.in_features, r, config.init_std))
+        else:
+            self._adapt_triples(adapter_name, config)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _adapt_triples(self, adapter_name: str, config: InnerPissaConfig) -> None:
         u, s, v = self.svd()
         r = min(config.r, s.numel())
-        self.innerpissa_config[adapter_name] = config
         self._keep(adapter_name, u[:, :r], s[:r], v[:, :r])
         if config.rotate_v:
             self.innerpissa_p_v[adapter_name] = nn.Parameter(_initial_rotation(r, config.init_std))
@@ -56,8 +73,6 @@ class InnerPissaLayer(BaseTunerLayer):
             self.innerpissa_p_u[adapter_name] = nn.Parameter(_initial_rotation(r, config.init_std))
         if config.scale_mode != "none":
             self.innerpissa_d[adapter_name] = nn.Parameter(torch.empty(r).uniform_(1e-5, 1e-3))
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """The thin SVD of the base weight in float32: U (d_out, k), S (k,) falling, V (d_in, k)."""
@@ -86,8 +101,11 @@ class InnerPissaLayer(BaseTunerLayer):
         return effective(self.innerpissa_p_v), effective(self.innerpissa_p_u)
 
     def core(self, adapter_name: str, alpha: Tensor) -> Tensor:
-        """The bracket of the class equation for each α; alpha (n,) -> (n, r, r)."""
+        """The bracket of the class equation for each α, K(α) of a learnt frame; alpha (n,) -> (n, r, r)."""
         config = self.innerpissa_config[adapter_name]
+        if adapter_name in self.innerpissa_frame:
+            frame = frame_of(self.innerpissa_frame[adapter_name])
+            return frame_core(frame, alpha.to(frame), rotation=config.rotation)
         d = self.innerpissa_d.get(adapter_name, None)
         s = self.innerpissa_S[adapter_name]
         return delta_core(
@@ -99,13 +117,24 @@ class InnerPissaLayer(BaseTunerLayer):
             scale_mode=config.scale_mode,
         )
 
+    def outer_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """U (d_out, r) and V (d_in, r), or W F and F of a learnt frame: what the core (r, r) stands between."""
+        if adapter_name in self.innerpissa_U:
+            return self.innerpissa_U[adapter_name], self.innerpissa_V[adapter_name]
+        frame = frame_of(self.innerpissa_frame[adapter_name])
+        return images(self.base_linear(), self.original_weight(), frame), frame
+
+    def original_weight(self) -> Tensor:
+        """The base layer's weight as it was before anything was merged into it."""
+        return next(iter(self._merged_deltas.values()), self.base_linear().weight)
+
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """ΔW(α) = U coreᵀ Vᵀ (d_out, d_in) at the layer's present α, which must be one number."""
         alpha = torch.as_tensor(self.alpha, dtype=torch.float32).reshape(-1)
         if alpha.numel() != 1:
             raise ValueError(f"A weight has one α, but {alpha.numel()} are set; set a single number to merge.")
-        core = self.core(adapter_name, alpha)[0]
-        return self.innerpissa_U[adapter_name] @ core.mT @ self.innerpissa_V[adapter_name].mT
+        u, v = self.outer_factors(adapter_name)
+        return u @ self.core(adapter_name, alpha)[0].mT @ v.mT
 
     def base_linear(self) -> nn.Linear:
         """The frozen layer under all adapters."""
@@ -114,13 +143,13 @@ class InnerPissaLayer(BaseTunerLayer):
     def add_deltas(self, result: Tensor, x: Tensor) -> Tensor:
         """`result` plus the delta of every active adapter."""
         for name in self.active_adapters:
-            if name in self.innerpissa_U:
+            if name in self.innerpissa_config:
                 result = result + self.delta(x, name).to(result.dtype)
         return result
 
     def delta(self, x: Tensor, adapter_name: str) -> Tensor:
         """x V core(α) Uᵀ with one α per row; x (batch, tokens, d_in) -> (batch, tokens, d_out)."""
-        u, v = self.innerpissa_U[adapter_name], self.innerpissa_V[adapter_name]
+        u, v = self.outer_factors(adapter_name)
         alpha = torch.as_tensor(self.alpha, dtype=u.dtype, device=u.device).reshape(-1)
         if alpha.numel() > 1 and alpha.numel() != x.shape[0]:
             raise ValueError(f"{alpha.numel()} α are set for a batch of {x.shape[0]} rows; set one per row.")
@@ -151,7 +180,7 @@ class Linear(nn.Module, InnerPissaLayer):
         """Add ΔW(α) of the given (default: active) adapters to the base weight."""
         weight = self.base_linear().weight
         for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.innerpissa_U:
+            if name not in self.innerpissa_config:
                 continue
             before = weight.data.clone()
             after = before + self.get_delta_weight(name).to(weight.dtype)

@@ -125,7 +125,7 @@ def _sspace(m: Materials) -> Iterator[Steerer]:
 
 @contextmanager
 def _random(m: Materials) -> Iterator[Steerer]:
-    with attached(m.model, random_like(m.innerpissa(), seed=m.seed)) as steerer:
+    with attached(m.model, random_like(m.innerpissa(), m.model, seed=m.seed)) as steerer:
         yield steerer
 
 

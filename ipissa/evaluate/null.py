@@ -50,7 +50,7 @@ def null_slopes(m: Materials, dataset: Dataset, *, degradation: float, seeds: Se
     found: list[dict[str, Any]] = []
     scale = 1.0
     for seed in tqdm(seeds, desc="random adapters"):
-        with attached(m.model, random_like(m.innerpissa(), seed=seed)) as steerer:
+        with attached(m.model, random_like(m.innerpissa(), m.model, seed=seed)) as steerer:
             scale = scale_to(degradation, steerer, m, start=scale).scale  # that of the one before is nearly it
             rows = measure_choices(Steerer(ScaledDial(steerer.dial, scale)), m.tokenizer, some, ALPHAS)
         found.append({"seed": seed, **asdict(balanced_slope(with_labels(complete(rows), labels)).trait)})

@@ -71,13 +71,15 @@ def _meaning(trait: Mapping[str, Any], pole: str) -> str:
 
 def _rotations(adapter: Adapter) -> dict[str, str]:
     config = adapter.config
+    learnt = config.directions == "learnt"
+    trained = ("V",) if learnt else ("rotation_v", "rotation_u", "delta_s")  # a frame has as many numbers as its V
     parameters = sum(
-        value.numel() for m in adapter.modules.values() for name, value in m.tensors().items() if name not in "USV"
+        value.numel() for m in adapter.modules.values() for name, value in m.tensors().items() if name in trained
     )
+    of_triples = f"{_sides(config)}; scale mode {config.scale_mode}; clamp {config.clamp} {config.max_rotation:g}"
     return {
         "adapted modules": f"{len(adapter.modules)}, rank {config.rank}, {parameters:,} parameters",
-        "rotation": f"{config.rotation}, {_sides(config)}; scale mode {config.scale_mode}; clamp {config.clamp} "
-        f"{config.max_rotation:g}",
+        "rotation": f"{config.rotation}, {'V, in learnt directions' if learnt else of_triples}",
     }
 
 

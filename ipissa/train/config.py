@@ -21,7 +21,7 @@ from ipissa.models import DEMO_MODEL
 from ipissa.train.objectives.build import antiparallel_config, contrastive_config, objective_weights
 from ipissa.train.objectives.distill import CONTEXTS
 from ipissa.train.objectives.sites import site_blocks
-from ipissa.train.selection import SELECTIONS
+from ipissa.train.selection import LEARNT, SELECTIONS
 
 # Settings with an option of their own on the command line; the others go through --set NAME=VALUE.
 OPTIONS = (
@@ -134,8 +134,12 @@ class TrainConfig:
         contrastive, antiparallel: Settings of those objectives (`ContrastiveConfig`, `AntiparallelConfig`).
         suffixes: Text file with one unfinished answer per line, or a JSON list, for the pairs that
             contrastive objectives and selection rules compare; None cuts the sampled answers.
-        rank: Singular triples per module.
-        selection: Rule that chooses the triples, one of `ipissa.train.selection.SELECTIONS`.
+        rank: Directions that turn, per module.
+        selection: How the directions that turn are chosen: `learnt` with the rotation itself, mixed of all singular
+            vectors (`ipissa.adapter.frame`), or the singular triples of a rule of `ipissa.train.selection.SELECTIONS`.
+        rotation: `cayley` or `matrix_exp`.
+        scale_mode, clamp: Of singular triples (`InnerPissaConfig`); None for `add2` and `entries` of these, and
+            for `none` of learnt directions, which have neither.
         target_modules: Names of linear layers, or of sets of them: residual, attention, mlp, all.
         depth_start, depth_end: Adapted blocks as fractions of the depth, [start, end).
         continuations: Sampled continuations per prompt and pole.
@@ -168,13 +172,13 @@ class TrainConfig:
     contrastive: dict[str, Any] = field(default_factory=dict)
     antiparallel: dict[str, Any] = field(default_factory=dict)
     suffixes: str | None = None
-    rank: int = 32
-    selection: str = "top"
+    rank: int = 16
+    selection: str = LEARNT
     rotation: str = "cayley"
-    scale_mode: str = "add2"
+    scale_mode: str | None = None
     rotate_v: bool = True
     rotate_u: bool = False
-    clamp: str = "entries"
+    clamp: str | None = None
     max_rotation: float = 0.3
     target_modules: tuple[str, ...] = ("residual",)
     depth_start: float = 0.2
@@ -209,7 +213,7 @@ class TrainConfig:
         weights = objective_weights(self.objective)
         contrastive_config(self.contrastive)
         antiparallel_config(self.antiparallel)
-        one_of(self.selection, SELECTIONS, name="selection")
+        one_of(self.selection, (LEARNT, *SELECTIONS), name="selection")
         one_of(self.contexts, CONTEXTS, name="contexts")
         if self.max_prompts is not None and self.max_prompts < 1:
             raise ConfigError(f"max_prompts {self.max_prompts} leaves nothing to train on; give at least 1.")
@@ -278,15 +282,17 @@ class TrainConfig:
             raise ConfigError(
                 f"Every block of depth {self.depth_start:g} to {self.depth_end:g} is a loss block; adapt others."
             )
+        learnt = self.selection == LEARNT
         return InnerPissaConfig(
             r=self.rank,
             target_modules=[module for name in self.target_modules for module in MODULE_SETS.get(name, [name])],
             layers_to_transform=blocks,
             rotation=self.rotation,
-            scale_mode=self.scale_mode,
+            directions="learnt" if learnt else "triples",
+            scale_mode=self.scale_mode or ("none" if learnt else "add2"),
             rotate_v=self.rotate_v,
             rotate_u=self.rotate_u,
-            clamp=self.clamp,
+            clamp=self.clamp or ("none" if learnt else "entries"),
             max_rotation=self.max_rotation,
             task_type="CAUSAL_LM",
         )

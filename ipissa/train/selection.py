@@ -21,6 +21,8 @@ from torch import Tensor
 
 from ipissa.errors import ConfigError
 
+LEARNT = "learnt"  # no rule: the directions are learnt with the rotation (`ipissa.adapter.frame`)
+
 
 @dataclass(frozen=True)
 class TripleStatistics:

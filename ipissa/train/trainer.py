@@ -62,6 +62,7 @@ from ipissa.train.reach import Reach, check_reach, measure_reach
 from ipissa.train.result import TrainResult
 from ipissa.train.run_folder import RunFolder
 from ipissa.train.samples import MidwaySamples, Samples, flipped_samples, peft_samples, samples_table, take_samples
+from ipissa.train.selection import LEARNT
 
 CALIBRATION_PROMPTS = 24
 REACH_PROMPTS = 40
@@ -221,7 +222,7 @@ def _learn(task: _Task, continuations: Sequence[Continuation], base_model: dict[
     pairs = _pairs(task, continuations)
     objective = _objective(task, continuations, pairs, run)
     peft_model = _wrap(task.model, task.adapter_config())
-    if config.selection != "top":
+    if config.selection not in (LEARNT, "top"):
         select_triples(peft_model, tokenizer, pairs[:SELECTION_PAIRS], rule=config.selection)
     samples_before = peft_samples(peft_model, tokenizer, trait, task.held_out)
     midway = MidwaySamples(tokenizer, trait, task.held_out)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ipissa.adapter.checkpoint import Adapter
+from ipissa.adapter.checkpoint import Adapter, ModuleFactors
+from ipissa.adapter.frame import frame_factors
+from ipissa.adapter.layer import dense_weight
+from ipissa.base import find_linear
 
 
-def random_like(adapter: Adapter, *, seed: int) -> Adapter:
-    """An adapter of the same form whose rotations and scales are random, with the norms of the trained ones."""
+def random_like(adapter: Adapter, model: Any, *, seed: int) -> Adapter:
+    """An adapter of the same form whose rotations and scales are random, with the norms of the trained ones.
+
+    Singular triples stay what they are. Learnt directions are drawn anew, from all of `model`'s input directions.
+    """
     generator = torch.Generator().manual_seed(seed)
+    learnt = adapter.config.directions == "learnt"
 
     def skew_like(a: Tensor) -> Tensor:
         x = torch.randn(a.shape, generator=generator)
@@ -22,9 +30,14 @@ def random_like(adapter: Adapter, *, seed: int) -> Adapter:
         x = torch.randn(d.shape, generator=generator)
         return x * (d.norm() / x.norm())
 
+    def elsewhere(name: str, factors: ModuleFactors) -> ModuleFactors:
+        weight = dense_weight(find_linear(model, name, adapter)).cpu()
+        u, s, v, _ = frame_factors(weight, torch.randn(factors.V.shape, generator=generator))
+        return replace(factors, U=u.float(), S=s.float(), V=v.float())
+
     modules = {
         name: replace(
-            factors,
+            elsewhere(name, factors) if learnt else factors,
             rotation_v=skew_like(factors.rotation_v),
             rotation_u=None if factors.rotation_u is None else skew_like(factors.rotation_u),
             delta_s=None if factors.delta_s is None else vector_like(factors.delta_s),
