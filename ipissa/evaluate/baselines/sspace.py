@@ -28,5 +28,5 @@ def sspace_like(model: Any, found: PairActivations, adapter: Adapter) -> Adapter
         delta = nn.functional.normalize((chosen - rejected).mean(0), dim=0)
         still = torch.zeros(s.numel(), s.numel())
         modules[name] = ModuleFactors(U=u, S=s, V=v, rotation_v=still, delta_s=s * delta)
-    config = replace(adapter.config, scale_mode="add2", rotate_v=False, rotate_u=False)
+    config = replace(adapter.config, directions="triples", scale_mode="add2", rotate_v=False, rotate_u=False)
     return replace(adapter, config=config, modules=modules, evaluation={}, digest=None)
