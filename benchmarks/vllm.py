@@ -116,7 +116,7 @@ def servers(dtype: str, *more: str) -> Iterator[tuple[Server, Server]]:
     with tempfile.TemporaryDirectory() as folder:
         lora = ipissa.to_lora(adapter, alpha=ALPHA, output_dir=Path(folder) / "lora")
         stock = ["vllm", "serve", model_source(base), "--dtype", dtype, "--enforce-eager", "--max-model-len", "2048"]
-        stock += ["--enable-lora", "--max-lora-rank", "32", "--lora-modules", f"kind={lora}"]
+        stock += ["--enable-lora", "--max-lora-rank", str(adapter.config.rank), "--lora-modules", f"kind={lora}"]
         stock += ["--kv-cache-memory-bytes", str(2**31), *more]  # vLLM would take most of a CPU machine
         options = ("--engine", "vllm", "--alpha-bucket", "0.001", "--max-model-len", "2048")
         with serving(base, dtype, *options) as ours, started(stock, "kind") as peer:

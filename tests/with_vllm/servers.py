@@ -17,6 +17,8 @@ import pytest
 from conftest import SHIPPED
 from serving import Served, free_port
 
+import ipissa
+
 needs_vllm = pytest.mark.skipif(
     find_spec("vllm") is None, reason="vLLM is not installed here; `make test-vllm` runs these"
 )
@@ -24,6 +26,12 @@ START_SECONDS = 600  # of a machine that is busy with other things
 BIN = Path(sys.executable).parent
 MODEL = "smollm2-135m"
 ADAPTERS = ",".join(map(str, SHIPPED))
+
+
+def lora_bytes() -> int:
+    """What the LoRA of a composition of the shipped adapters weighs."""
+    adapters = map(ipissa.load_adapter, SHIPPED)
+    return sum(f.U.nbytes + f.V.nbytes for adapter in adapters for f in adapter.modules.values())
 
 
 class VllmServed(Served):
@@ -91,7 +99,7 @@ def _wait(served: VllmServed, log: Path) -> None:
 def stock(folder: Path, model: str, *options: str, **environment: str) -> tuple[Path, list[str], dict[str, str]]:
     """Arguments of `running` for `vllm serve` with the plugin and the shipped adapters."""
     command = ["vllm", "serve", model, "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "1024", "--max-num-seqs", "16", "--enable-lora", "--max-lora-rank", "32"]
+    command += ["--max-model-len", "1024", "--max-num-seqs", "16", "--enable-lora", "--max-lora-rank", "64"]
     names = {"IPISSA_ADAPTERS": ADAPTERS, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     return folder, [*command, *options], {**names, **environment}
 
