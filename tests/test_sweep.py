@@ -133,9 +133,9 @@ def test_rows_of_other_prompts_are_not_mixed_in(tmp_path: Path) -> None:
 
 def test_a_combination_in_two_grids_counts_once(tmp_path: Path) -> None:
     train = Trainer()
-    text = "base: {positive: a, negative: b}\ngrid: [{lr: [1, 2], seed: [0]}, {lr: [2], rank: [8, 32], seed: [0]}]"
+    text = "base: {positive: a, negative: b}\ngrid: [{lr: [1, 2], seed: [0]}, {lr: [2], rank: [8, 16], seed: [0]}]"
     rows = read(run_sweep(configs(tmp_path, text), tmp_path / "out", train))
-    assert [(config.lr, config.rank) for config in train.trained] == [(1, 32), (2, 32), (2, 8)]
+    assert [(config.lr, config.rank) for config in train.trained] == [(1, 16), (2, 16), (2, 8)]
     assert len(rows) == 3
 
 
