@@ -11,7 +11,9 @@ import pytest
 from ipissa_ui.curve import sweep
 from playwright.sync_api import expect
 from serving import Served
-from steering_page import HIGH, LOW, PATIENCE, TOKENS, SteeringPage, short
+from steering_page import HIGH, LOW, PATIENCE, SHIPPED, TOKENS, SteeringPage, short
+
+from ipissa.adapter import load_adapter
 
 QUESTION = "A cashier gives you ten euros too much. Would you say so? Answer with Yes or No."
 
@@ -96,8 +98,9 @@ def test_the_dial_takes_typed_values_arrow_keys_and_says_when_it_is_beyond_its_r
     page.shows_choice_at("honest +1.00, kind -0.33")
     page.typed("kind").fill("4")
     page.typed("kind").press("Enter")
+    low, high = load_adapter(SHIPPED / "kind.safetensors").alpha_range
     expect(page.page.locator("#dial .beyond").nth(1)).to_contain_text(
-        re.compile(r"Beyond the calibrated range \(−[\d.]+ to \+[\d.]+\)")
+        f"Beyond the calibrated range (−{-low:g} to +{high:g})"
     )
     page.page.get_by_role("button", name="Set kind to 0").click()
     page.shows_choice_at("honest +1.00")
