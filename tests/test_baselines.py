@@ -198,6 +198,16 @@ def test_loreft_equals_its_formula_in_an_orthonormal_subspace(model: Any) -> Non
     dial.detach()
 
 
+def test_an_untrained_loreft_changes_nothing_and_learns_from_there(model: Any) -> None:
+    base = logits_of(model, IDS)
+    dial = ReftDial(model, seed=0, blocks=2)
+    with dial.alpha(1.0):
+        assert (logits_of(model, IDS) - base).abs().max() < 1e-5
+        model(IDS).logits.square().mean().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.model.layers[-1].loreft.source.parameters())
+    dial.detach()
+
+
 def test_a_trained_loreft_keeps_its_subspace_and_steers(
     model: Any, tokenizer: Any, pairs: list[ContrastivePair]
 ) -> None:

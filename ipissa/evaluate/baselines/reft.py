@@ -3,7 +3,9 @@
     h(α) = h + α Rᵀ (W h + b - R h)        R (rank, d) with orthonormal rows, after each of the last blocks
 
 The published one edits some prompt positions at α = 1 and knows no other α. Here it edits every position
-and has a dial, so that it can be trained at both poles under the adapter's own objective.
+and has a dial, so that it can be trained at both poles under the adapter's own objective. The published one
+begins with a random W, which breaks text, and spends its first steps on mending that; here W = R and b = 0
+to begin with, where every α is the unsteered model, as for all methods that are trained beside it.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ class LoReft(nn.Module, BaseTunerLayer):
         self.alpha: float | Tensor = 0.0
         self.subspace = orthogonal(nn.Linear(width, rank, bias=False))  # R
         self.source = nn.Linear(width, rank)  # W, b
+        with torch.no_grad():
+            self.source.weight.copy_(self.subspace.weight)
+            self.source.bias.zero_()
 
     def forward(self, h: Tensor) -> Tensor:
         """h (rows, tokens, d), α a number or (rows,)."""
