@@ -18,7 +18,7 @@ from ipissa.train.samples import samples_table
 
 GAIN_AIMED_AT = 0.6
 # Options whose values are always worth showing in the training command.
-ALWAYS_SHOWN = ("positive", "negative", "model")
+ALWAYS_SHOWN = ("positive", "negative", "model", "selection", "rank")  # the last two as defaults have changed
 
 
 def write_card(result: TrainResult, output: str | os.PathLike[str]) -> Path:
@@ -159,7 +159,7 @@ def _command(adapter: Adapter, path: Path) -> str:
     """The command that makes this adapter: every setting that is not the default."""
     training = adapter.evaluation["training"]
     defaults = TrainConfig(training["positive"], training["negative"]).to_dict()
-    options = [f"--{name} {shlex.quote(training[name])}" for name in ALWAYS_SHOWN]
+    options = [f"--{name} {shlex.quote(str(training[name]))}" for name in ALWAYS_SHOWN]
     for name, default in defaults.items():
         if name not in ALWAYS_SHOWN and training[name] != default:
             value = str(training[name]) if isinstance(training[name], (str, int, float)) else json.dumps(training[name])
