@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -107,6 +109,24 @@ def test_a_scale_is_found_at_which_degradation_is_as_wanted(power: float) -> Non
 
     assert degradation(matching_scale(degradation, 0.03).scale) == pytest.approx(0.03, rel=0.051)
     assert degradation(matching_scale(degradation, 300.0, start=7.0).scale) == pytest.approx(300, rel=0.051)
+
+
+@pytest.mark.parametrize("wanted", [0.02, 0.3, 5.0])
+@pytest.mark.parametrize(
+    "degradation",
+    [
+        lambda scale: 0.01 * scale**2 + 0.02 * max(0.0, scale - 2) ** 4,
+        lambda scale: 0.01 * scale**4,
+        lambda scale: 6 / (1 + math.exp(6 - 2 * scale)),
+    ],
+    ids=["collapse", "fourth power", "saturation"],
+)
+def test_a_scale_is_found_where_text_falls_apart_faster_than_the_square(
+    degradation: Callable[[float], float], wanted: float
+) -> None:
+    found = matching_scale(degradation, wanted)
+    assert found.equal
+    assert degradation(found.scale) == pytest.approx(wanted, rel=0.051)
 
 
 def test_a_degradation_that_no_scale_gives_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

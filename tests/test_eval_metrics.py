@@ -8,6 +8,7 @@ import pytest
 import statsmodels.api as sm
 from scipy import stats
 
+from ipissa.errors import ConfigError
 from ipissa.evaluate import published
 from ipissa.evaluate.response import Flips, Symmetry, flips, monotonic_share, symmetry
 from ipissa.evaluate.slopes import balanced_slope, corrected, plain_slope, value_slopes
@@ -49,6 +50,13 @@ def test_a_pure_taste_for_yes_scores_nothing_on_the_balanced_score() -> None:
     unpaired = made_rows(honest=0, yes=2, paired=False)
     assert plain_slope(unpaired).value == pytest.approx(0.8)  # the plain score needs balanced labels
     assert balanced_slope(unpaired).trait.value == pytest.approx(0, abs=1e-9)
+
+
+def test_what_cannot_be_balanced_has_no_slope() -> None:
+    rows = made_rows(honest=0, yes=2)
+    for few in (rows[rows["label"] == 1], rows[rows["dilemma"].isin(rows["dilemma"].unique()[:2])], rows[:0]):
+        with pytest.raises(ConfigError, match="use more items"):
+            balanced_slope(few)
 
 
 def test_clustered_errors_equal_the_sandwich_by_hand() -> None:
@@ -174,6 +182,9 @@ def test_steering_f1_equals_a_toy_by_hand() -> None:
     assert turned.swapped
     assert turned.f1 == pytest.approx(found.f1)
     assert published.steering_f1(scores, controls, {-1: 0.04, 0: 0.8, 1: 0.9}).f1 is None
+    assert (
+        published.steering_f1(scores, controls[:0], {-1: 0.4, 0: 0.8, 1: 0.9}).f1 is None
+    )  # nothing to be arbitrary in
     nothing = published.steering_f1(
         scores[[0]].assign(**{"a": 0}).rename(columns={"a": -1}).assign(b=0).rename(columns={"b": 1}),
         controls,

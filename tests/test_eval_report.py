@@ -208,6 +208,21 @@ def test_methods_that_do_not_start_from_the_same_model_are_not_ranked(
     assert why_unranked({"a": 0.0, "b": float("nan")}) is not None
 
 
+def test_an_alpha_at_which_answers_are_lost_has_no_point_and_costs_no_report(
+    measured: list[Measured], dataset: Dataset
+) -> None:
+    first = measured[0]
+    assert first.rows is not None
+    broken = first.rows.assign(valid=first.rows["valid"] & (first.rows["alpha"] != 0.5))
+    found = analyse(replace(first, rows=broken), dataset)
+    dose = found.dose.set_index("alpha")
+    assert dose.loc[0.5, ["change", "low", "high"]].isna().all()
+    assert dose.loc[[-1.0, 0.0, 1.0], "change"].notna().all()
+    assert found.figures["valid"] == analyse(first, dataset).figures["valid"]  # that of the poles
+    points = pareto_table([found], [first])
+    assert sorted(points["alpha"]) == [-1.0, 1.0]
+
+
 def test_the_front_holds_the_points_that_none_beats(measured: list[Measured], dataset: Dataset) -> None:
     points = pareto_table([analyse(each, dataset) for each in measured], measured)
     assert points["front"].any()
@@ -241,11 +256,20 @@ def test_control_items_are_among_the_values_that_are_reported(report: Path) -> N
 
 
 def test_a_slope_is_placed_among_those_of_random_adapters() -> None:
-    random = pd.DataFrame({"value": [0.1, -0.2, 0.3, -0.4], "t": [1.0, -2.0, 3.0, -0.5]})
+    random = pd.DataFrame({"value": [0.1, -0.2, 0.3, -0.4], "t": [1.0, -2.0, 3.0, -0.5], "equal": True})
     found = null_check(-0.35, random)
     assert (found.seeds, found.share_below, found.median_t, found.largest_slope) == (4, 0.75, 1.5, 0.4)
     assert found.p == pytest.approx(2 / 5)
     assert "75%" in found.sentence()
+    assert "left out" not in found.sentence()
+
+
+def test_random_adapters_that_cost_less_say_nothing_of_chance() -> None:
+    random = pd.DataFrame({"value": [0.1, 0.0, None], "t": [1.0, 0.0, None], "equal": [True, False, False]})
+    found = null_check(0.05, random)
+    assert (found.seeds, found.left_out, found.p) == (1, 2, 1.0)
+    assert "2 more could not be brought to that cost" in found.sentence()
+    assert null_check(0.05, random[1:]).sentence().startswith("None of 2 random adapters")
 
 
 @pytest.mark.parametrize(

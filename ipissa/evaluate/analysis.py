@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from ipissa.evaluate.choices import complete
 from ipissa.evaluate.clusters import clusters_of
 from ipissa.evaluate.compare import Measured
 from ipissa.evaluate.response import flips, monotonic_share, symmetry
-from ipissa.evaluate.slopes import MIN_CLUSTERS, balanced_slope, plain_slope, value_slopes, with_labels
+from ipissa.evaluate.slopes import balanced_slope, can_be_balanced, plain_slope, value_slopes, with_labels
 
 POLES = (-1.0, 0.0, 1.0)
 SAME_BASE_NATS = 0.1  # log-odds at α = 0; in bfloat16, batches of another size round by as much as half of it
@@ -29,7 +30,8 @@ class Analysis:
 
     Args:
         figures: One row of the table of methods.
-        dose: Per α: change of the balanced score since α = 0 with its interval, choice mass, valid share.
+        dose: Per α: change of the balanced score since α = 0 with its interval (NaN where too few answers are left),
+            choice mass, valid share.
         values: Per value: slope and interval, p corrected.
         clusters: Slope less 1 per cluster, ranked.
     """
@@ -52,7 +54,7 @@ def analyse(measured: Measured, dataset: Dataset) -> Analysis:
     rows = complete(at_poles(measured.rows))
     labels = item_labels(dataset)
     target = with_labels(rows, labels[dataset.target])
-    if target["dilemma"].nunique() < MIN_CLUSTERS or target["label"].nunique() < 2:
+    if not can_be_balanced(target):
         raise ConfigError(
             f"With {measured.method} only {target['dilemma'].nunique()} dilemmas about {dataset.target!r} have an "
             "answer at α = -1, 0 and 1; use more items."
@@ -67,7 +69,7 @@ def analyse(measured: Measured, dataset: Dataset) -> Analysis:
         **_slopes(target),
         **_published(target, means, rows, measured, dataset),
         **_shape(target, means, dataset.target),
-        "valid": float(measured.rows["valid"].mean()),
+        "valid": float(at_poles(measured.rows)["valid"].mean()),
         "choice_mass": float(rows.loc[rows["alpha"] == 0, "choice_mass"].mean()),
     }
     clusters = published.cluster_slopes(means, dataset.target, clusters_of(means.columns))
@@ -125,10 +127,11 @@ def _published(
         effect = published.effect(score, target["alpha"])
         found |= {f"{name}_{key}": value for key, value in asdict(effect).items()}
         found[f"{name}_gain"] = published.gain(effect.effect, degradation)
-    mass = rows.groupby("alpha")["choice_mass"].mean()
+    asked = at_poles(measured.rows)  # type: ignore[arg-type]
+    mass = asked.groupby("alpha")["choice_mass"].mean()  # also of items whose answer was lost at a pole
     return found | {
         "transfer": published.transfer(means, dataset.target),
-        "coherent": published.coherent(float(measured.rows["valid"].mean()), degradation),  # type: ignore[index]
+        "coherent": published.coherent(float(asked["valid"].mean()), degradation),
         **{f"steering_{key}": value for key, value in asdict(_f1(target, rows, dataset, mass)).items()},
     }
 
@@ -168,8 +171,11 @@ def _dose(target: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     found = []
     for alpha, own in rows.groupby("alpha"):
         point = {"alpha": alpha, "change": 0.0, "low": 0.0, "high": 0.0}
-        if alpha != 0:
-            slope = balanced_slope(complete(target[target["alpha"].isin([0.0, alpha])])).trait
+        answered = complete(target[target["alpha"].isin([0.0, alpha])])
+        if alpha != 0 and not can_be_balanced(answered):
+            point |= dict.fromkeys(("change", "low", "high"), math.nan)
+        elif alpha != 0:
+            slope = balanced_slope(answered).trait
             # A slope over 0 and α, times α, is the change between them.
             low, high = sorted((slope.low * alpha, slope.high * alpha))
             point |= {"change": slope.value * alpha, "low": low, "high": high}

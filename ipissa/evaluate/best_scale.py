@@ -15,7 +15,8 @@ from ipissa.evaluate.dial import ScaledDial
 from ipissa.evaluate.methods import VECTORS, Materials, made
 from ipissa.evaluate.yardsticks import Yardsticks, measure_yardsticks, worse_trait_gains
 
-STEPS = (0.125, 0.25, 0.5, 1.0, 2.0)  # times the scale of equal degradation
+# Times the scale of equal degradation. Towards 0 every gain ends at 0, so what has none at the least has none.
+STEPS = tuple(2.0**k for k in range(-6, 3))
 SCALABLE = (*VECTORS, "sspace", "random")  # what is trained has the scale that it was trained at
 
 

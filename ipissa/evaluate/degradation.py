@@ -9,7 +9,8 @@ prompt  mean negative log-likelihood per token of the question itself at α, les
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,29 +114,46 @@ class Match:
 def matching_scale(degradation_at: Callable[[float], float], wanted: float, *, start: float = 1.0) -> Match:
     """The scale s at which `degradation_at(s)` is `wanted`, tried from `start` on.
 
-    Degradation grows about as the square of the scale, so s is multiplied by the square root of what is missing.
+    Degradation grows about as the square of the scale, until text falls apart and it grows much faster. So s is
+    multiplied by the square root of what is missing until scales on both sides are known, and is then interpolated.
     """
     if wanted < NOTHING:
         return Match(1.0, degradation_at(1.0) < NOTHING)
-    scale, found = start, degradation_at(start)
-    best = (abs(found - wanted), scale)
-    for _ in range(MAX_STEPS):
-        if best[0] <= TOLERANCE * wanted:
+    tried = {start: degradation_at(start)}
+
+    def nearest() -> float:
+        return min(tried, key=lambda scale: abs(tried[scale] - wanted))
+
+    while len(tried) <= MAX_STEPS and abs(tried[nearest()] - wanted) > TOLERANCE * wanted:
+        scale = _next_scale(tried, wanted, nearest())
+        if scale in tried:
             break
-        step = (wanted / max(found, NOTHING)) ** 0.5
-        scale = min(max(scale * min(max(step, 1 / 16), 16), SCALE_LIMITS[0]), SCALE_LIMITS[1])
-        found = degradation_at(scale)
-        best = min(best, (abs(found - wanted), scale))
-    equal = best[0] <= TOLERANCE * wanted
+        tried[scale] = degradation_at(scale)
+    best = nearest()
+    equal = abs(tried[best] - wanted) <= TOLERANCE * wanted
     if not equal:
         logger.warning(
             "No scale brings this method's degradation within %.0f %% of %.4f nats per token; the nearest, %.3g, is "
             "used, so compare it by the figure of effect against degradation.",
             100 * TOLERANCE,
             wanted,
-            best[1],
+            best,
         )
-    return Match(best[1], equal)
+    return Match(best, equal)
+
+
+def _next_scale(tried: Mapping[float, float], wanted: float, nearest: float) -> float:
+    """Where to look next, after these scales and their degradations."""
+    above = [scale for scale, found in tried.items() if found >= wanted]
+    below = [scale for scale, found in tried.items() if found < wanted and scale < min(above, default=math.inf)]
+    if not above or not below:
+        step = (wanted / max(tried[nearest], NOTHING)) ** 0.5
+        return min(max(nearest * min(max(step, 1 / 16), 16), SCALE_LIMITS[0]), SCALE_LIMITS[1])
+    low, high = max(below), min(above)
+    # As a power of the scale; never too near an end, which would creep along a curve that is no power.
+    low_log, high_log = (math.log(max(tried[scale], NOTHING)) for scale in (low, high))
+    part = min(max((math.log(wanted) - low_log) / (high_log - low_log), 0.1), 0.9)
+    return low * (high / low) ** part
 
 
 def _common_end(one: Sequence[int], other: Sequence[int]) -> int:

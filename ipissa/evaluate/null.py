@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from ipissa.evaluate.choices import complete, measure_choices
 from ipissa.evaluate.compare import scale_to
 from ipissa.evaluate.dial import ScaledDial
 from ipissa.evaluate.methods import Materials, attached
-from ipissa.evaluate.slopes import balanced_slope, with_labels
+from ipissa.evaluate.slopes import Slope, balanced_slope, can_be_balanced, with_labels
 from ipissa.evaluate.steerer import Steerer
 
 ALPHAS = (-1.0, 0.0, 1.0)
@@ -25,9 +26,10 @@ ALPHAS = (-1.0, 0.0, 1.0)
 
 @dataclass(frozen=True)
 class NullCheck:
-    """Where a slope falls among those of random adapters."""
+    """Where a slope falls among those of random adapters that cost as much."""
 
     seeds: int
+    left_out: int  # random adapters that could not be brought to that cost, or leave too few answers
     median_t: float  # of |t|
     largest_slope: float  # of |slope|
     share_below: float  # of random |slopes| below the measured one
@@ -35,15 +37,21 @@ class NullCheck:
 
     def sentence(self) -> str:
         """For the report."""
+        if not self.seeds:
+            return f"None of {self.left_out} random adapters could be brought to that cost: nothing is said of chance."
         return (
             f"Of {self.seeds} random adapters that cost text as much, {self.share_below:.0%} move the balanced score "
             f"less (permutation p = {self.p:.3f}); their |t| has a median of {self.median_t:.2f}, and the largest "
             f"slope is {self.largest_slope:.3f} nats."
+            + (f" {self.left_out} more could not be brought to that cost, and are left out." if self.left_out else "")
         )
 
 
 def null_slopes(m: Materials, dataset: Dataset, *, degradation: float, seeds: Sequence[int]) -> pd.DataFrame:
-    """The balanced slope of a random adapter per seed, each brought to `degradation`, over α in -1, 0 and 1."""
+    """The balanced slope of a random adapter per seed, each brought to `degradation`, over α in -1, 0 and 1.
+
+    `equal` says whether it was brought there and could still be measured.
+    """
     own = [item for item in dataset.items if dataset.target in item.labels]
     some = Dataset(dataset.name, own, dataset.target)
     labels = item_labels(some)[dataset.target]
@@ -51,19 +59,31 @@ def null_slopes(m: Materials, dataset: Dataset, *, degradation: float, seeds: Se
     scale = 1.0
     for seed in tqdm(seeds, desc="random adapters"):
         with attached(m.model, random_like(m.innerpissa(), m.model, seed=seed)) as steerer:
-            scale = scale_to(degradation, steerer, m, start=scale).scale  # that of the one before is nearly it
+            match = scale_to(degradation, steerer, m, start=scale)
+            scale = match.scale  # where the next one begins: it is nearly that
             rows = measure_choices(Steerer(ScaledDial(steerer.dial, scale)), m.tokenizer, some, ALPHAS)
-        found.append({"seed": seed, **asdict(balanced_slope(with_labels(complete(rows), labels)).trait)})
-    return pd.DataFrame(found)
+        answered = with_labels(complete(rows), labels)
+        slope = asdict(balanced_slope(answered).trait) if can_be_balanced(answered) else {}
+        found.append({"seed": seed, "scale": scale, "equal": match.equal and bool(slope), **slope})
+    return pd.DataFrame(found, columns=["seed", "scale", "equal", *(field.name for field in fields(Slope))])
+
+
+def comparable(random: pd.DataFrame) -> pd.DataFrame:
+    """The random adapters that cost as much as what was measured."""
+    return random[random["equal"].astype(bool)].astype({"value": float, "t": float})
 
 
 def null_check(measured: float, random: pd.DataFrame) -> NullCheck:
     """A measured slope among random ones, whatever their sign."""
+    alike = comparable(random)
+    if alike.empty:
+        return NullCheck(0, len(random), median_t=math.nan, largest_slope=math.nan, share_below=math.nan, p=1.0)
     value = abs(measured)
-    slopes = random["value"].abs().to_numpy()
+    slopes = alike["value"].abs().to_numpy()
     return NullCheck(
         seeds=len(slopes),
-        median_t=float(np.median(random["t"].abs())),
+        left_out=len(random) - len(slopes),
+        median_t=float(np.median(alike["t"].abs())),
         largest_slope=float(slopes.max()),
         share_below=float((slopes < value).mean()),
         p=float((1 + (slopes >= value).sum()) / (1 + len(slopes))),

@@ -108,7 +108,7 @@ def loss_gap(history: pd.DataFrame) -> float | None:
 class SteeringF1:
     """Wrong answers put right, against right ones put wrong and controls that change at all."""
 
-    f1: float | None  # None where a pole's choice mass is below `MIN_MASS`
+    f1: float | None  # None where a pole's choice mass is below `MIN_MASS`, and without controls
     correct: float
     wrong: float
     arbitrary: float
@@ -135,7 +135,7 @@ def steering_f1(scores: pd.DataFrame, controls: pd.DataFrame, mass: Mapping[int,
     changed = (controls.gt(0).ne(controls[0].gt(0), axis=0)).any(axis=1)
     arbitrary = float(_weights(controls[0])[changed].sum())
     smaller = min(mass[1], mass[-1])
-    if smaller < MIN_MASS:
+    if smaller < MIN_MASS or controls.empty:  # without controls nothing could ever be arbitrary
         return SteeringF1(None, correct, wrong, arbitrary, swapped)
     net = max(0.0, correct - wrong)
     precision = net / (net + arbitrary) if net > 0 else 0.0

@@ -24,6 +24,8 @@ import statsmodels.api as sm
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from ipissa.errors import ConfigError
+
 MIN_CLUSTERS = 3
 
 
@@ -58,8 +60,22 @@ def plain_slope(rows: pd.DataFrame, *, published: bool = False) -> Slope:
     return _slope(score, design, rows, column=1, paired=_error_of_mean(own.to_numpy()))
 
 
+def can_be_balanced(rows: pd.DataFrame) -> bool:
+    """Whether trait and acquiescence can be told apart: items of either label, and dilemmas enough for an error."""
+    return rows["label"].nunique() == 2 and rows["dilemma"].nunique() >= MIN_CLUSTERS
+
+
 def balanced_slope(rows: pd.DataFrame) -> BalancedSlope:
-    """The trait and acquiescence parts; `rows` as in `plain_slope`, with items of either label."""
+    """The trait and acquiescence parts; `rows` as in `plain_slope`.
+
+    Raises:
+        ConfigError: `can_be_balanced` is false of them.
+    """
+    if not can_be_balanced(rows):
+        raise ConfigError(
+            f"{rows['dilemma'].nunique()} dilemmas with {rows['label'].nunique()} kinds of labels have an answer at "
+            f"every α; a slope needs {MIN_CLUSTERS} dilemmas and both kinds, so use more items."
+        )
     label, alpha = rows["label"].to_numpy(float), rows["alpha"].to_numpy(float)
     design = np.column_stack([np.ones(len(rows)), label, alpha, label * alpha])
     own = _own_slopes(rows, "log_odds")
@@ -118,7 +134,7 @@ def value_slopes(rows: pd.DataFrame, labels: Mapping[str, Mapping[int, int]]) ->
     found = []
     for value, by_item in labels.items():
         own = with_labels(rows, by_item)
-        if own["dilemma"].nunique() >= MIN_CLUSTERS and own["label"].nunique() == 2:
+        if can_be_balanced(own):
             slope = balanced_slope(own)
             found.append({"name": value, **vars(slope.trait), "acquiescence": slope.acquiescence.value})
     table = pd.DataFrame(found)

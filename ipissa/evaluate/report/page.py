@@ -19,7 +19,7 @@ from ipissa.data.items import Dataset
 from ipissa.evaluate.analysis import Analysis, analyse, base_differences, ranked, why_unranked
 from ipissa.evaluate.best_scale import Best
 from ipissa.evaluate.compare import Measured, markdown
-from ipissa.evaluate.null import NullCheck
+from ipissa.evaluate.null import NullCheck, comparable
 from ipissa.evaluate.report import figures, tables
 from ipissa.evaluate.report.parts import records
 from ipissa.evaluate.settings import EvalSettings
@@ -152,8 +152,9 @@ def _draw(findings: Findings, frames: dict[str, pd.DataFrame]) -> dict[str, Figu
         if not frames["clusters"].empty:
             found["clusters"] = figures.clusters_figure(frames["clusters"])
     if findings.null:
-        _, random, own_slope = findings.null
-        found["null"] = figures.null_figure(random, own_slope)
+        check, random, own_slope = findings.null
+        if check.seeds:
+            found["null"] = figures.null_figure(comparable(random), own_slope)
     return found
 
 

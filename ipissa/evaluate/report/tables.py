@@ -69,12 +69,16 @@ def pareto_table(analyses: Sequence[Analysis], measured: Sequence[Measured]) -> 
     """
     lost = degradation_table(measured).set_index(["method", "alpha"])["text"]
     dose = stacked(analyses, "dose")
-    points = dose[dose["alpha"] != 0].assign(
-        effect=lambda t: t["change"] * t["alpha"].map(lambda alpha: 1 if alpha > 0 else -1),
-        degradation=lambda t: [
-            float(lost[method, alpha]) for method, alpha in zip(t["method"], t["alpha"], strict=True)
-        ],
-    )[["method", "alpha", "effect", "degradation"]]
+    points = (
+        dose[dose["alpha"] != 0]
+        .dropna(subset=["change"])
+        .assign(
+            effect=lambda t: t["change"] * t["alpha"].map(lambda alpha: 1 if alpha > 0 else -1),
+            degradation=lambda t: [
+                float(lost[method, alpha]) for method, alpha in zip(t["method"], t["alpha"], strict=True)
+            ],
+        )[["method", "alpha", "effect", "degradation"]]
+    )
     beaten = [
         bool(
             (
