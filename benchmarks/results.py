@@ -25,7 +25,7 @@ SHOWN = {
     "acquiescence_value": "acquiescence",
 }
 ADAPTER = "adapter"
-SURE_T = 2.0
+SURE_P = 0.05
 
 
 def main() -> None:
@@ -35,6 +35,10 @@ def main() -> None:
 
 def with_results(readme: str, results: Path) -> str:
     """The README with the block between its two marks made from `results`, one section per folder."""
+    if BEGIN not in readme or END not in readme:
+        raise SystemExit(
+            f"{README.name} has no place for the results; put these two lines where they belong:\n{BEGIN}\n{END}"
+        )
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
     sections = [
@@ -69,16 +73,23 @@ def _row(name: str, method: str, figures: pd.DataFrame) -> str:
         f"{own.loc[figure, 'median']:.2f} [{own.loc[figure, 'lowest']:.2f}, {own.loc[figure, 'highest']:.2f}]"
         for figure in SHOWN
     ]
-    return f"| {f'**{name}**' if method == ADAPTER else method} | {' | '.join(cells)} |"
+    label = f"**{name}**" if method == ADAPTER else method
+    if own.loc["equal", "lowest"] == 0:
+        label += " (at another cost)"
+    return f"| {label} | {' | '.join(cells)} |"
 
 
 def _rank(name: str, medians: pd.DataFrame) -> str:
     """The worse pole's trait gain, among methods that cost text what the adapter costs at every seed."""
-    equal = medians[(medians["figure"] == "equal") & (medians["lowest"] == 1)]["method"]
+    at_cost = medians[medians["figure"] == "equal"].set_index("method")["lowest"]  # NaN for prompts: they have no scale
+    equal = at_cost.index[at_cost == 1]
     gains = medians[medians["figure"].isin(["trait_gain +", "trait_gain -"])].groupby("method")["median"].min()
     ranked = gains[gains.index.isin(equal)]
     ahead = [f"`{each}`" for each in ranked.index[ranked > ranked[ADAPTER]]]
     text = f"At equal degradation, more trait gain at the worse pole than `{name}`: {_listed(ahead)}."
+    unequal = [f"`{each}`" for each in at_cost.index[at_cost == 0]]
+    if unequal:
+        text += f" Not compared, as their cost was not equal at every seed: {_listed(unequal)}."
     best = medians[medians["figure"].isin(["trait_gain + at best", "trait_gain - at best"])]
     if best.empty:
         return text
@@ -86,7 +97,8 @@ def _rank(name: str, medians: pd.DataFrame) -> str:
     ahead = [f"`{each}`" for each in at_best.index[at_best > gains[ADAPTER]]]
     nearest = at_best.idxmax()
     return (
-        f"{text} Of the methods that are not trained, each at the scale that suits it best, whatever that costs: "
+        f"{text} Of the methods that are not trained, each at the best of the scales from 1/64 to 4 times that one, "
+        f"whatever that costs: "
         f"{_listed(ahead)}; the nearest, `{nearest}`, has {at_best[nearest]:.2f} against {gains[ADAPTER]:.2f}."
     )
 
@@ -98,12 +110,12 @@ def _listed(methods: Sequence[str]) -> str:
 def _dilemmas(medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
     """Whether choices in dilemmas follow, at every seed."""
     own = medians[medians["method"] == ADAPTER].set_index("figure")
-    slope, t = own.loc["balanced_value"], own.loc["balanced_t"]
-    sure = min(abs(t["lowest"]), abs(t["highest"])) >= SURE_T and t["lowest"] * t["highest"] > 0
+    slope, p = own.loc["balanced_value"], own.loc["balanced_p"]
+    sure = p["highest"] < SURE_P and slope["lowest"] * slope["highest"] > 0
     says = "is" if sure else "is not"
     return (
         f"Its effect on choices about *{facts['target']}* ({slope['median']:.2f} nats per α, "
-        f"t from {t['lowest']:.1f} to {t['highest']:.1f}) {says} distinguishable from nothing at every seed."
+        f"p from {p['lowest']:.2g} to {p['highest']:.2g}) {says} at every seed distinguishable from nothing."
     )
 
 

@@ -21,6 +21,7 @@ from ipissa.adapter import Adapter, load_adapter, save_adapter
 from ipissa.cli import app
 from ipissa.data.datasets import load_items
 from ipissa.data.items import CHOICES, Dataset
+from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError
 from ipissa.evaluate import run
 from ipissa.evaluate.analysis import analyse, base_differences, ranked, why_unranked
@@ -320,6 +321,39 @@ def test_trained_methods_learn_from_the_adapters_prompts(home: Path, monkeypatch
     own.unlink()
     with pytest.raises(ConfigError, match=r"cannot be learnt from anew: The prompts file .* leave out lora, dora and"):
         evaluate(str(path), home / "gone", settings)
+
+
+def test_prompts_that_the_adapter_learnt_from_are_not_held_out(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [f"Own prompt {i}" for i in range(12)]
+    own, shifted = home / "learnt.txt", home / "shifted.txt"
+    own.write_text("\n".join(lines))
+    shifted.write_text("\n".join(["One more", *lines[:8], lines[11], lines[10], lines[9]]))  # 2, 6 and 9 are held out
+    training = TrainConfig("kind", "angry", prompts=str(own)).to_dict()
+    adapter = replace(load_adapter(home / "honest.safetensors"), evaluation={"training": training})
+    held_out = load_prompts(shifted)[1]
+    assert held_out == [lines[2], lines[6], lines[9]]
+    with pytest.raises(ConfigError, match=r"learnt from 3 of 3 held-out prompts; give others with --prompts"):
+        run.unseen(adapter, held_out)
+    assert run.unseen(adapter, [*held_out, lines[3], "New"]) == [lines[3], "New"]
+    assert "3 held-out prompts are left out" in caplog.text
+    own.unlink()
+    assert run.unseen(adapter, held_out) == held_out
+    assert "some held-out prompts may be among them" in caplog.text
+
+
+def test_an_evaluation_begun_again_reads_the_texts_that_it_had(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def settings(**more: Any) -> EvalSettings:
+        return EvalSettings(model=str(home / "model"), prompts=str(home / "prompts.txt"), dataset=None, **more)
+
+    adapter, folder = home / "honest.safetensors", home / "again"
+    whole = evaluate(adapter, folder, settings(baselines=("caa",))).measured
+    (folder / "parts" / "caa.json").unlink()
+    monkeypatch.setattr(run, "sample_continuations", None)
+    monkeypatch.setattr(run, "sample_plain", None)
+    again = evaluate(adapter, folder, settings(baselines=("caa",))).measured
+    for name in ("trait_gain", "plain_gain", "contrast"):  # other batches round otherwise
+        found, expected = (getattr(each[1].yardsticks.positive, name).value for each in (again, whole))
+        assert found == pytest.approx(expected, abs=1e-3)
 
 
 def test_what_figures_depend_on_is_written_down(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from ipissa.evaluate.clusters import clusters_of
 from ipissa.evaluate.geometry import write_loss_geometry
 from ipissa.evaluate.published import loss_gap
 from ipissa.evaluate.report.seeds import FIGURES, summarise_seeds
-from ipissa.evaluate.report.sweeps import read_results, table_by
+from ipissa.evaluate.report.sweeps import figure_by, read_results, table_by
 
 
 def evaluation(folder: Path, seed: int, gain: float, **settings: Any) -> Path:
@@ -63,6 +63,9 @@ def test_adapters_of_one_recipe_are_summed_up_one_per_seed(tmp_path: Path) -> No
     other = evaluation(tmp_path / "other", 4, 0.1, adapter="sha 4", recipe={"lr": 2})
     with pytest.raises(ConfigError, match=r"differs from .* in recipe; only seeds may differ"):
         summarise_seeds([*folders, other], tmp_path)
+    twice = [evaluation(tmp_path / f"t{i}", i, 0.1, adapter=f"sha {i}", trained_with_seed=7) for i in range(2)]
+    with pytest.raises(ConfigError, match=r"trained with the seeds \[7, 7\]; use one adapter, or one per seed"):
+        summarise_seeds(twice, tmp_path)
     unknown = [evaluation(tmp_path / f"u{i}", i, 0.1, adapter=f"sha {i}", recipe=None) for i in range(2)]
     with pytest.raises(ConfigError, match=r"differs from .* in adapter; only seeds may differ"):
         summarise_seeds(unknown, tmp_path)
@@ -119,6 +122,20 @@ def test_tables_and_figures_of_a_sweep_are_generated_from_its_csv(results: Path,
         assert setting in CliRunner().invoke(app, command, catch_exceptions=False).stdout
         assert len(pd.read_csv(tmp_path / f"by-{setting}.csv")) == 4
         assert (tmp_path / f"by-{setting}-trait_gain_positive.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_figure_of_a_sweep_has_a_line_per_combination_and_keeps_settings_that_are_none(results: Path) -> None:
+    drawn = figure_by(read_results(results), "depth_end").axes[0]
+    lines = {line.get_label(): list(line.get_ydata()) for line in drawn.lines}
+    assert lines == {
+        'target_modules ["o_proj"], weight_decay 0.0': pytest.approx([0.51, 0.91]),
+        'target_modules ["o_proj"], weight_decay 0.1': pytest.approx([0.61, 1.01]),
+    }
+    table = read_results(results)
+    table["weight_decay"] = table["weight_decay"].where(table["weight_decay"] > 0)
+    drawn = figure_by(table, "weight_decay").axes[0]
+    assert {tick.get_text() for tick in drawn.get_xticklabels()} == {"none", "0.1"}
+    assert len(drawn.collections[0].get_offsets()) == len(table)
 
 
 def test_a_setting_that_was_not_varied_and_files_of_others_are_refused(results: Path, tmp_path: Path) -> None:

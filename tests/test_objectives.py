@@ -118,6 +118,30 @@ def test_the_contrastive_loss_equals_its_definition_pair_by_pair(
     assert figures["order"].item() == pytest.approx(100 * min(forward, backward).item(), abs=1e-2)
 
 
+def test_where_the_poles_are_swapped_each_still_keeps_its_own_side_likely(
+    tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    model, wrap = fresh(tokenizer)
+    objective = Contrastive(
+        model, pairs, ContrastiveConfig(direction="mean", depths=(0.5,)), pad_id=tokenizer.pad_token_id
+    )
+    batch = objective.collate(objective.examples(objective.prompts))
+    wrapped = wrap().eval()
+
+    def coherence(evidence: float) -> list[float]:
+        objective.load_state_dict({"": evidence})
+        with torch.no_grad():
+            figures = objective.loss(wrapped, batch, 0.5)[1]
+        return [figures[f"coherence_{pole}"].item() for pole in ("positive", "negative")]
+
+    swapped = coherence(-1.0)
+    assert swapped != pytest.approx(coherence(1.0), abs=1e-3)
+    for parameter in wrapped.parameters():  # the mirror image exchanges α and -α
+        if parameter.requires_grad:
+            parameter.data.neg_()
+    assert swapped == pytest.approx(coherence(1.0)[::-1], abs=1e-4)
+
+
 def test_the_loss_of_several_sites_is_the_mean_of_theirs(tokenizer: Any, pairs: list[ContrastivePair]) -> None:
     model, wrap = fresh(tokenizer)
 

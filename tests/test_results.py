@@ -14,14 +14,17 @@ FACTS = {"seeds": 3, "adapters": 3, "dataset": "dilemmas.csv", "target": "candou
 README = f"# ipissa\n\n{BEGIN}\n\nof last year\n\n{END}\n\nRead on."
 
 
-def medians(t: tuple[float, float, float], **worse_gains: float) -> pd.DataFrame:
-    """Three methods with a trait gain of 0.5 at + and another at -, and a t of some slope at three seeds."""
+SURE = (0.001, 0.01, 0.04)
+
+
+def medians(p: tuple[float, float, float], **worse_gains: float) -> pd.DataFrame:
+    """Three methods with a trait gain of 0.5 at + and another at -, and a p of some slope at three seeds."""
     rows = []
     for method, gain in worse_gains.items():
         equal = {"prompt": None, "dora": 0}.get(method, 1)  # lowest of the seeds
         rows.append([method, "equal", equal, equal, equal, 3])
-        for figure in (*SHOWN, "balanced_t"):
-            low, median, high = t if figure == "balanced_t" else (gain - 0.1, gain, gain + 0.1)
+        for figure in (*SHOWN, "balanced_p"):
+            low, median, high = p if figure == "balanced_p" else (gain - 0.1, gain, gain + 0.1)
             if figure == "trait_gain +":
                 low, median, high = 0.4, 0.5, 0.6
             rows.append([method, figure, median, low, high, 3])
@@ -29,20 +32,21 @@ def medians(t: tuple[float, float, float], **worse_gains: float) -> pd.DataFrame
 
 
 def test_every_method_has_a_row_and_those_ahead_are_named() -> None:
-    text = section("kind", medians((2.5, 3, 4), adapter=0.3, prompt=1.0, caa=0.1, lora=0.4, dora=0.4), FACTS)
+    text = section("kind", medians(SURE, adapter=0.3, prompt=1.0, caa=0.1, lora=0.4, dora=0.4), FACTS)
     assert "| **kind** | 0.50 [0.40, 0.60] | 0.30 [0.20, 0.40] |" in text
     assert "| caa | 0.50 [0.40, 0.60] | 0.10 [0.00, 0.20] |" in text
-    assert (
-        "more trait gain at the worse pole than `kind`: `lora`." in text
-    )  # prompts have no scale, and dora's did not match
+    # Prompts have no scale, and dora's did not match.
+    assert "more trait gain at the worse pole than `kind`: `lora`. Not compared, as their cost" in text
+    assert "at every seed: `dora`." in text
+    assert "| dora (at another cost) |" in text
     assert "medians over 3 seeds of 3 adapters, one per seed" in text
-    first = section("kind", medians((2.5, 3, 4), adapter=0.3, caa=0.1), FACTS | {"adapters": 1})
+    first = section("kind", medians(SURE, adapter=0.3, caa=0.1), FACTS | {"adapters": 1})
     assert "medians over 3 seeds of one adapter" in first
     assert "than `kind`: no other method." in first
 
 
 def test_methods_at_their_own_best_scale_are_named() -> None:
-    table = medians((2.5, 3, 4), adapter=0.3, caa=0.1, sspace=0.2)
+    table = medians(SURE, adapter=0.3, caa=0.1, sspace=0.2)
     at_best = [
         [method, f"trait_gain {pole} at best", gain, gain, gain, 3]
         for method, gains in {"caa": (0.9, 0.25), "sspace": (0.35, 0.31)}.items()
@@ -54,17 +58,20 @@ def test_methods_at_their_own_best_scale_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("t", "says"),
-    [((2.5, 3, 4), "is dist"), ((-4, -3, -2.5), "is dist"), ((1.5, 3, 4), "is not"), ((-4, 3, 4), "is not")],
+    ("p", "slope", "says"),
+    [(SURE, 0.3, "is at"), (SURE, -0.3, "is at"), ((0.001, 0.01, 0.06), 0.3, "is not at"), (SURE, 0.05, "is not at")],
 )
-def test_an_effect_on_choices_is_claimed_only_if_every_seed_has_it(t: tuple[float, float, float], says: str) -> None:
-    text = section("kind", medians(t, adapter=0.3), FACTS)
-    assert f"choices about *candour* (0.30 nats per α, t from {t[0]:.1f} to {t[2]:.1f}) {says}" in text
+def test_an_effect_on_choices_is_claimed_only_if_every_seed_has_it(
+    p: tuple[float, float, float], slope: float, says: str
+) -> None:
+    text = section("kind", medians(p, adapter=slope), FACTS)
+    found = f"{slope:.2f} nats per α, p from {p[0]:.2g} to {p[2]:.2g}"
+    assert f"choices about *candour* ({found}) {says} every seed distinguishable" in text
 
 
 def test_the_readme_keeps_everything_but_its_results(tmp_path: Path) -> None:
     (tmp_path / "kind").mkdir()
-    medians((2.5, 3, 4), adapter=0.3).to_csv(tmp_path / "kind" / "medians.csv", index=False)
+    medians(SURE, adapter=0.3).to_csv(tmp_path / "kind" / "medians.csv", index=False)
     (tmp_path / "kind" / "medians.json").write_text(json.dumps(FACTS))
     text = with_results(README, tmp_path)
     assert text.startswith("# ipissa\n")
@@ -72,3 +79,5 @@ def test_the_readme_keeps_everything_but_its_results(tmp_path: Path) -> None:
     assert "of last year" not in text
     assert "**`kind`**" in text
     assert with_results(text, tmp_path) == text
+    with pytest.raises(SystemExit, match="has no place for the results"):
+        with_results("# ipissa", tmp_path)

@@ -127,6 +127,11 @@ def test_the_peft_form_and_the_file_convert_both_ways(peft_model: Any, tmp_path:
     assert (logits_of(loaded, IDS) - logits_of(peft_model, IDS)).abs().max() <= 1e-4
 
 
+def test_an_adapter_that_is_not_there_cannot_be_taken(peft_model: Any) -> None:
+    with pytest.raises(ConfigError, match="holds no InnerPiSSA adapter 'other'"):
+        from_peft_model(peft_model, adapter_name="other", base_model={}, trait={})
+
+
 @pytest.mark.parametrize(
     ("break_it", "says"),
     [

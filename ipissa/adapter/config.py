@@ -36,8 +36,8 @@ class InnerPissaConfig(PeftConfig):
             input, an even number, mixed of all the layer's right singular vectors, which turn without scaling.
         clamp: `entries` (as published), `angles` (each plane's true angle) or `none`.
         max_rotation: Limit of the clamp, for entries or in radians.
-        init_std: Standard deviation of the initial rotation parameters. Never zero: at zero, +α and
-            -α give the same output and an objective that compares them has no gradient.
+        init_std: Standard deviation of the initial rotation parameters. At zero, +α and -α give the same output at
+            first, and an objective that compares them has no gradient.
     """
 
     r: int = field(default=32, metadata={"help": "number of singular triples kept per module"})

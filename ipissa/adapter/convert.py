@@ -22,7 +22,7 @@ from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.frame import frame_factors, frame_of
 from ipissa.adapter.layer import InnerPissaLayer, dense_weight
 from ipissa.adapter.lora import new_folder
-from ipissa.errors import AdapterFileError
+from ipissa.errors import AdapterFileError, ConfigError
 from ipissa.rotation import CLAMPS, skew
 
 PREFIX = "base_model.model."
@@ -30,12 +30,18 @@ DESCRIPTION = "ipissa.json"
 
 
 def from_peft_model(peft_model: nn.Module, *, adapter_name: str = "default", **description: Any) -> Adapter:
-    """The adapter a PEFT-wrapped model holds now; `description` fills the other fields of `Adapter`."""
+    """The adapter a PEFT-wrapped model holds now; `description` fills the other fields of `Adapter`.
+
+    Raises:
+        ConfigError: it holds none of that name.
+    """
     modules: dict[str, ModuleFactors] = {}
     for full_name, layer in peft_model.named_modules():
         if isinstance(layer, InnerPissaLayer) and adapter_name in layer.innerpissa_config:
             config = layer.innerpissa_config[adapter_name]
             modules[full_name.removeprefix(PREFIX)] = _factors(layer, adapter_name)
+    if not modules:
+        raise ConfigError(f"The model holds no InnerPiSSA adapter {adapter_name!r}; name one that it was wrapped with.")
     return Adapter(config=_adapter_config(config, modules), modules=modules, **description)
 
 

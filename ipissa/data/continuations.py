@@ -69,11 +69,7 @@ def sample_continuations(
     # Batches of similar length waste little padding; the result is put back in order.
     order = sorted(range(len(jobs)), key=lambda i: len(ids[jobs[i]]))
     found: dict[int, Continuation] = {}
-    with (
-        torch.random.fork_rng(devices=_cuda_devices(model)),
-        tqdm(total=len(jobs), desc="sampling", unit="text") as bar,
-    ):
-        torch.manual_seed(seed)
+    with seeded(model, seed), tqdm(total=len(jobs), desc="sampling", unit="text") as bar:
         for start in range(0, len(jobs), SAMPLE_BATCH):
             batch = order[start : start + SAMPLE_BATCH]
             texts = generate_ids(
@@ -155,5 +151,9 @@ def _until_end(tokens: list[int], ends: set[int]) -> list[int]:
     return tokens
 
 
-def _cuda_devices(model: Any) -> list[torch.device]:
-    return [model.device] if model.device.type == "cuda" else []
+@contextmanager
+def seeded(model: Any, seed: int) -> Iterator[None]:
+    """Draw from `seed` on the model's device inside the block, and go on as before after it."""
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

@@ -127,7 +127,7 @@ def _published(
         effect = published.effect(score, target["alpha"])
         found |= {f"{name}_{key}": value for key, value in asdict(effect).items()}
         found[f"{name}_gain"] = published.gain(effect.effect, degradation)
-    asked = at_poles(measured.rows)  # type: ignore[arg-type]
+    asked = at_poles(measured.rows)
     mass = asked.groupby("alpha")["choice_mass"].mean()  # also of items whose answer was lost at a pole
     return found | {
         "transfer": published.transfer(means, dataset.target),

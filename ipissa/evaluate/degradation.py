@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ipissa.data.chat import chat_ids
-from ipissa.data.continuations import Sampling, generate_ids
+from ipissa.data.continuations import Sampling, generate_ids, seeded
 from ipissa.evaluate.steerer import Steerer
 from ipissa.sequences import continuation_logprobs, pad_batch, target_logprobs
 
@@ -41,9 +41,7 @@ class PlainText:
 def sample_plain(model: Any, tokenizer: Any, prompts: Sequence[str], *, seed: int) -> list[PlainText]:
     """One answer per prompt, from the whole distribution."""
     contexts = [chat_ids(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with seeded(model, seed):
         answers = generate_ids(model, tokenizer, contexts, **Sampling.whole().settings())
     return [PlainText(prompt, tokens) for prompt, tokens in zip(prompts, answers, strict=True)]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
-from dataclasses import fields, replace
-from functools import cache, cached_property
+from dataclasses import asdict, fields, replace
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ipissa.evaluate.baselines.tuners import distillation_targets, training_conf
 from ipissa.evaluate.best_scale import SCALABLE, Best, measure_at_best
 from ipissa.evaluate.choices import complete
 from ipissa.evaluate.compare import Measured, adapter_degradation, measure_method
-from ipissa.evaluate.degradation import sample_plain
+from ipissa.evaluate.degradation import PlainText, sample_plain
 from ipissa.evaluate.held_out import HeldOut
 from ipissa.evaluate.methods import ADAPTER, LIKE_THE_ADAPTER, TRAINED, VECTORS, Materials, attached, vector_adapter
 from ipissa.evaluate.null import NullCheck, null_check, null_slopes
@@ -39,10 +40,13 @@ from ipissa.models import load_model
 from ipissa.train.config import TrainConfig
 from ipissa.train.objectives.distill import Target
 
+logger = logging.getLogger(__name__)
+
 TUNING_PROMPTS = 16
 PLAIN_PROMPTS = 48
 PAIR_PROMPTS = 96
 SIDE_BY_SIDE_PROMPTS = 6
+NULL_SEEDS = 1000  # more than any null check draws
 
 
 def evaluate(path: str | os.PathLike[str], output: str | os.PathLike[str], settings: EvalSettings) -> Findings:
@@ -63,17 +67,21 @@ def evaluate(path: str | os.PathLike[str], output: str | os.PathLike[str], setti
         )
     _check(adapter, settings)
     folder = Path(output)
-    parts = Parts(folder, {"adapter": adapter.digest, "recipe": recipe(adapter), **settings.described()})
-    bench = _Bench(adapter, settings)
-    measured = _all_methods(bench, parts, dataset, folder)
+    said = {
+        "adapter": adapter.digest,
+        "recipe": recipe(adapter),
+        "trained_with_seed": adapter.evaluation.get("training", {}).get("seed"),
+    }
+    bench = _Bench(adapter, settings, Parts(folder, said | settings.described()))
+    measured = _all_methods(bench, dataset, folder)
     findings = Findings(
         settings=settings,
         adapter=adapter,
         dataset=dataset,
         measured=measured,
-        best=_best(bench, parts, measured),
-        texts=_kept(parts, "texts", bench.texts),
-        null=_null(bench, parts, dataset, measured),
+        best=_best(bench, measured),
+        texts=bench.parts.once("texts", bench.texts),
+        null=_null(bench, dataset, measured),
         loss_gap=_loss_gap(Path(path)),
     )
     write_report(findings, folder)
@@ -100,54 +108,42 @@ def _check(adapter: AnyAdapter, settings: EvalSettings) -> None:
         training_config(adapter)
 
 
-def _all_methods(bench: _Bench, parts: Parts, dataset: Dataset | None, folder: Path) -> list[Measured]:
-    alphas = bench.settings.grid()
-    methods = [ADAPTER, *bench.settings.baselines]
-    found = []
-    for method in tqdm(methods, desc="methods", unit="method"):
-        part = parts.load(method)
-        if part is None:
-            degradation = _kept(parts, "degradation", lambda: adapter_degradation(bench.materials))
-            measured = measure_method(method, bench.materials, dataset, alphas, degradation=degradation)
-            if method in VECTORS and measured.scale is not None:
-                served = vector_adapter(VECTORS[method], bench.materials).scaled(measured.scale)
-                save_adapter(served, folder / "adapters" / f"{method}.safetensors")
-            part = measured_to_json(measured)
-            parts.save(method, part)
-        found.append(measured_from_json(part))
-    return found
+def _all_methods(bench: _Bench, dataset: Dataset | None, folder: Path) -> list[Measured]:
+    def measure(method: str) -> dict[str, Any]:
+        m = bench.materials
+        measured = measure_method(method, m, dataset, bench.settings.grid(), degradation=bench.degradation)
+        if method in VECTORS and measured.scale is not None:
+            served = vector_adapter(VECTORS[method], m).scaled(measured.scale)
+            save_adapter(served, folder / "adapters" / f"{method}.safetensors")
+        return measured_to_json(measured)
+
+    methods = tqdm([ADAPTER, *bench.settings.baselines], desc="methods", unit="method")
+    return [measured_from_json(bench.parts.once(method, partial(measure, method))) for method in methods]
 
 
-def _best(bench: _Bench, parts: Parts, measured: Sequence[Measured]) -> list[Best]:
+def _best(bench: _Bench, measured: Sequence[Measured]) -> list[Best]:
     """Methods that have a scale to choose, each at its own best."""
-    found = []
-    for each in measured:
-        if each.method in SCALABLE:
-            around = each.scale or 1.0
-            part = _kept(
-                parts,
-                f"best-{each.method}",
-                lambda method=each.method, around=around: measure_at_best(
-                    method, bench.materials, around=around
-                ).to_dict(),
-            )
-            found.append(Best.from_dict(part))
-    return found
+
+    def measure(each: Measured) -> dict[str, Any]:
+        return measure_at_best(each.method, bench.materials, around=each.scale or 1.0).to_dict()
+
+    scalable = [each for each in measured if each.method in SCALABLE]
+    return [Best.from_dict(bench.parts.once(f"best-{each.method}", partial(measure, each))) for each in scalable]
 
 
 def _null(
-    bench: _Bench, parts: Parts, dataset: Dataset | None, measured: Sequence[Measured]
+    bench: _Bench, dataset: Dataset | None, measured: Sequence[Measured]
 ) -> tuple[NullCheck, pd.DataFrame, float] | None:
     """The null check with the random slopes and the adapter's own, over α in -1, 0 and 1."""
     if dataset is None or not bench.settings.null:
         return None
 
     def slopes() -> list[dict[str, Any]]:
-        m = bench.materials
-        degradation = _kept(parts, "degradation", lambda: adapter_degradation(m))
-        return records(null_slopes(m, dataset, degradation=degradation, seeds=range(bench.settings.null)))
+        first = NULL_SEEDS * (1 + bench.settings.seed)  # none that another evaluation or its `random` has
+        seeds = range(first, first + bench.settings.null)
+        return records(null_slopes(bench.materials, dataset, degradation=bench.degradation, seeds=seeds))
 
-    random = pd.DataFrame(_kept(parts, "null", slopes))
+    random = pd.DataFrame(bench.parts.once("null", slopes))
     rows = measured[0].rows
     assert rows is not None
     labels = item_labels(dataset)[dataset.target]
@@ -161,23 +157,47 @@ def _loss_gap(path: Path) -> float | None:
     return loss_gap(pd.read_csv(history)) if history.exists() else None
 
 
-def _kept(parts: Parts, name: str, make: Any) -> Any:
-    """A part from disk, or made and kept."""
-    found = parts.load(name)
-    if found is None:
-        found = make()
-        parts.save(name, found)
-    return found
+def unseen(adapter: AnyAdapter, prompts: Sequence[str]) -> list[str]:
+    """Those of the prompts that the adapter did not learn from, as far as its file says what it did learn from.
+
+    Raises:
+        ConfigError: fewer than two are left.
+    """
+    if "training" not in adapter.evaluation:
+        return list(prompts)
+    path = adapter.evaluation["training"].get("prompts")
+    try:
+        seen = set(load_prompts(path)[0])
+    except ConfigError:
+        logger.warning(
+            "%r learnt from %s, which is not here: some held-out prompts may be among them.", adapter.name, path
+        )
+        return list(prompts)
+    unseen = [prompt for prompt in prompts if prompt not in seen]
+    if len(unseen) < 2:
+        raise ConfigError(
+            f"{adapter.name!r} learnt from {len(prompts) - len(unseen)} of {len(prompts)} held-out prompts; "
+            "give others with --prompts."
+        )
+    if len(unseen) < len(prompts):
+        logger.warning(
+            "%d held-out prompts are left out: %r learnt from them.", len(prompts) - len(unseen), adapter.name
+        )
+    return unseen
 
 
 class _Bench:
-    """The model and what is sampled from it, made when first needed: an evaluation that is complete needs neither."""
+    """The model and what is sampled from it, made when first needed: an evaluation that is complete needs neither.
 
-    def __init__(self, adapter: AnyAdapter, settings: EvalSettings) -> None:
+    Texts are kept, so that an evaluation begun again, elsewhere even, goes on with the same ones.
+    """
+
+    def __init__(self, adapter: AnyAdapter, settings: EvalSettings, parts: Parts) -> None:
         self.adapter = adapter
         self.settings = settings
+        self.parts = parts
         self.training, held_out = load_prompts(settings.prompts)
-        self.held_out = held_out[: settings.held_out]
+        self.held_out = unseen(adapter, held_out)[: settings.held_out]
 
     @cached_property
     def base(self) -> tuple[Any, Any, Trait]:
@@ -192,18 +212,28 @@ class _Bench:
         seed = self.settings.seed
         model, tokenizer, trait = self.base
 
-        def told(prompts: Sequence[str], seed: int) -> list[Continuation]:
-            whole = Sampling.whole()
-            return sample_continuations(model, tokenizer, trait, prompts, per_prompt=1, sampling=whole, seed=seed)
+        def told(name: str, prompts: Sequence[str], seed: int) -> list[Continuation]:
+            def sample() -> list[dict[str, Any]]:
+                whole = Sampling.whole()
+                texts = sample_continuations(model, tokenizer, trait, prompts, per_prompt=1, sampling=whole, seed=seed)
+                return [asdict(text) for text in texts]
+
+            return [Continuation(**text) for text in self.parts.once(name, sample)]
+
+        def plain(name: str, prompts: Sequence[str], seed: int) -> list[PlainText]:
+            def sample() -> list[dict[str, Any]]:
+                return [asdict(text) for text in sample_plain(model, tokenizer, prompts, seed=seed)]
+
+            return [PlainText(**text) for text in self.parts.once(name, sample)]
 
         @cache
         def learn() -> tuple[TrainConfig, list[Target]]:
             assert isinstance(self.adapter, Adapter)  # `_check`
             config = training_config(self.adapter)
-            config = replace(config, seed=config.seed + seed)  # at 0, the very texts that the adapter learnt from
+            config = replace(config, seed=config.seed + seed)  # with --seed 0, the very texts that the adapter had
             return config, distillation_targets(model, tokenizer, trait, config, load_prompts(config.prompts)[0])
 
-        texts = told(self.training[:PAIR_PROMPTS], seed)
+        texts = told("told-training", self.training[:PAIR_PROMPTS], seed)
         openings = openings_from_continuations(texts, seed=seed)
         some = set(self.training[:TUNING_PROMPTS])
         return Materials(
@@ -212,13 +242,18 @@ class _Bench:
             trait=trait,
             adapter=self.adapter,
             pairs=contrastive_pairs(tokenizer, trait, openings),
-            tuning=sample_plain(model, tokenizer, self.training[:TUNING_PROMPTS], seed=seed),
+            tuning=plain("plain-training", self.training[:TUNING_PROMPTS], seed),
             tuning_told=HeldOut(tokenizer, trait, [text for text in texts if text.prompt in some]),
-            held_out=HeldOut(tokenizer, trait, told(self.held_out, seed + 1)),
-            plain=sample_plain(model, tokenizer, spread(self.held_out, PLAIN_PROMPTS), seed=seed + 1),
+            held_out=HeldOut(tokenizer, trait, told("told-held-out", self.held_out, seed + 1)),
+            plain=plain("plain-held-out", spread(self.held_out, PLAIN_PROMPTS), seed + 1),
             learn=learn,
             seed=seed,
         )
+
+    @cached_property
+    def degradation(self) -> float:
+        """What other methods are brought to."""
+        return float(self.parts.once("degradation", lambda: adapter_degradation(self.materials)))
 
     def texts(self) -> str:
         """Told and steered answers side by side, in Markdown."""

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from ipissa.data.chat import chat_ids
-from ipissa.data.continuations import Sampling, generate_ids
+from ipissa.data.continuations import Sampling, generate_ids, seeded
 from ipissa.data.personas import Trait
 from ipissa.errors import TrainingError
 from ipissa.sequences import continuation_logprobs, pad_batch, target_logprobs
@@ -122,8 +122,7 @@ def _read_back(
     steered: SteeredModel, tokenizer: Any, contexts: list[list[int]], alpha: float, seed: int, sampling: Sampling
 ) -> CalibrationPoint:
     """How answers sampled at α read."""
-    with torch.random.fork_rng(devices=[]), steered.alpha(alpha):
-        torch.manual_seed(seed)
+    with seeded(steered.model, seed), steered.alpha(alpha):
         answers = generate_ids(steered.model, tokenizer, contexts, **sampling.settings())
     batch = pad_batch(contexts, answers, pad_id=tokenizer.pad_token_id, device=steered.model.device)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -42,7 +42,7 @@ class LoReft(nn.Module, BaseTunerLayer):
         self.subspace = orthogonal(nn.Linear(width, rank, bias=False))  # R
         self.source = nn.Linear(width, rank)  # W, b
         with torch.no_grad():
-            self.source.weight.copy_(self.subspace.weight)
+            self.source.weight.copy_(cast(Tensor, self.subspace.weight))
             self.source.bias.zero_()
 
     def forward(self, h: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def _edit(block: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 @contextmanager
 def trained_reft(model: Any, tokenizer: Any, config: TrainConfig, targets: Sequence[Target]) -> Iterator[ReftDial]:
-    """`model` with edits fitted to `targets`, as many steps as the adapter had; itself again afterwards."""
+    """`model` with edits fitted to `targets` for the epochs of `config`, none held back; itself again afterwards."""
     model.requires_grad_(False)
     dial = ReftDial(model, seed=config.seed)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,14 @@ class Parts:
     def save(self, name: str, value: Any) -> None:
         """Keep a part, whole or not at all."""
         write_text(self._folder / f"{name}.json", json.dumps(value, allow_nan=False) + "\n")
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """A part from disk, or made and kept."""
+        found = self.load(name)
+        if found is None:
+            found = make()
+            self.save(name, found)
+        return found
 
 
 def measured_to_json(measured: Measured) -> dict[str, Any]:

@@ -21,8 +21,8 @@ ENOUGH_SEEDS = 3
 FIGURES = {
     "yardsticks": ("trait_gain", "plain_gain", "contrast"),
     "methods": (
-        "balanced_value", "balanced_t", "acquiescence_value", "published_effect", "published_gain", "steering_f1",
-        "transfer", "symmetry", "dose_monotonic",
+        "balanced_value", "balanced_t", "balanced_p", "acquiescence_value", "published_effect", "published_gain",
+        "steering_f1", "transfer", "symmetry", "dose_monotonic",
     ),
 }  # fmt: skip
 
@@ -65,6 +65,9 @@ def _check_same(folders: Sequence[Path]) -> int:
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"The evaluations have the seeds {seeds}; give one folder per seed.")
     adapters = {each["adapter"] for each in settings}
+    trained = [each.pop("trained_with_seed", None) for each in settings]
+    if len(adapters) > 1 and None not in trained and len(set(trained)) < len(trained):
+        raise ConfigError(f"The adapters were trained with the seeds {trained}; use one adapter, or one per seed.")
     if 1 < len(adapters) < len(folders):
         raise ConfigError(f"The {len(folders)} evaluations are of {len(adapters)} adapters; use one, or one per seed.")
     if settings[0]["recipe"] is not None:

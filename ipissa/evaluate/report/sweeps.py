@@ -58,20 +58,36 @@ def table_by(results: pd.DataFrame, setting: str, figures: Sequence[str] = FIGUR
 
 
 def figure_by(results: pd.DataFrame, setting: str, figure: str = FIGURES[0]) -> Figure:
-    """Every run as a point, and the median per value of the setting."""
+    """Every run as a point, and a line of medians over the setting's values for each combination of the others.
+
+    Raises:
+        ConfigError: the sweep did not vary the setting.
+    """
+    medians = table_by(results, setting, (figure,))
+    others = list(medians.columns[: medians.columns.get_loc(setting)])
+    numeric = pd.api.types.is_numeric_dtype(results[setting]) and results[setting].notna().all()
+    names = list(dict.fromkeys(medians[setting].map(_name)))
+
+    def positions(values: pd.Series) -> list[float]:
+        return [float(value) if numeric else float(names.index(_name(value))) for value in values]
+
     drawn = Figure(figsize=(7, 4), layout="constrained")
     axis = drawn.subplots()
-    medians = results.groupby(setting)[figure].median()
-    numeric = pd.api.types.is_numeric_dtype(results[setting])
-    where = {value: float(value) if numeric else float(i) for i, value in enumerate(medians.index)}
-    axis.scatter([where[value] for value in results[setting]], results[figure], s=18, color="lightgrey", label="runs")
-    axis.plot([where[value] for value in medians.index], medians, marker="o", label="median")
+    axis.scatter(positions(results[setting]), results[figure], s=18, color="lightgrey", label="runs")
+    for combination, own in medians.groupby(others, dropna=False) if others else [((), medians)]:
+        pairs = zip(others, combination, strict=True)
+        label = ", ".join(f"{name} {_name(value)}" for name, value in pairs) or "median"
+        axis.plot(positions(own[setting]), own[figure], marker="o", label=label)
     if not numeric:
-        axis.set_xticks(np.arange(len(medians)), [str(value) for value in medians.index])
+        axis.set_xticks(np.arange(len(names)), names)
     axis.set_xlabel(setting)
     axis.set_ylabel(figure.replace("_", " "))
-    axis.legend()
+    axis.legend(fontsize="small")
     return drawn
+
+
+def _name(value: object) -> str:
+    return "none" if pd.isna(value) else str(value)
 
 
 def _plain(value: object) -> object:

@@ -176,7 +176,7 @@ class Contrastive:
             ).mean()
             for pole in (1, -1)
         }
-        coherence = self._coherence(batch, logp_by_row, mask)
+        coherence = self._coherence(batch, logp_by_row, mask, swapped=sum(signs.values()) < 0)
         weights = adaptive_weights(losses[1], losses[-1]) if config.adaptive else torch.ones(2)
         gaps = [
             masked_mean(logp_by_row[i] - logp_by_row[i + 1] - batch["logp_chosen"] + batch["logp_rejected"], mask)
@@ -207,14 +207,15 @@ class Contrastive:
         detached = [{name: value.detach() for name, value in p[pole].items()} for pole in (1, -1)]
         return self._flip.update(*detached) if training else self._flip.signs(self.directions)
 
-    def _coherence(self, batch: Batch, logp: Tensor, mask: Tensor) -> Tensor:
-        """Of chosen tokens at +1 and of rejected ones at -1, (2,)."""
+    def _coherence(self, batch: Batch, logp: Tensor, mask: Tensor, *, swapped: bool) -> Tensor:
+        """Of chosen tokens at +1 and of rejected ones at -1, the other way round where the poles are swapped; (2,)."""
+        own = (("rejected", 1), ("chosen", 2)) if swapped else (("chosen", 0), ("rejected", 3))
         transform = SEPARATION_LOSSES[self.config.loss].coherence
         kept = [
             coherence_penalty(
                 reference, now, mask, threshold=self.config.coherence_threshold, weight=self.config.coherence
             )
-            for reference, now in ((batch["logp_chosen"], logp[0]), (batch["logp_rejected"], logp[3]))
+            for reference, now in ((batch[f"logp_{side}"], logp[row]) for side, row in own)
         ]
         return torch.stack([transform(each).mean() for each in kept])
 
