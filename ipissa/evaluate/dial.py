@@ -8,9 +8,11 @@ from numbers import Real
 from typing import Any, Protocol
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ipissa.adapter.model import layer_alpha
 from ipissa.errors import AlphaError
 
 
@@ -52,6 +54,23 @@ class ScaledDial:
     def steered_modules(self) -> Collection[nn.Module]:
         """The other's."""
         return self._dial.steered_modules()
+
+
+class LayerDial:
+    """A dial made of tuner layers that have an α, such as PEFT's after `add_dial`."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @contextmanager
+    def alpha(self, value: float | Sequence[float]) -> Iterator[LayerDial]:
+        """Steer at a number or at one α per batch row inside the block."""
+        with layer_alpha(self.model, torch.as_tensor(value, dtype=torch.float32).reshape(-1)):
+            yield self
+
+    def steered_modules(self) -> Collection[nn.Module]:
+        """The tuner's layers."""
+        return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 class HookDial:

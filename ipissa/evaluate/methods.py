@@ -31,7 +31,7 @@ from ipissa.evaluate.baselines.vectors import (
     module_components,
 )
 from ipissa.evaluate.degradation import PlainText
-from ipissa.evaluate.dial import HookDial
+from ipissa.evaluate.dial import HookDial, LayerDial
 from ipissa.evaluate.held_out import HeldOut
 from ipissa.evaluate.steerer import Steerer
 from ipissa.steering import attach
@@ -105,10 +105,8 @@ def _told(trait_of: Callable[[Trait], Trait], m: Materials) -> Iterator[Steerer]
     yield Steerer(HookDial(m.model), told=trait_of(m.trait))
 
 
-@contextmanager
-def _vector(directions: Callable[..., Directions], m: Materials) -> Iterator[Steerer]:
-    with attached(m.model, vector_adapter(directions, m)) as steerer:
-        yield steerer
+def _vector(directions: Callable[..., Directions], m: Materials) -> AbstractContextManager[Steerer]:
+    return attached(m.model, vector_adapter(directions, m))
 
 
 def vector_adapter(directions: Callable[..., Directions], m: Materials) -> VectorAdapter:
@@ -117,27 +115,17 @@ def vector_adapter(directions: Callable[..., Directions], m: Materials) -> Vecto
     return VectorAdapter(modules=modules, base_model=m.adapter.base_model, trait=m.adapter.trait)
 
 
-@contextmanager
-def _sspace(m: Materials) -> Iterator[Steerer]:
-    with attached(m.model, sspace_like(m.model, m.activations, m.innerpissa())) as steerer:
-        yield steerer
+def _sspace(m: Materials) -> AbstractContextManager[Steerer]:
+    return attached(m.model, sspace_like(m.model, m.activations, m.innerpissa()))
+
+
+def _random(m: Materials) -> AbstractContextManager[Steerer]:
+    return attached(m.model, random_like(m.innerpissa(), m.model, seed=m.seed))
 
 
 @contextmanager
-def _random(m: Materials) -> Iterator[Steerer]:
-    with attached(m.model, random_like(m.innerpissa(), m.model, seed=m.seed)) as steerer:
-        yield steerer
-
-
-@contextmanager
-def _tuned(kind: str, m: Materials) -> Iterator[Steerer]:
-    with trained_tuner(kind, m.model, m.tokenizer, *m.learn()) as dial:
-        yield Steerer(dial)
-
-
-@contextmanager
-def _reft(m: Materials) -> Iterator[Steerer]:
-    with trained_reft(m.model, m.tokenizer, *m.learn()) as dial:
+def _trained(train: Callable[..., AbstractContextManager[LayerDial]], m: Materials) -> Iterator[Steerer]:
+    with train(m.model, m.tokenizer, *m.learn()) as dial:
         yield Steerer(dial)
 
 
@@ -156,8 +144,8 @@ METHODS: dict[str, Method] = {
     **{name: partial(_vector, directions) for name, directions in VECTORS.items()},
     "sspace": _sspace,
     "random": _random,
-    **{name: partial(_tuned, name) for name in TUNERS},
-    "reft": _reft,
+    **{name: partial(_trained, partial(trained_tuner, name)) for name in TUNERS},
+    "reft": partial(_trained, trained_reft),
 }
 TRAINED = (*TUNERS, "reft")
 LIKE_THE_ADAPTER = (*TRAINED, "sspace", "random")  # need its modules and rank

@@ -95,7 +95,7 @@ class Yardsticks:
         return found
 
 
-def measure_yardsticks(dial: Dial, held_out: HeldOut, *, alpha: float = 1.0, seed: int = 0) -> Yardsticks:
+def measure_yardsticks(dial: Dial, held_out: HeldOut, *, alpha: float = 1.0) -> Yardsticks:
     """Measure a dial on held-out texts of both poles."""
 
     def settings(pole: int) -> dict[str, Setting]:
@@ -106,7 +106,7 @@ def measure_yardsticks(dial: Dial, held_out: HeldOut, *, alpha: float = 1.0, see
             "plain_opposite": Setting(None, -pole * alpha),
         }
 
-    return _measure(dial, held_out, settings, alpha=alpha, seed=seed)
+    return _measure(dial, held_out, settings, alpha=alpha)
 
 
 def worse_trait_gains(dial: Dial, held_out: HeldOut, alphas: Sequence[float]) -> dict[float, float]:
@@ -122,7 +122,7 @@ def worse_trait_gains(dial: Dial, held_out: HeldOut, alphas: Sequence[float]) ->
     return {alpha: min(of_poles) for alpha, of_poles in gains.items()}
 
 
-def measure_persona_prompt(dial: Dial, held_out: HeldOut, *, told_by: Trait | None = None, seed: int = 0) -> Yardsticks:
+def measure_persona_prompt(dial: Dial, held_out: HeldOut, *, told_by: Trait | None = None) -> Yardsticks:
     """The same yardsticks of telling the model.
 
     Told by the trait itself, gain and contrast are 1 by definition, and the plain gain is measured. `told_by`
@@ -134,7 +134,7 @@ def measure_persona_prompt(dial: Dial, held_out: HeldOut, *, told_by: Trait | No
         told = {"neutral_steered": pole, "plain_steered": pole, "plain_opposite": -pole}
         return _references(pole) | {name: Setting(persona, 0.0, words) for name, persona in told.items()}
 
-    return _measure(dial, held_out, settings, alpha=1.0, seed=seed)
+    return _measure(dial, held_out, settings, alpha=1.0)
 
 
 def _references(pole: int) -> dict[str, Setting]:
@@ -148,11 +148,11 @@ def _references(pole: int) -> dict[str, Setting]:
 
 
 def _measure(
-    dial: Dial, held_out: HeldOut, settings: Callable[[int], dict[str, Setting]], *, alpha: float, seed: int
+    dial: Dial, held_out: HeldOut, settings: Callable[[int], dict[str, Setting]], *, alpha: float
 ) -> Yardsticks:
     def measured(pole: int) -> PoleYardsticks:
         lp = held_out.log_likelihoods(dial, pole, settings(pole), label=f"yardsticks {SIGN[pole]}")
-        return _pole_yardsticks(lp, held_out, pole, seed=seed)
+        return _pole_yardsticks(lp, held_out, pole)
 
     return Yardsticks(alpha, len(held_out.prompts), positive=measured(1), negative=measured(-1))
 
@@ -198,7 +198,7 @@ def pole_preference(dial: Dial, held_out: HeldOut) -> float:
     return total
 
 
-def _pole_yardsticks(lp: dict[str, np.ndarray], held_out: HeldOut, pole: int, *, seed: int) -> PoleYardsticks:
+def _pole_yardsticks(lp: dict[str, np.ndarray], held_out: HeldOut, pole: int) -> PoleYardsticks:
     # A prompt without a text of this pole (it was too short) says nothing about it; as a 0 it would lower t.
     _, cluster = np.unique([text.prompt for text in held_out.texts[pole]], return_inverse=True)
 
@@ -208,7 +208,7 @@ def _pole_yardsticks(lp: dict[str, np.ndarray], held_out: HeldOut, pole: int, *,
     n = per_prompt(held_out.tokens(pole))
 
     def estimate(up: np.ndarray, over: np.ndarray | None) -> Estimate:
-        return bootstrap_ratio(per_prompt(up), n if over is None else per_prompt(over), seed=seed)
+        return bootstrap_ratio(per_prompt(up), n if over is None else per_prompt(over), seed=0)
 
     return PoleYardsticks(
         trait_gain=estimate(lp["neutral_steered"] - lp["neutral"], lp["told"] - lp["neutral"]),

@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from ipissa.adapter.model import layer_alpha
+from ipissa.evaluate.dial import LayerDial
 from ipissa.train.config import TrainConfig
 from ipissa.train.fit import fit
 from ipissa.train.objectives.distill import Distillation, Target
@@ -53,11 +53,11 @@ class LoReft(nn.Module, BaseTunerLayer):
         return h + (alpha * edit).to(h.dtype)
 
 
-class ReftDial:
+class ReftDial(LayerDial):
     """A model with an edit after each of its last blocks."""
 
     def __init__(self, model: Any, *, seed: int, rank: int = RANK, blocks: int = BLOCKS) -> None:
-        self.model = model
+        super().__init__(model)
         self._blocks = list(model.get_decoder().layers)[-blocks:]
         width = model.config.get_text_config().hidden_size
         torch.manual_seed(seed)
@@ -65,12 +65,6 @@ class ReftDial:
         for block in self._blocks:
             block.add_module(NAME, LoReft(width, rank).to(model.device))
             self._hooks.append(block.register_forward_hook(_edit))
-
-    @contextmanager
-    def alpha(self, value: float | Sequence[float]) -> Iterator[ReftDial]:
-        """Steer at a number or at one α per batch row inside the block."""
-        with layer_alpha(self.model, torch.as_tensor(value, dtype=torch.float32).reshape(-1)):
-            yield self
 
     def steered_modules(self) -> Collection[nn.Module]:
         """The edited blocks."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -11,40 +11,21 @@ from typing import Any
 
 import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 
 from ipissa.adapter.checkpoint import Adapter
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.dial import add_dial
-from ipissa.adapter.model import layer_alpha
 from ipissa.data.continuations import sample_continuations
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError
+from ipissa.evaluate.dial import LayerDial
 from ipissa.train.config import TrainConfig
 from ipissa.train.fit import fit
 from ipissa.train.objectives.distill import KINDS, Distillation, Target, build_targets
 
 TUNERS = ("lora", "dora")
 NAMES = "lora, dora and reft"  # all that learn as the adapter did
-
-
-class PeftDial:
-    """A PEFT model whose tuner layers have a dial (`ipissa.adapter.dial`)."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    @contextmanager
-    def alpha(self, value: float | Sequence[float]) -> Iterator[PeftDial]:
-        """Steer at a number or at one α per batch row inside the block."""
-        with layer_alpha(self.model, torch.as_tensor(value, dtype=torch.float32).reshape(-1)):
-            yield self
-
-    def steered_modules(self) -> Collection[nn.Module]:
-        """The tuner's layers."""
-        return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
 
 
 def training_config(adapter: Adapter) -> TrainConfig:
@@ -100,7 +81,7 @@ def lora_like(config: InnerPissaConfig, *, dora: bool = False) -> peft.LoraConfi
 @contextmanager
 def trained_tuner(
     kind: str, model: Any, tokenizer: Any, config: TrainConfig, targets: Sequence[Target]
-) -> Iterator[PeftDial]:
+) -> Iterator[LayerDial]:
     """`model` with a LoRA or DoRA fitted to `targets`; the model is itself again afterwards."""
     model.requires_grad_(False)
     same = config.adapter_config(model.config.get_text_config().num_hidden_layers)
@@ -110,7 +91,7 @@ def trained_tuner(
     try:
         with tempfile.TemporaryDirectory() as folder:
             fit(peft_model, Distillation(targets, pad_id=tokenizer.pad_token_id), config, Path(folder))
-        yield PeftDial(peft_model)
+        yield LayerDial(peft_model)
     finally:
         for handle in handles:
             handle.remove()

@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Findings:
     null: tuple[NullCheck, pd.DataFrame, float] | None
     loss_gap: float | None = None  # of the adapter's training
 
+    @cached_property
     def analyses(self) -> list[Analysis]:
         """Of every method, what it does in dilemmas."""
         return [] if self.dataset is None else [analyse(each, self.dataset) for each in self.measured]
@@ -70,7 +72,7 @@ class Findings:
 
 def write_report(findings: Findings, folder: Path) -> None:
     """`yardsticks.md`, `yardsticks.json`, `texts.md`, `choices.json`, `tables/`, `figures/`, `report.html`."""
-    analyses = findings.analyses()
+    analyses = findings.analyses
     frames = _frames(findings, analyses)
     drawn = _draw(findings, frames)
     for name, frame in frames.items():
@@ -89,7 +91,7 @@ def write_report(findings: Findings, folder: Path) -> None:
 def summary(findings: Findings) -> str:
     """What a user reads first, in Markdown: yardsticks, then slopes in dilemmas, the ranking and the null check."""
     lines = [markdown(findings.measured)]
-    analyses = findings.analyses()
+    analyses = findings.analyses
     if analyses:
         assert findings.dataset is not None
         lines += ["", f"In dilemmas about {findings.dataset.target!r} ({findings.dataset.name}):"]
