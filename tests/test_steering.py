@@ -60,7 +60,7 @@ def test_shipped_adapters_equal_edited_weights(demo: tuple[Any, Any], path: Any)
 
 
 def test_three_adapters_are_shipped() -> None:
-    assert [path.stem for path in SHIPPED] == ["honest", "kind", "playful"]
+    assert [path.stem for path in SHIPPED] == ["honest", "kind"]
     assert all(path.stat().st_size <= 12_000_000 for path in SHIPPED)
 
 

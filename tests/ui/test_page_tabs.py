@@ -99,7 +99,7 @@ def test_curves_and_answers_download_as_csv_and_png(page: SteeringPage) -> None:
     assert [filename for filename, _ in saved.values()] == ["curve.csv", "curve.png", "answers.csv"]
     assert saved["Curve (PNG)"][1].startswith(b"\x89PNG")
     curve = list(csv.DictReader(io.StringIO(saved["Curve (CSV)"][1].decode())))
-    assert [sum(row["adapter"] == name for row in curve) for name in ("honest", "kind", "playful")] == [41] * 3
+    assert [sum(row["adapter"] == name for row in curve) for name in ("honest", "kind")] == [41] * 2
     answers = list(csv.DictReader(io.StringIO(saved["Answers (CSV)"][1].decode())))
     assert len(answers) == 2 * TOKENS
 

@@ -99,7 +99,7 @@ def _wait(served: VllmServed, log: Path) -> None:
 def stock(folder: Path, model: str, *options: str, **environment: str) -> tuple[Path, list[str], dict[str, str]]:
     """Arguments of `running` for `vllm serve` with the plugin and the shipped adapters."""
     command = ["vllm", "serve", model, "--served-model-name", MODEL, "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "1024", "--max-num-seqs", "16", "--enable-lora", "--max-lora-rank", "64"]
+    command += ["--max-model-len", "1024", "--max-num-seqs", "16", "--enable-lora", "--max-lora-rank", "32"]
     names = {"IPISSA_ADAPTERS": ADAPTERS, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     return folder, [*command, *options], {**names, **environment}
 
