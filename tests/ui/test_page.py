@@ -55,7 +55,7 @@ def test_a_slow_drag_shows_the_score_at_every_place_where_it_rests(
     visit: Callable[..., SteeringPage], server: Served, screenshot: Callable[..., None]
 ) -> None:
     page = visit(server.url)
-    page.has_curve(lines=3)
+    page.has_curve(lines=2)
     page.has_written("honest +1.00")
     mouse = page.page.mouse
     mouse.move(*page.point_at("honest", 1))

@@ -89,7 +89,7 @@ def test_the_python_and_curl_that_the_page_shows_do_what_the_page_did(page: Stee
 
 
 def test_curves_and_answers_download_as_csv_and_png(page: SteeringPage) -> None:
-    page.has_curve(lines=3)
+    page.has_curve(lines=2)
     page.tab("Keep and share")
     saved = {}
     for name in ("Curve (CSV)", "Curve (PNG)", "Answers (CSV)"):
