@@ -118,7 +118,7 @@ def test_prefixes_are_shared_within_an_alpha_and_never_between_two(
 ) -> None:
     """If one setting read another's keys and values, its first log-probability would be the other's mixture."""
     prompt = " ".join(f"On day {i} I told my neighbour a story." for i in range(40)) + " Then I"
-    settings = {"kind@2": {"kind": 2.0}, "kind@-2": {"kind": -2.0}, "honest@2": {"honest": 2.0}, MODEL: {}}
+    settings = {"kind@2": {"kind": 2.0}, "kind@-2": {"kind": -2.0}, "honest@3": {"honest": 3.0}, MODEL: {}}
     expected = {name: runtime(steered, tokenizer, steer, prompt)[1] for name, steer in settings.items()}
     values = sorted(expected.values())
     assert min(b - a for a, b in pairwise(values)) > 0.02  # or this would prove nothing
