@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import socket
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
@@ -95,6 +96,9 @@ def test_a_server_that_is_not_there_is_told_in_words() -> None:
     with pytest.raises(ServerError, match="does not answer"):
         ask(url, lambda client: client.adapters(""))
     assert ask(url, lambda client: client.health()) == 502
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the request, and says nothing
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert ask(url, lambda client: client.health()) == 504
 
 
 def test_a_busy_server_is_told_in_words(tiny: Path) -> None:

@@ -48,11 +48,11 @@ class Client:
         await self._openai.close()
 
     async def health(self) -> int:
-        """The status of `/health`: 200 when ready, 503 while loading; 502 when nobody answers."""
+        """The status of `/health`: 200 when ready, 503 while loading; 502 when nobody answers, 504 when not in time."""
         try:
             await _told(self._openai.get(f"{self.url}/health", cast_to=object, options={"timeout": 5.0}))
         except ServerError as error:
-            return error.status or 502
+            return error.status or 504
         return 200
 
     async def adapters(self, key: str) -> list[dict[str, Any]]:

@@ -96,16 +96,23 @@ window.ipissa = (() => {
   const SAYS = {
     loading: "The server is loading its model. This page goes on by itself when it is ready.",
     gone: "The server is gone. Your settings are kept; this page goes on by itself when it is back.",
+    slow: "The server is slow to answer just now.",
   };
+  const STATES = { 200: "ready", 503: "loading", 504: "slow" };
   let wasMissing = false;
-  async function watch() {
-    let state = "gone";
+  async function health() {
     try {
       const answer = await fetch("health", { cache: "no-store", signal: AbortSignal.timeout(5000) });
-      state = answer.status === 200 ? "ready" : answer.status === 503 ? "loading" : "gone";
-    } catch {}
+      return STATES[answer.status] ?? "gone";
+    } catch (error) {
+      return error.name === "TimeoutError" ? "slow" : "gone";
+    }
+  }
+  async function watch() {
+    const state = await health();
     if (state === "ready" && wasMissing) return location.reload(); // the address restores the settings
-    wasMissing = state !== "ready";
+    // A slow server still knows this page; loading it again would only give the server more to do.
+    if (state !== "slow") wasMissing = state !== "ready";
     let banner = document.getElementById("server-state");
     if (!banner) {
       banner = document.createElement("div");
@@ -113,9 +120,9 @@ window.ipissa = (() => {
       banner.setAttribute("role", "alert");
       document.body.append(banner);
     }
-    banner.hidden = !wasMissing;
+    banner.hidden = state === "ready";
     banner.textContent = SAYS[state] ?? "";
-    setTimeout(watch, wasMissing ? 1000 : 3000);
+    setTimeout(watch, state === "ready" ? 3000 : 1000);
   }
   // Gradio may add this script before the page is read or after.
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", watch);

@@ -275,6 +275,18 @@ def test_a_server_that_goes_is_missed_in_words_and_the_page_goes_on_when_it_is_b
         page.shows_choice_at(f"honest {HIGH:+.2f}")
 
 
+def test_a_slow_server_is_told_of_and_the_page_stays_as_it_is(visit: Visit, server: Served) -> None:
+    page = visit(server.url + short())
+    page.has_written()
+    page.page.evaluate("window.stayed = true")
+    page.page.route("**/health", lambda route: None)  # asked, and never answered
+    banner = page.page.locator("#server-state")
+    expect(banner).to_contain_text("The server is slow to answer", timeout=PATIENCE)
+    page.page.unroute("**/health")
+    expect(banner).to_be_hidden(timeout=PATIENCE)
+    assert page.page.evaluate("window.stayed")  # a page that was loaded again would have forgotten it
+
+
 def test_a_server_with_a_key_asks_for_it_and_tells_when_it_is_wrong(visit: Visit) -> None:
     with in_process("--api-key", "sesame") as server:
         page = visit(server.url + short())
