@@ -98,8 +98,8 @@ def _rank(name: str, medians: pd.DataFrame) -> str:
     nearest = at_best.idxmax()
     return (
         f"{text} Of the methods that are not trained, each at the best of the scales from 1/64 to 4 times that one, "
-        f"whatever that costs: "
-        f"{_listed(ahead)}; the nearest, `{nearest}`, has {at_best[nearest]:.2f} against {gains[ADAPTER]:.2f}."
+        f"whatever that costs: {_listed(ahead)}; the nearest, `{nearest}`, has {at_best[nearest]:.2f} against "
+        f"{gains[ADAPTER]:.2f}."
     )
 
 

@@ -59,7 +59,7 @@ def test_shipped_adapters_equal_edited_weights(demo: tuple[Any, Any], path: Any)
     assert_equals_edited_weights(model, ipissa.load_adapter(path), ids)
 
 
-def test_three_adapters_are_shipped() -> None:
+def test_the_shipped_adapters_are_small() -> None:
     assert [path.stem for path in SHIPPED] == ["honest", "kind"]
     assert all(path.stat().st_size <= 12_000_000 for path in SHIPPED)
 
