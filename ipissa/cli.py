@@ -75,6 +75,10 @@ def train(
     set: Annotated[list[str] | None, typer.Option(help="Any other setting, as NAME=VALUE.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="The preset quick, over --preset: minutes, to try.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was broken off.")] = False,
+    shared: Annotated[
+        Path | None,
+        typer.Option(help="Folder where runs that ask the base model the same share its texts and teachers."),
+    ] = None,
 ) -> None:
     """Make an adapter from two words and a model, by persona distillation."""
     given = {name: value for name, value in locals().items() if name in OPTIONS and value is not None}
@@ -85,7 +89,7 @@ def train(
         **given,
         **assignments("--set", set or []),
     }
-    result = run_training(TrainConfig.from_dict(settings), output, resume=resume)
+    result = run_training(TrainConfig.from_dict(settings), output, resume=resume, shared=shared)
     card = output.with_suffix(".md")
     typer.echo(card.read_text(encoding="utf-8"))
     typer.echo(f"Wrote {output} and {card} in {result.seconds / 60:.1f} minutes.")

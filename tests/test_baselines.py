@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import logits_of, random_adapter, tiny_model
+from conftest import KillAt, KilledError, logits_of, random_adapter, tiny_model
 from torch import Tensor
 
 from ipissa.adapter import VectorAdapter
@@ -18,11 +20,12 @@ from ipissa.data.continuations import Continuation
 from ipissa.data.pairs import ContrastivePair, Opening, contrastive_pairs
 from ipissa.data.personas import Trait
 from ipissa.errors import ConfigError
+from ipissa.evaluate.baselines import tuners
 from ipissa.evaluate.baselines.engineered import EngineeredTrait
 from ipissa.evaluate.baselines.random import random_like
 from ipissa.evaluate.baselines.reft import ReftDial, trained_reft
 from ipissa.evaluate.baselines.sspace import sspace_like
-from ipissa.evaluate.baselines.tuners import training_config
+from ipissa.evaluate.baselines.tuners import TUNERS, trained_tuner, training_config
 from ipissa.evaluate.baselines.vectors import (
     first_component,
     first_components,
@@ -209,17 +212,44 @@ def test_an_untrained_loreft_changes_nothing_and_learns_from_there(model: Any) -
 
 
 def test_a_trained_loreft_keeps_its_subspace_and_steers(
-    model: Any, tokenizer: Any, pairs: list[ContrastivePair]
+    model: Any, tokenizer: Any, pairs: list[ContrastivePair], tmp_path: Path
 ) -> None:
-    m = materials(model, tokenizer, pairs, random_adapter(model, suffixes=("o_proj",)))
+    m = materials(model, tokenizer, pairs, random_adapter(model, suffixes=("o_proj",)), tmp_path)
     config, targets = m.learn()
-    with trained_reft(model, tokenizer, replace(config, epochs=10, weight_decay=0.5), targets) as dial:
+    with trained_reft(model, tokenizer, replace(config, epochs=10, weight_decay=0.5), targets, tmp_path) as dial:
         for block in dial.steered_modules():
             R = block.get_submodule("loreft").subspace.weight
             assert (R @ R.T - torch.eye(len(R))).abs().max() < 1e-5
         with dial.alpha(1.0), torch.no_grad():
             steered = model(IDS).logits
     assert (steered - logits_of(model, IDS)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", TUNERS)
+def test_a_tuner_whose_training_was_broken_off_goes_on_to_the_same_one(
+    kind: str,
+    model: Any,
+    tokenizer: Any,
+    pairs: list[ContrastivePair],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    m = materials(model, tokenizer, pairs, random_adapter(model, suffixes=("o_proj",)), tmp_path)
+    config, targets = m.learn()
+    config = replace(config, epochs=4, checkpoint_every=2)
+
+    def steered(state: Path) -> Tensor:
+        with trained_tuner(kind, model, tokenizer, config, targets, state) as dial, dial.alpha(1.0):
+            return logits_of(model, IDS)
+
+    unbroken = steered(tmp_path / "unbroken")
+    with monkeypatch.context() as patch:
+        patch.setattr(tuners, "fit", partial(tuners.fit, callbacks=[KillAt(3)]))
+        with pytest.raises(KilledError):
+            steered(tmp_path / "broken")
+    assert (unbroken - logits_of(model, IDS)).abs().max() > 1e-2
+    monkeypatch.setattr(tuners, "fit", partial(tuners.fit, callbacks=[KillAt(1)]))  # it does not begin anew
+    assert (steered(tmp_path / "broken") - unbroken).abs().max() < 1e-4
 
 
 def test_engineered_prompts_say_it_at_length_in_the_system_turn_only() -> None:
@@ -256,7 +286,7 @@ def test_a_random_adapter_turns_as_far_and_elsewhere(model: Any) -> None:
     assert all(torch.equal(again.modules[n].rotation_v, other.modules[n].rotation_v) for n in adapter.modules)
 
 
-def materials(model: Any, tokenizer: Any, pairs: list[ContrastivePair], adapter: Any) -> Materials:
+def materials(model: Any, tokenizer: Any, pairs: list[ContrastivePair], adapter: Any, state: Path) -> Materials:
     generator = torch.Generator().manual_seed(0)
 
     def tokens() -> list[int]:
@@ -280,12 +310,13 @@ def materials(model: Any, tokenizer: Any, pairs: list[ContrastivePair], adapter:
         HeldOut(tokenizer, TRAIT, texts[4:]),
         plain[2:],
         learn,
+        state,
         seed=1,
     )
 
 
 def test_a_comparison_measures_all_methods_on_the_same_texts_at_equal_degradation(
-    model: Any, tokenizer: Any, pairs: list[ContrastivePair]
+    model: Any, tokenizer: Any, pairs: list[ContrastivePair], tmp_path: Path
 ) -> None:
     base = logits_of(model, IDS)
     adapter = random_adapter(model, suffixes=("o_proj",))
@@ -293,7 +324,7 @@ def test_a_comparison_measures_all_methods_on_the_same_texts_at_equal_degradatio
         name: replace(factors, rotation_v=0.05 * factors.rotation_v, delta_s=0.05 * factors.delta_s)
         for name, factors in adapter.modules.items()
     }
-    m = materials(model, tokenizer, pairs, replace(adapter, modules=gentle))
+    m = materials(model, tokenizer, pairs, replace(adapter, modules=gentle), tmp_path)
     wanted = adapter_degradation(m)
     rows = [measure_method(method, m, None, (-1, 1), degradation=wanted) for method in (ADAPTER, *METHODS)]
     assert torch.equal(logits_of(model, IDS), base)
@@ -318,9 +349,9 @@ def test_a_comparison_measures_all_methods_on_the_same_texts_at_equal_degradatio
 
 @pytest.mark.parametrize("method", ["caa", "sspace"])
 def test_a_methods_best_scale_is_that_of_the_largest_gain_on_training_prompts(
-    method: str, model: Any, tokenizer: Any, pairs: list[ContrastivePair]
+    method: str, model: Any, tokenizer: Any, pairs: list[ContrastivePair], tmp_path: Path
 ) -> None:
-    m = materials(model, tokenizer, pairs, random_adapter(model, suffixes=("o_proj",)))
+    m = materials(model, tokenizer, pairs, random_adapter(model, suffixes=("o_proj",)), tmp_path)
     best = measure_at_best(method, m, around=0.4)
     with made(method, m) as steerer:
 

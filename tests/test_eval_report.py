@@ -23,7 +23,7 @@ from ipissa.data.datasets import load_items
 from ipissa.data.items import CHOICES, Dataset
 from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError
-from ipissa.evaluate import run
+from ipissa.evaluate import bench
 from ipissa.evaluate.analysis import analyse, base_differences, ranked, why_unranked
 from ipissa.evaluate.baselines.tuners import distillation_targets as targets
 from ipissa.evaluate.choices import measure_choices
@@ -39,7 +39,7 @@ from ipissa.evaluate.slopes import balanced_slope, with_labels
 from ipissa.evaluate.steerer import Steerer
 from ipissa.models import load_model
 from ipissa.steering import attach
-from ipissa.train import TrainConfig
+from ipissa.train import TrainConfig, answers, train
 
 METHODS = ["adapter", "prompt", "caa", "random"]
 ASKED = [f"{value}-{n}" for value, numbers in {
@@ -293,7 +293,7 @@ def test_methods_that_are_trained_learn_anew_with_every_seed(home: Path, monkeyp
     path = home / "trained.safetensors"
     save_adapter(replace(load_adapter(home / "honest.safetensors"), evaluation={"training": training.to_dict()}), path)
     seeds = []
-    monkeypatch.setattr(run, "distillation_targets", lambda *asked: seeds.append(asked[3].seed) or targets(*asked))
+    monkeypatch.setattr(bench, "distillation_targets", lambda *asked: seeds.append(asked[3].seed) or targets(*asked))
     for seed in (0, 2):
         settings = EvalSettings(
             model=str(home / "model"), prompts=str(home / "prompts.txt"), dataset=None, null=0,
@@ -301,6 +301,26 @@ def test_methods_that_are_trained_learn_anew_with_every_seed(home: Path, monkeyp
         )  # fmt: skip
         evaluate(str(path), home / f"trained-{seed}", settings)
     assert seeds == [5, 7]
+
+
+def test_what_was_asked_for_the_adapter_is_not_asked_again_for_methods_that_are_trained(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = TrainConfig(
+        "kind", "angry", model=str(home / "model"), prompts=str(home / "prompts.txt"), rank=4, epochs=1, batch_size=4,
+        max_new_tokens=4, held_out=2, lr=1e-3,
+    )  # fmt: skip
+    train(training, home / "two words.safetensors", shared=home / "shared")
+    kept = {path: path.stat().st_mtime_ns for path in (home / "shared").iterdir()}
+    monkeypatch.setattr(answers, "sample_continuations", None)
+    monkeypatch.setattr(answers, "build_targets", None)
+    options = ["--adapter", "two words.safetensors", "--baselines", "lora,reft", "--dataset", "", "--null", "0",
+               "--dtype", "fast", "--output", "shared report", "--shared", "shared"]  # fmt: skip
+    monkeypatch.chdir(home)
+    CliRunner().invoke(app, arguments(home, *options), catch_exceptions=False)
+    assert (home / "shared report" / "report.html").exists()
+    assert not (home / "shared report" / "state").exists()
+    assert {path: path.stat().st_mtime_ns for path in (home / "shared").iterdir()} == kept
 
 
 def test_trained_methods_learn_from_the_adapters_prompts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +332,7 @@ def test_trained_methods_learn_from_the_adapters_prompts(home: Path, monkeypatch
     path = home / "own.safetensors"
     save_adapter(replace(load_adapter(home / "honest.safetensors"), evaluation={"training": training.to_dict()}), path)
     learnt: list[str] = []
-    monkeypatch.setattr(run, "distillation_targets", lambda *asked: learnt.extend(asked[4]) or targets(*asked))
+    monkeypatch.setattr(bench, "distillation_targets", lambda *asked: learnt.extend(asked[4]) or targets(*asked))
     settings = EvalSettings(
         model=str(home / "model"), prompts=str(home / "prompts.txt"), dataset=None, baselines=("reft",)
     )
@@ -333,11 +353,11 @@ def test_prompts_that_the_adapter_learnt_from_are_not_held_out(home: Path, caplo
     held_out = load_prompts(shifted)[1]
     assert held_out == [lines[2], lines[6], lines[9]]
     with pytest.raises(ConfigError, match=r"learnt from 3 of 3 held-out prompts; give others with --prompts"):
-        run.unseen(adapter, held_out)
-    assert run.unseen(adapter, [*held_out, lines[3], "New"]) == [lines[3], "New"]
+        bench.unseen(adapter, held_out)
+    assert bench.unseen(adapter, [*held_out, lines[3], "New"]) == [lines[3], "New"]
     assert "3 held-out prompts are left out" in caplog.text
     own.unlink()
-    assert run.unseen(adapter, held_out) == held_out
+    assert bench.unseen(adapter, held_out) == held_out
     assert "some held-out prompts may be among them" in caplog.text
 
 
@@ -348,8 +368,8 @@ def test_an_evaluation_begun_again_reads_the_texts_that_it_had(home: Path, monke
     adapter, folder = home / "honest.safetensors", home / "again"
     whole = evaluate(adapter, folder, settings(baselines=("caa",))).measured
     (folder / "parts" / "caa.json").unlink()
-    monkeypatch.setattr(run, "sample_continuations", None)
-    monkeypatch.setattr(run, "sample_plain", None)
+    monkeypatch.setattr(bench, "sample_continuations", None)
+    monkeypatch.setattr(bench, "sample_plain", None)
     again = evaluate(adapter, folder, settings(baselines=("caa",))).measured
     for name in ("trait_gain", "plain_gain", "contrast"):  # other batches round otherwise
         found, expected = (getattr(each[1].yardsticks.positive, name).value for each in (again, whole))

@@ -11,7 +11,7 @@ import pytest
 
 from ipissa.errors import ConfigError, ModelLoadError
 from ipissa.train import TrainConfig
-from ipissa.train.run_folder import digest
+from ipissa.train.answers import digest
 from ipissa.train.sweep import read_grid, run_sweep
 
 GRID = "base: {positive: kind, negative: angry}\ngrid: {lr: [0.001, 0.003], seed: [0, 1, 2]}\n"

@@ -24,7 +24,7 @@ from ipissa.adapter import Adapter, checkpoint
 from ipissa.cli import app
 from ipissa.errors import AdapterFileError, ConfigError, IpissaError
 from ipissa.scaling import SCALE_MODES
-from ipissa.train import TrainConfig, train, trainer
+from ipissa.train import TrainConfig, answers, train, trainer
 from ipissa.train.card import describe
 from ipissa.train.config import OPTIONS
 from ipissa.train.fit import fit
@@ -142,7 +142,7 @@ def test_a_broken_run_goes_on_with_another_rate_on_the_texts_it_had(
     with pytest.raises(KilledError):
         train(config, output)
     killed_at(0)
-    monkeypatch.setattr(trainer, "build_targets", None)  # neither asked again
+    monkeypatch.setattr(answers, "build_targets", None)  # neither asked again
     assert difference(expected, train(slower, output, resume=True).adapter) < 1e-5
 
 
@@ -162,7 +162,7 @@ def test_what_cannot_be_used_is_refused_before_anything_is_sampled_and_leaves_no
     wrong: dict[str, Any], says: str, config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "sample_continuations", None)
+        patch.setattr(answers, "sample_continuations", None)
         with pytest.raises(IpissaError, match=says):
             train(TrainConfig.from_dict(config.to_dict() | wrong), tmp_path / "kind.safetensors")
     assert not (tmp_path / "kind.run").exists()
@@ -186,8 +186,13 @@ def test_a_full_disk_at_the_end_loses_nothing(
         with pytest.raises(AdapterFileError, match=r"No space left on device.*make room"):
             train(config, output)
     assert [path.name for path in tmp_path.glob("*kind*")] == ["kind.run"]
-    for name in ("build_targets", "sample_continuations", "select_triples"):  # neither sampled nor asked again
-        monkeypatch.setattr(trainer, name, full)
+    for module, name in (
+        (answers, "build_targets"),
+        (answers, "sample_continuations"),
+        (trainer, "sample_continuations"),
+        (trainer, "select_triples"),
+    ):  # neither sampled nor asked again
+        monkeypatch.setattr(module, name, full)
     killed_at(1)  # nor learnt
     assert train(config, output, resume=True).adapter.digest
 
@@ -222,9 +227,10 @@ def test_runs_that_share_ask_the_base_model_once(
 ) -> None:
     sampled, shared = [], tmp_path / "shared"
     sample = trainer.sample_continuations
-    monkeypatch.setattr(
-        trainer, "sample_continuations", lambda *args, **how: sampled.append(how["seed"]) or sample(*args, **how)
-    )
+    for module in (answers, trainer):
+        monkeypatch.setattr(
+            module, "sample_continuations", lambda *args, **how: sampled.append(how["seed"]) or sample(*args, **how)
+        )
     train(config, tmp_path / "first.safetensors", shared=shared)
     other = replace(config, rank=2, objective="contrastive")
     second = train(other, tmp_path / "second.safetensors", shared=shared)
@@ -332,7 +338,7 @@ def test_the_command_line_puts_options_over_the_file_and_the_file_over_the_prese
 ) -> None:
     seen: list[TrainConfig] = []
 
-    def training(config: TrainConfig, output: Path, *, resume: bool) -> None:
+    def training(config: TrainConfig, output: Path, *, resume: bool, shared: Path | None) -> None:
         seen.append(config)
         raise ConfigError("far enough")
 
@@ -359,7 +365,7 @@ def test_every_option_of_the_command_line_is_a_setting() -> None:
     parameters = set(command.callback.__annotations__)
     assert set(OPTIONS) <= parameters
     assert set(OPTIONS) <= set(TrainConfig.__dataclass_fields__)
-    assert parameters - set(OPTIONS) == {"output", "config", "preset", "set", "quick", "resume", "return"}
+    assert parameters - set(OPTIONS) == {"output", "config", "preset", "set", "quick", "resume", "shared", "return"}
 
 
 @pytest.mark.parametrize("scale_mode", SCALE_MODES)

@@ -42,6 +42,10 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of sampling and of methods that are random or trained.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="fast, float32 or bfloat16.")] = "fast",
+    shared: Annotated[
+        Path | None,
+        typer.Option(help="Folder where runs that ask the base model the same share its texts and teachers."),
+    ] = None,
 ) -> None:
     """Measure an adapter beside other ways to steer, on held-out texts and in dilemmas."""
     findings = run_evaluation(
@@ -62,6 +66,7 @@ def evaluate(
             device=device,
             dtype=dtype,
         ),
+        shared=shared,
     )
     typer.echo(summary(findings))
     typer.echo(f"Wrote {output / 'report.html'}.")

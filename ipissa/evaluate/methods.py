@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 from ipissa.adapter.checkpoint import Adapter, AnyAdapter
@@ -51,6 +52,7 @@ class Materials:
         held_out: Told answers to held-out prompts, for the yardsticks.
         plain: Unsteered answers to held-out prompts, for the degradation that is reported.
         learn: The adapter's training settings and targets, for methods that are trained as it was.
+        state: Folder in which those keep how far they are.
     """
 
     model: Any
@@ -63,6 +65,7 @@ class Materials:
     held_out: HeldOut
     plain: Sequence[PlainText]
     learn: Callable[[], tuple[TrainConfig, Sequence[Target]]]
+    state: Path
     seed: int = 0
 
     @cached_property
@@ -125,7 +128,7 @@ def _random(m: Materials) -> AbstractContextManager[Steerer]:
 
 @contextmanager
 def _trained(train: Callable[..., AbstractContextManager[LayerDial]], m: Materials) -> Iterator[Steerer]:
-    with train(m.model, m.tokenizer, *m.learn()) as dial:
+    with train(m.model, m.tokenizer, *m.learn(), m.state) as dial:
         yield Steerer(dial)
 
 

@@ -12,19 +12,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from ipissa.errors import ConfigError
-from ipissa.files import write_table, write_text, write_whole
+from ipissa.files import write_table, write_text
+from ipissa.train.answers import BaseAnswers, digest
 from ipissa.train.config import TrainConfig, read_settings
 from ipissa.train.fit import CHECKPOINTS, has_learnt
 
@@ -51,7 +49,6 @@ class RunFolder:
         self.path = output.with_suffix(".run")
         self._config = TrainConfig.from_dict(config.to_dict())  # as a file gives it back: 3 epochs are 3.0
         self._shared = shared
-        self._asked = ""
         self.resumed = self.unfinished
         if self.unfinished:
             self._look_at_the_broken_run(resume)
@@ -61,41 +58,24 @@ class RunFolder:
         """Whether a run was begun here and not completed."""
         return any((self.path / STATE).glob("*"))
 
-    def begin(self, weights: str) -> None:
-        """Create what is missing of the folder, once the base model is there.
-
-        Args:
-            weights: A digest of the base model's weights.
+    def begin(self, model: Any) -> BaseAnswers:
+        """Create what is missing of the folder, once the base model is there; where its answers are kept.
 
         Raises:
             ConfigError: a broken run was begun with other texts or weights.
         """
-        self._asked = digest(self._config.asked_of_the_base() | {"weights": weights})
-        began = f"{self._asked}-{digest(self._config.contents())}"
+        answers = BaseAnswers.of(model, self._shared or self.path / STATE, self._config)
+        began = f"{answers.asked}-{digest(self._config.contents())}"
         asked = self.path / STATE / ASKED
         if self.resumed and asked.read_text(encoding="utf-8") != began:
             raise ConfigError(
                 f"The prompts, the suffixes or the base model have changed since the run in {self.path} began, "
                 "so it cannot go on; put them back, or remove the folder."
             )
-        for needed in (self.path / STATE, *([self._shared] if self._shared else [])):
-            needed.mkdir(parents=True, exist_ok=True)
+        (self.path / STATE).mkdir(parents=True, exist_ok=True)
         self.write_text(CONFIG, yaml.safe_dump(self._config.to_dict(), sort_keys=False, allow_unicode=True))
         write_text(asked, began)
-
-    def once(self, name: str, compute: Callable[[], Any], classes: Sequence[type] = ()) -> Any:
-        """What `compute` finds of the base model, computed once: a resumed run, or one that shares it, reads it back.
-
-        Args:
-            name: Of the file, which also says by which settings, prompts and weights it was computed.
-            classes: The dataclasses in the result, the only ones that may be read back.
-        """
-        path = (self._shared or self.path / STATE) / f"{name}-{self._asked}.pt"
-        if not path.exists():
-            computed = compute()
-            write_whole(path, lambda partial: torch.save(computed, partial))
-        with torch.serialization.safe_globals(list(classes)):
-            return torch.load(path, weights_only=True)
+        return answers
 
     def _look_at_the_broken_run(self, resume: bool) -> None:
         if not (self.path / STATE / ASKED).exists():
@@ -136,8 +116,3 @@ class RunFolder:
 def _learning(config: TrainConfig) -> str:
     """Of all that decides what is learnt; how a file is spelt and who is told of it do not."""
     return digest(config.to_dict() | config.contents() | {"report_to": ""})
-
-
-def digest(settings: Mapping[str, Any]) -> str:
-    """A short name that changes with any setting."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]

@@ -32,9 +32,9 @@ from scipy.stats import ttest_ind
 from ipissa.errors import ConfigError, IpissaError
 from ipissa.evaluate.yardsticks import ResponsePoint, response_symmetry
 from ipissa.files import write_table
+from ipissa.train.answers import digest
 from ipissa.train.config import TrainConfig, read_settings
 from ipissa.train.result import TrainResult
-from ipissa.train.run_folder import digest
 
 logger = logging.getLogger(__name__)
 ENOUGH_SEEDS = 3

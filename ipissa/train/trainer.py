@@ -17,7 +17,7 @@ import torch
 from ipissa.adapter.checkpoint import Adapter, save_adapter
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.convert import from_peft_model
-from ipissa.base import describe_base, weights_digest
+from ipissa.base import describe_base
 from ipissa.data.continuations import Continuation, Sampling, sample_continuations
 from ipissa.data.pairs import (
     ContrastivePair,
@@ -39,6 +39,7 @@ from ipissa.evaluate.yardsticks import (
 )
 from ipissa.models import QUANTISED, load_model, resolve_device
 from ipissa.steering import attach
+from ipissa.train.answers import BaseAnswers, training_targets, training_texts
 from ipissa.train.calibration import Calibration, calibrate
 from ipissa.train.card import write_card
 from ipissa.train.config import TrainConfig
@@ -55,7 +56,7 @@ from ipissa.train.objectives.build import (
     objective_weights,
 )
 from ipissa.train.objectives.contrastive import Contrastive
-from ipissa.train.objectives.distill import KINDS, Distillation, Target, build_targets
+from ipissa.train.objectives.distill import KINDS, Distillation
 from ipissa.train.objectives.sites import site_modules
 from ipissa.train.plots import plot_history
 from ipissa.train.reach import Reach, check_reach, measure_reach
@@ -92,24 +93,16 @@ def train(
     started = time.monotonic()
     torch.manual_seed(config.seed)
     task = _Task.load(config)
-    run.begin(weights_digest(task.model))
+    answers = run.begin(task.model)
     base_model = describe_base(task.model, config.model)
 
-    continuations = run.once(
-        "continuations",
-        lambda: task.sample(task.training_prompts, config.continuations, config.sampling(), seed=config.seed),
-        [Continuation],
-    )
-    personas = _look_at_personas(task, continuations, run)
-    learnt = _learn(task, continuations, base_model, run)
+    continuations = training_texts(task.model, task.tokenizer, task.trait, config, task.training_prompts, answers)
+    personas = _look_at_personas(task, continuations, answers)
+    learnt = _learn(task, continuations, base_model, answers, run)
 
     # From here on the adapter runs as users will run it: from its tensors, in phase form.
     whole = Sampling.whole(config.max_new_tokens)
-    test_set = run.once(
-        "held-out",
-        lambda: task.sample(task.held_out, config.held_out_continuations, whole, seed=config.seed + 1),
-        [Continuation],
-    )
+    test_set = answers.once("held-out", partial(task.sample_held_out, whole), [Continuation])
     learnt, flipped = _right_way_round(task, learnt, test_set)
     measured = _measure(task, learnt.adapter, test_set)
 
@@ -176,22 +169,28 @@ class _Task:
             config, trait, model, tokenizer, training[: config.max_prompts], held_out[: config.held_out], suffixes
         )
 
-    def sample(self, prompts: Sequence[str], per_prompt: int, sampling: Sampling, *, seed: int) -> list[Continuation]:
+    def sample_held_out(self, sampling: Sampling) -> list[Continuation]:
         return sample_continuations(
-            self.model, self.tokenizer, self.trait, prompts, per_prompt=per_prompt, sampling=sampling, seed=seed
+            self.model,
+            self.tokenizer,
+            self.trait,
+            self.held_out,
+            per_prompt=self.config.held_out_continuations,
+            sampling=sampling,
+            seed=self.config.seed + 1,
         )
 
     def adapter_config(self) -> InnerPissaConfig:
         return self.config.adapter_config(self.model.config.get_text_config().num_hidden_layers)
 
 
-def _look_at_personas(task: _Task, continuations: Sequence[Continuation], run: RunFolder) -> dict[str, Any]:
+def _look_at_personas(task: _Task, continuations: Sequence[Continuation], answers: BaseAnswers) -> dict[str, Any]:
     """What the personas do before anything is trained, with warnings; for the adapter's `evaluation`."""
     elicited = elicitation(task.model, task.tokenizer, task.trait)
     answered = [{c.prompt for c in continuations if c.pole == pole} for pole in (1, -1)]
     both = [prompt for prompt in task.training_prompts if all(prompt in of_pole for of_pole in answered)]
     texts = _of_prompts(continuations, spread(both, min(REACH_PROMPTS, len(task.held_out))))
-    reach = run.once("reach", lambda: measure_reach(task.model, task.tokenizer, task.trait, texts), [Reach])
+    reach = answers.once("reach", lambda: measure_reach(task.model, task.tokenizer, task.trait, texts), [Reach])
     check_reach(reach, task.trait)
     return {"elicitation": asdict(elicited), "reach": reach.to_dict()}
 
@@ -216,11 +215,17 @@ class _Learnt:
         )
 
 
-def _learn(task: _Task, continuations: Sequence[Continuation], base_model: dict[str, Any], run: RunFolder) -> _Learnt:
+def _learn(
+    task: _Task,
+    continuations: Sequence[Continuation],
+    base_model: dict[str, Any],
+    answers: BaseAnswers,
+    run: RunFolder,
+) -> _Learnt:
     """Fit an adapter to the objective; the task's model is the base model again afterwards."""
     config, tokenizer, trait = task.config, task.tokenizer, task.trait
     pairs = _pairs(task, continuations)
-    objective = _objective(task, continuations, pairs, run)
+    objective = _objective(task, continuations, pairs, answers)
     peft_model = _wrap(task.model, task.adapter_config())
     if config.selection not in (LEARNT, "top"):
         select_triples(peft_model, tokenizer, pairs[:SELECTION_PAIRS], rule=config.selection)
@@ -275,23 +280,13 @@ def _pairs(task: _Task, continuations: Sequence[Continuation]) -> list[Contrasti
 
 
 def _objective(
-    task: _Task, continuations: Sequence[Continuation], pairs: Sequence[ContrastivePair], run: RunFolder
+    task: _Task, continuations: Sequence[Continuation], pairs: Sequence[ContrastivePair], answers: BaseAnswers
 ) -> Objective:
     """What the settings ask for, with everything the base model has to say computed now."""
     config, model, pad_id = task.config, task.model, task.tokenizer.pad_token_id
 
     def distillation(kind: str) -> Distillation:
-        def compute() -> list[Target]:
-            return build_targets(
-                model,
-                task.tokenizer,
-                task.trait,
-                continuations,
-                kind=kind,
-                **config.target_settings(),
-            )
-
-        targets = run.once(f"targets-{kind}", compute, [Target])
+        targets = training_targets(model, task.tokenizer, task.trait, config, continuations, kind, answers)
         return Distillation(targets, pad_id=pad_id)
 
     return build_objective(

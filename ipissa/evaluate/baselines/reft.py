@@ -10,7 +10,6 @@ to begin with, where every α is the unsteered model, as for all methods that ar
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -82,7 +81,9 @@ def _edit(block: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 @contextmanager
-def trained_reft(model: Any, tokenizer: Any, config: TrainConfig, targets: Sequence[Target]) -> Iterator[ReftDial]:
+def trained_reft(
+    model: Any, tokenizer: Any, config: TrainConfig, targets: Sequence[Target], state: Path
+) -> Iterator[ReftDial]:
     """`model` with edits fitted to `targets` for the epochs of `config`, none held back; itself again afterwards."""
     model.requires_grad_(False)
     dial = ReftDial(model, seed=config.seed)
@@ -92,8 +93,7 @@ def trained_reft(model: Any, tokenizer: Any, config: TrainConfig, targets: Seque
         trainer = {**config.trainer, "save_strategy": "no"}
         # torch keeps the signs of an orthogonal matrix as whole numbers among its parameters: decayed, 1 becomes 0.
         settings = replace(config, lr=LEARNING_RATE, weight_decay=0.0, validation=0.0, trainer=trainer)
-        with tempfile.TemporaryDirectory() as folder:
-            fit(model, Distillation(targets, pad_id=tokenizer.pad_token_id), settings, Path(folder))
+        fit(model, Distillation(targets, pad_id=tokenizer.pad_token_id), settings, state / "reft")
         yield dial
     finally:
         dial.detach()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -15,14 +14,14 @@ import torch
 from ipissa.adapter.checkpoint import Adapter
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.dial import add_dial
-from ipissa.data.continuations import sample_continuations
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError
 from ipissa.evaluate.dial import LayerDial
+from ipissa.train.answers import BaseAnswers, training_targets, training_texts
 from ipissa.train.config import TrainConfig
 from ipissa.train.fit import fit
-from ipissa.train.objectives.distill import KINDS, Distillation, Target, build_targets
+from ipissa.train.objectives.distill import KINDS, Distillation, Target
 
 TUNERS = ("lora", "dora")
 NAMES = "lora, dora and reft"  # all that learn as the adapter did
@@ -51,19 +50,11 @@ def training_config(adapter: Adapter) -> TrainConfig:
 
 
 def distillation_targets(
-    model: Any, tokenizer: Any, trait: Trait, config: TrainConfig, prompts: Sequence[str]
+    model: Any, tokenizer: Any, trait: Trait, config: TrainConfig, prompts: Sequence[str], answers: BaseAnswers
 ) -> list[Target]:
     """What the adapter learnt from: the same texts from the same seed, and their teachers."""
-    texts = sample_continuations(
-        model,
-        tokenizer,
-        trait,
-        prompts[: config.max_prompts],
-        per_prompt=config.continuations,
-        sampling=config.sampling(),
-        seed=config.seed,
-    )
-    return build_targets(model, tokenizer, trait, texts, kind=config.objective, **config.target_settings())
+    texts = training_texts(model, tokenizer, trait, config, prompts, answers)
+    return training_targets(model, tokenizer, trait, config, texts, config.objective, answers)
 
 
 def lora_like(config: InnerPissaConfig, *, dora: bool = False) -> peft.LoraConfig:
@@ -80,17 +71,20 @@ def lora_like(config: InnerPissaConfig, *, dora: bool = False) -> peft.LoraConfi
 
 @contextmanager
 def trained_tuner(
-    kind: str, model: Any, tokenizer: Any, config: TrainConfig, targets: Sequence[Target]
+    kind: str, model: Any, tokenizer: Any, config: TrainConfig, targets: Sequence[Target], state: Path
 ) -> Iterator[LayerDial]:
-    """`model` with a LoRA or DoRA fitted to `targets`; the model is itself again afterwards."""
+    """`model` with a LoRA or DoRA fitted to `targets`; the model is itself again afterwards.
+
+    Args:
+        state: Folder of the checkpoints, one per kind, from which training that was broken off goes on.
+    """
     model.requires_grad_(False)
     same = config.adapter_config(model.config.get_text_config().num_hidden_layers)
     torch.manual_seed(config.seed)
     peft_model = peft.get_peft_model(model, lora_like(same, dora=kind == "dora"))
     handles = add_dial(peft_model)
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            fit(peft_model, Distillation(targets, pad_id=tokenizer.pad_token_id), config, Path(folder))
+        fit(peft_model, Distillation(targets, pad_id=tokenizer.pad_token_id), config, state / kind, resume=True)
         yield LayerDial(peft_model)
     finally:
         for handle in handles:

@@ -1,0 +1,164 @@
+"""The model of an evaluation and what is sampled from it, kept so that one begun again goes on with the same texts."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from ipissa.adapter.checkpoint import Adapter, AnyAdapter
+from ipissa.data.continuations import Continuation, Sampling, sample_continuations
+from ipissa.data.pairs import contrastive_pairs, openings_from_continuations
+from ipissa.data.personas import Trait
+from ipissa.data.prompts import load_prompts, spread
+from ipissa.errors import ConfigError
+from ipissa.evaluate.baselines.tuners import distillation_targets, training_config
+from ipissa.evaluate.compare import adapter_degradation
+from ipissa.evaluate.degradation import PlainText, sample_plain
+from ipissa.evaluate.held_out import HeldOut
+from ipissa.evaluate.methods import Materials, attached
+from ipissa.evaluate.report.parts import Parts
+from ipissa.evaluate.settings import EvalSettings
+from ipissa.evaluate.side_by_side import side_by_side
+from ipissa.models import load_model
+from ipissa.train.answers import BaseAnswers
+from ipissa.train.config import TrainConfig
+from ipissa.train.objectives.distill import Target
+
+logger = logging.getLogger(__name__)
+
+TUNING_PROMPTS = 16
+PLAIN_PROMPTS = 48
+PAIR_PROMPTS = 96
+SIDE_BY_SIDE_PROMPTS = 6
+STATE = "state"
+
+
+def unseen(adapter: AnyAdapter, prompts: Sequence[str]) -> list[str]:
+    """Those of the prompts that the adapter did not learn from, as far as its file says what it did learn from.
+
+    Raises:
+        ConfigError: fewer than two are left.
+    """
+    if "training" not in adapter.evaluation:
+        return list(prompts)
+    path = adapter.evaluation["training"].get("prompts")
+    try:
+        seen = set(load_prompts(path)[0])
+    except ConfigError:
+        logger.warning(
+            "%r learnt from %s, which is not here: some held-out prompts may be among them.", adapter.name, path
+        )
+        return list(prompts)
+    unseen = [prompt for prompt in prompts if prompt not in seen]
+    if len(unseen) < 2:
+        raise ConfigError(
+            f"{adapter.name!r} learnt from {len(prompts) - len(unseen)} of {len(prompts)} held-out prompts; "
+            "give others with --prompts."
+        )
+    if len(unseen) < len(prompts):
+        logger.warning(
+            "%d held-out prompts are left out: %r learnt from them.", len(prompts) - len(unseen), adapter.name
+        )
+    return unseen
+
+
+class Bench:
+    """The model and what is sampled from it, made when first needed: an evaluation that is complete needs neither.
+
+    Texts are kept, so that an evaluation begun again, elsewhere even, goes on with the same ones. What methods learn
+    from, and how far they are, is kept until the evaluation is complete.
+
+    Args:
+        shared: Folder of answers of the base model that trainings have in common (`BaseAnswers`); it stays.
+    """
+
+    def __init__(
+        self, adapter: AnyAdapter, settings: EvalSettings, parts: Parts, folder: Path, *, shared: Path | None = None
+    ) -> None:
+        self.adapter = adapter
+        self.settings = settings
+        self.parts = parts
+        self._state = folder / STATE
+        self._shared = shared or self._state
+        self.training, held_out = load_prompts(settings.prompts)
+        self.held_out = unseen(adapter, held_out)[: settings.held_out]
+
+    @cached_property
+    def base(self) -> tuple[Any, Any, Trait]:
+        """Model, tokenizer and trait."""
+        name = self.settings.model or self.adapter.base_model["name"]
+        model, tokenizer = load_model(name, device=self.settings.device, dtype=self.settings.dtype)
+        return model, tokenizer, Trait(**{field.name: self.adapter.trait[field.name] for field in fields(Trait)})
+
+    @cached_property
+    def materials(self) -> Materials:
+        """What methods are made from and measured on, all of it sampled here."""
+        seed = self.settings.seed
+        model, tokenizer, trait = self.base
+
+        def told(name: str, prompts: Sequence[str], seed: int) -> list[Continuation]:
+            def sample() -> list[dict[str, Any]]:
+                whole = Sampling.whole()
+                texts = sample_continuations(model, tokenizer, trait, prompts, per_prompt=1, sampling=whole, seed=seed)
+                return [asdict(text) for text in texts]
+
+            return [Continuation(**text) for text in self.parts.once(name, sample)]
+
+        def plain(name: str, prompts: Sequence[str], seed: int) -> list[PlainText]:
+            def sample() -> list[dict[str, Any]]:
+                return [asdict(text) for text in sample_plain(model, tokenizer, prompts, seed=seed)]
+
+            return [PlainText(**text) for text in self.parts.once(name, sample)]
+
+        @cache
+        def learn() -> tuple[TrainConfig, list[Target]]:
+            assert isinstance(self.adapter, Adapter)  # `_check`
+            config = training_config(self.adapter)
+            config = replace(
+                config,
+                seed=config.seed + seed,  # with --seed 0, the very texts that the adapter had
+                model=self.settings.model or config.model,
+                device=self.settings.device,
+                dtype=self.settings.dtype,
+            )
+            answers = BaseAnswers.of(model, self._shared, config)
+            prompts = load_prompts(config.prompts)[0]
+            return config, distillation_targets(model, tokenizer, trait, config, prompts, answers)
+
+        texts = told("told-training", self.training[:PAIR_PROMPTS], seed)
+        openings = openings_from_continuations(texts, seed=seed)
+        some = set(self.training[:TUNING_PROMPTS])
+        return Materials(
+            model=model,
+            tokenizer=tokenizer,
+            trait=trait,
+            adapter=self.adapter,
+            pairs=contrastive_pairs(tokenizer, trait, openings),
+            tuning=plain("plain-training", self.training[:TUNING_PROMPTS], seed),
+            tuning_told=HeldOut(tokenizer, trait, [text for text in texts if text.prompt in some]),
+            held_out=HeldOut(tokenizer, trait, told("told-held-out", self.held_out, seed + 1)),
+            plain=plain("plain-held-out", spread(self.held_out, PLAIN_PROMPTS), seed + 1),
+            learn=learn,
+            state=self._state,
+            seed=seed,
+        )
+
+    @cached_property
+    def degradation(self) -> float:
+        """What other methods are brought to."""
+        return float(self.parts.once("degradation", lambda: adapter_degradation(self.materials)))
+
+    def complete(self) -> None:
+        """Remove what only an evaluation that was broken off needs."""
+        shutil.rmtree(self._state, ignore_errors=True)
+
+    def texts(self) -> str:
+        """Told and steered answers side by side, in Markdown."""
+        model, tokenizer, trait = self.base
+        with attached(model, self.adapter) as steerer:
+            return side_by_side(steerer.dial, tokenizer, trait, self.held_out[:SIDE_BY_SIDE_PROMPTS])

@@ -1,0 +1,93 @@
+"""What a base model is asked before anything learns from it: its texts, and its predictions of them, asked once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ipissa.base import weights_digest
+from ipissa.data.continuations import Continuation, sample_continuations
+from ipissa.data.personas import Trait
+from ipissa.files import write_whole
+from ipissa.train.config import TrainConfig
+from ipissa.train.objectives.distill import Target, build_targets
+
+
+class BaseAnswers:
+    """The answers in a folder, for whoever asks the same base model the same.
+
+    Args:
+        folder: May hold the answers to other questions too; made when the first is kept.
+        config: Decides what is asked; settings of the learning do not.
+        weights: A digest of the base model's weights.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig, weights: str) -> None:
+        self._folder = folder
+        self.asked = digest(config.asked_of_the_base() | {"weights": weights})
+
+    @classmethod
+    def of(cls, model: Any, folder: Path, config: TrainConfig) -> BaseAnswers:
+        """Those of a model that nothing is attached to."""
+        return cls(folder, config, weights_digest(model))
+
+    def once(self, name: str, compute: Callable[[], Any], classes: Sequence[type] = ()) -> Any:
+        """What `compute` finds of the base model, computed once and read back from then on.
+
+        Args:
+            name: Of the file, which also says by which settings, prompts and weights it was computed.
+            classes: The dataclasses in the result, the only ones that may be read back.
+        """
+        path = self._folder / f"{name}-{self.asked}.pt"
+        if not path.exists():
+            computed = compute()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda partial: torch.save(computed, partial))
+        with torch.serialization.safe_globals(list(classes)):
+            return torch.load(path, weights_only=True)
+
+
+def training_texts(
+    model: Any, tokenizer: Any, trait: Trait, config: TrainConfig, prompts: Sequence[str], answers: BaseAnswers
+) -> list[Continuation]:
+    """What the base model says to the training prompts under both personas."""
+
+    def sample() -> list[Continuation]:
+        return sample_continuations(
+            model,
+            tokenizer,
+            trait,
+            prompts[: config.max_prompts],
+            per_prompt=config.continuations,
+            sampling=config.sampling(),
+            seed=config.seed,
+        )
+
+    return answers.once("continuations", sample, [Continuation])
+
+
+def training_targets(
+    model: Any,
+    tokenizer: Any,
+    trait: Trait,
+    config: TrainConfig,
+    texts: Sequence[Continuation],
+    kind: str,
+    answers: BaseAnswers,
+) -> list[Target]:
+    """What a distillation of one of `KINDS` teaches on these texts."""
+
+    def teach() -> list[Target]:
+        return build_targets(model, tokenizer, trait, texts, kind=kind, **config.target_settings())
+
+    return answers.once(f"targets-{kind}", teach, [Target])
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """A short name that changes with any setting."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
