@@ -144,14 +144,18 @@ def _made_for(adapter: AnyAdapter) -> str:
     return adapter.base_model.get("name", "another model")
 
 
-def find_added_to(model: PreTrainedModel, name: str, adapter: VectorAdapter) -> nn.Module:
-    """The block or linear layer `name` of `model`, if the adapter's direction fits its output."""
+def _named(model: PreTrainedModel, name: str, adapter: AnyAdapter, does: str) -> nn.Module:
     try:
-        module = model.get_submodule(name)
+        return model.get_submodule(name)
     except AttributeError:
         raise BaseModelMismatchError(
-            f"The adapter {adapter.name!r} adds to {name}, which this model lacks; load the base model it was made for."
+            f"The adapter {adapter.name!r} {does} {name}, which this model lacks; load the base model it was made for."
         ) from None
+
+
+def find_added_to(model: PreTrainedModel, name: str, adapter: VectorAdapter) -> nn.Module:
+    """The block or linear layer `name` of `model`, if the adapter's direction fits its output."""
+    module = _named(model, name, adapter, "adds to")
     width = getattr(module, "out_features", _text_config(model).hidden_size)
     if adapter.modules[name].shape != (width,):
         raise BaseModelMismatchError(
@@ -163,12 +167,7 @@ def find_added_to(model: PreTrainedModel, name: str, adapter: VectorAdapter) -> 
 
 def find_linear(model: PreTrainedModel, name: str, adapter: Adapter) -> nn.Linear:
     """The module `name` of `model`, if the adapter's factors fit its shape."""
-    try:
-        module = model.get_submodule(name)
-    except AttributeError:
-        raise BaseModelMismatchError(
-            f"The adapter {adapter.name!r} adapts {name}, which this model lacks; load the base model it was made for."
-        ) from None
+    module = _named(model, name, adapter, "adapts")
     factors = adapter.modules[name]
     shape = (getattr(module, "out_features", None), getattr(module, "in_features", None))
     if shape != (factors.U.shape[0], factors.V.shape[0]):
