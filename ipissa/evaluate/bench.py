@@ -121,7 +121,7 @@ class Bench:
             config = training_config(self.adapter)
             config = replace(
                 config,
-                seed=config.seed + seed,  # with --seed 0, the very texts that the adapter had
+                seed=seed,  # with that of the adapter's training, the very texts that it had
                 model=self.settings.model or config.model,
                 device=self.settings.device,
                 dtype=self.settings.dtype,
