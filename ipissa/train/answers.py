@@ -22,19 +22,14 @@ class BaseAnswers:
     """The answers in a folder, for whoever asks the same base model the same.
 
     Args:
+        model: The base model, with nothing attached to it.
         folder: May hold the answers to other questions too; made when the first is kept.
         config: Decides what is asked; settings of the learning do not.
-        weights: A digest of the base model's weights.
     """
 
-    def __init__(self, folder: Path, config: TrainConfig, weights: str) -> None:
+    def __init__(self, model: Any, folder: Path, config: TrainConfig) -> None:
         self._folder = folder
-        self.asked = digest(config.asked_of_the_base() | {"weights": weights})
-
-    @classmethod
-    def of(cls, model: Any, folder: Path, config: TrainConfig) -> BaseAnswers:
-        """Those of a model that nothing is attached to."""
-        return cls(folder, config, weights_digest(model))
+        self.asked = digest(config.asked_of_the_base() | {"weights": weights_digest(model)})
 
     def once(self, name: str, compute: Callable[[], Any], classes: Sequence[type] = ()) -> Any:
         """What `compute` finds of the base model, computed once and read back from then on.
@@ -62,7 +57,7 @@ def training_texts(
             model,
             tokenizer,
             trait,
-            prompts[: config.max_prompts],
+            prompts,
             per_prompt=config.continuations,
             sampling=config.sampling(),
             seed=config.seed,

@@ -64,7 +64,7 @@ class RunFolder:
         Raises:
             ConfigError: a broken run was begun with other texts or weights.
         """
-        answers = BaseAnswers.of(model, self._shared or self.path / STATE, self._config)
+        answers = BaseAnswers(model, self._shared or self.path / STATE, self._config)
         began = f"{answers.asked}-{digest(self._config.contents())}"
         asked = self.path / STATE / ASKED
         if self.resumed and asked.read_text(encoding="utf-8") != began:

@@ -53,7 +53,7 @@ def distillation_targets(
     model: Any, tokenizer: Any, trait: Trait, config: TrainConfig, prompts: Sequence[str], answers: BaseAnswers
 ) -> list[Target]:
     """What the adapter learnt from: the same texts from the same seed, and their teachers."""
-    texts = training_texts(model, tokenizer, trait, config, prompts, answers)
+    texts = training_texts(model, tokenizer, trait, config, prompts[: config.max_prompts], answers)
     return training_targets(model, tokenizer, trait, config, texts, config.objective, answers)
 
 
