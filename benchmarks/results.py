@@ -14,10 +14,11 @@ from typing import Any
 
 import pandas as pd
 
+from .written import with_block
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
 README = ROOT / "README.md"
-BEGIN, END = "<!-- results: written by `python -m benchmarks.results` -->", "<!-- end of results -->"
 SHOWN = {
     "trait_gain +": "trait gain +",
     "trait_gain -": "trait gain -",
@@ -34,18 +35,12 @@ def main() -> None:
 
 
 def with_results(readme: str, results: Path) -> str:
-    """The README with the block between its two marks made from `results`, one section per folder."""
-    if BEGIN not in readme or END not in readme:
-        raise SystemExit(
-            f"{README.name} has no place for the results; put these two lines where they belong:\n{BEGIN}\n{END}"
-        )
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
+    """The README with a section per folder of `results` between its marks."""
     sections = [
         section(path.parent.name, pd.read_csv(path), json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
         for path in sorted(results.glob("*/medians.csv"))
     ]
-    return "\n\n".join([before + BEGIN, *sections, END]) + after
+    return with_block(readme, "results", sections)
 
 
 def section(name: str, medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:

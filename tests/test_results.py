@@ -1,4 +1,4 @@
-"""The README's results say what the medians in docs/results say."""
+"""What the documents say was measured is what the tables in docs/results say."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks.results import BEGIN, END, SHOWN, section, with_results
+from benchmarks.objectives import table
+from benchmarks.results import SHOWN, section, with_results
+from benchmarks.written import marks
 
 FACTS = {"seeds": 3, "adapters": 3, "dataset": "dilemmas.csv", "target": "candour"}
+BEGIN, END = marks("results")
 README = f"# ipissa\n\n{BEGIN}\n\nof last year\n\n{END}\n\nRead on."
 
 
@@ -81,3 +84,29 @@ def test_the_readme_keeps_everything_but_its_results(tmp_path: Path) -> None:
     assert with_results(text, tmp_path) == text
     with pytest.raises(SystemExit, match="has no place for the results"):
         with_results("# ipissa", tmp_path)
+
+
+def sweep_rows(objective: str, gains: tuple[str, ...], error: str = "") -> list[dict[str, str]]:
+    """A run per seed as `ipissa sweep` records it, the gain of + at every seed and twice that of -."""
+    return [
+        {
+            "varied": json.dumps({"objective": objective}),
+            "seed": str(seed),
+            "trait_gain_positive": gain,
+            "trait_gain_negative": gain and f"{float(gain) / 2}",
+            "symmetry": gain and "0.75",
+            "low": gain and "-1.5",
+            "high": gain and "2.0",
+            "error": "" if gain else error,
+        }
+        for seed, gain in enumerate(gains)
+    ]
+
+
+def test_objectives_are_medians_over_the_seeds_that_ended(tmp_path: Path) -> None:
+    rows = sweep_rows("guided", ("0.6", "0.2", "0.4")) + sweep_rows("told", ("0.1", "", "0.3"), "no memory")
+    pd.DataFrame(rows).to_csv(tmp_path / "tiny.csv", index=False)
+    text = table(tmp_path / "tiny.csv")
+    assert text.startswith("**tiny**")
+    assert "| `guided` | 0.40 [0.20, 0.60] | 0.20 [0.10, 0.30] | 0.75 [0.75, 0.75] | -1.5 to 2 | 3 |" in text
+    assert "| `told` | 0.20 [0.10, 0.30] | 0.10 [0.05, 0.15] | 0.75 [0.75, 0.75] | -1.5 to 2 | 2, 1 failed |" in text

@@ -1,0 +1,49 @@
+"""Write the tables of objectives in docs/training.md from the sweeps in docs/results/objectives, one per family.
+
+ipissa sweep objectives-of-smollm2.yaml --output runs/smollm2     # examples/grids/objectives.yaml with one model
+cp runs/smollm2/results.csv docs/results/objectives/smollm2-135m.csv
+python -m benchmarks.objectives
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from .written import with_block
+
+ROOT = Path(__file__).parents[1]
+SWEEPS = ROOT / "docs" / "results" / "objectives"
+DOCUMENT = ROOT / "docs" / "training.md"
+SHOWN = {"trait_gain_positive": "trait gain +", "trait_gain_negative": "trait gain -", "symmetry": "symmetry"}
+
+
+def main() -> None:
+    """Replace the document's block."""
+    tables = [table(path) for path in sorted(SWEEPS.glob("*.csv"))]
+    DOCUMENT.write_text(with_block(DOCUMENT.read_text(encoding="utf-8"), "objectives", tables), encoding="utf-8")
+
+
+def table(path: Path) -> str:
+    """A row per objective of one family's `results.csv`, in the order of the sweep."""
+    runs = pd.read_csv(path)
+    objective = runs["varied"].map(lambda varied: json.loads(varied)["objective"])
+    lines = [
+        f"**{path.stem}**",
+        "",
+        f"| objective | {' | '.join(SHOWN.values())} | range | seeds |",
+        "|-" * (3 + len(SHOWN)) + "|",
+        *(_row(name, of_one) for name, of_one in runs.groupby(objective, sort=False)),
+    ]
+    return "\n".join(lines)
+
+
+def _row(objective: str, runs: pd.DataFrame) -> str:
+    """Medians over the seeds that ended, with the lowest and the highest."""
+    done = runs[runs["error"].isna()]
+    cells = [f"{done[name].median():.2f} [{done[name].min():.2f}, {done[name].max():.2f}]" for name in SHOWN]
+    failed = len(runs) - len(done)
+    seeds = f"{done['seed'].nunique()}" + (f", {failed} failed" if failed else "")
+    return f"| `{objective}` | {' | '.join(cells)} | {done['low'].median():g} to {done['high'].median():g} | {seeds} |"
