@@ -23,7 +23,8 @@ SHOWN = {"trait_gain_positive": "trait gain +", "trait_gain_negative": "trait ga
 def main() -> None:
     """Replace the document's block."""
     tables = [table(path) for path in sorted(SWEEPS.glob("*.csv"))]
-    DOCUMENT.write_text(with_block(DOCUMENT.read_text(encoding="utf-8"), "objectives", tables), encoding="utf-8")
+    before = DOCUMENT.read_text(encoding="utf-8")
+    DOCUMENT.write_text(with_block(before, "objectives", tables, name=DOCUMENT.name), encoding="utf-8")
 
 
 def table(path: Path) -> str:

@@ -40,7 +40,7 @@ def with_results(readme: str, results: Path) -> str:
         section(path.parent.name, pd.read_csv(path), json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
         for path in sorted(results.glob("*/medians.csv"))
     ]
-    return with_block(readme, "results", sections)
+    return with_block(readme, "results", sections, name=README.name)
 
 
 def section(name: str, medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:

@@ -87,7 +87,7 @@ def test_the_readme_keeps_everything_but_its_results(tmp_path: Path) -> None:
 
 
 def sweep_rows(objective: str, gains: tuple[str, ...], error: str = "") -> list[dict[str, str]]:
-    """A run per seed as `ipissa sweep` records it, the gain of + at every seed and twice that of -."""
+    """A run per seed as `ipissa sweep` records it, with this trait gain at + and half of it at -."""
     return [
         {
             "varied": json.dumps({"objective": objective}),
