@@ -313,11 +313,12 @@ def test_all_singular_directions_of_the_differences_rebuild_them() -> None:
 
 
 def test_what_is_written_and_then_erased_is_found_as_suppressed() -> None:
-    stream = 0.01 * torch.randn(4, 30, 12, generator=G)
+    stream = 0.01 * torch.randn(4, 30, 32, generator=G)
     stream[1, :, 3] += 5  # written by the second block, gone after the third
+    stream[1, :, 0] += 10  # so too, but read by the unembedding
     stream[1:, :, 7] += 5  # written and kept
-    unembedding = torch.eye(12)[:2] * 10
-    assert suppressed_subspace(stream, unembedding, 1, spoken=2)[3].abs().item() == pytest.approx(1, abs=0.02)
+    unembedding = torch.eye(32)[:2] * 10
+    assert suppressed_subspace(stream, unembedding, 1)[3].abs().item() == pytest.approx(1, abs=0.02)
 
 
 def test_the_intersection_holds_shared_directions_and_bisects_near_ones() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 MIN_COSINE = 0.5
-SPOKEN_DIRECTIONS = 256  # leading directions of the unembedding, which are said rather than suppressed
+SPOKEN_SHARE = 1 / 16  # of the width: leading directions of the unembedding, said rather than suppressed
 
 
 def task_subspace(difference: Tensor, k: int) -> Tensor:
@@ -16,8 +16,11 @@ def task_subspace(difference: Tensor, k: int) -> Tensor:
     return torch.linalg.svd(difference, full_matrices=False).Vh[:k].T
 
 
-def suppressed_subspace(states: Tensor, unembedding: Tensor, k: int, *, spoken: int = SPOKEN_DIRECTIONS) -> Tensor:
+def suppressed_subspace(states: Tensor, unembedding: Tensor, k: int) -> Tensor:
     """Directions that blocks write and later blocks erase, outside what the unembedding reads most.
+
+    What is read most is a share of the width: the successor's 256 directions are 36 at a width of 576,
+    where 256 would be half of the stream and, with it, what the personas differ in.
 
     Per row, Σ relu(Δ) - Σ relu(-Δ) over layer steps Δ cancels to the net change, so what counts is
     written and erased amounts per dimension: the smaller of the two.
@@ -25,12 +28,11 @@ def suppressed_subspace(states: Tensor, unembedding: Tensor, k: int, *, spoken: 
     Args:
         states: Residual stream after every block, (layers, rows, d).
         unembedding: (vocab, d).
-        spoken: How many leading directions of the unembedding are left out.
     """
     steps = states.diff(dim=0)
     suppressed = torch.minimum(torch.relu(steps).sum(0), torch.relu(-steps).sum(0))
-    count = min(spoken, unembedding.shape[1] - k)
-    said = torch.linalg.eigh(unembedding.T @ unembedding).eigenvectors[:, -count:]  # by rising eigenvalue
+    count = round(SPOKEN_SHARE * unembedding.shape[1])
+    said = torch.linalg.eigh(unembedding.T @ unembedding).eigenvectors.flip(1)[:, :count]  # largest first
     return task_subspace(suppressed - suppressed @ said @ said.T, k)
 
 
