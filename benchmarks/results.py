@@ -66,6 +66,8 @@ def _row(name: str, method: str, figures: pd.DataFrame) -> str:
     own = figures.set_index("figure")
     cells = [
         f"{own.loc[figure, 'median']:.2f} [{own.loc[figure, 'lowest']:.2f}, {own.loc[figure, 'highest']:.2f}]"
+        if figure in own.index  # not in dilemmas that a method leaves too few answers
+        else ""
         for figure in SHOWN
     ]
     label = f"**{name}**" if method == ADAPTER else method
@@ -91,9 +93,10 @@ def _rank(name: str, medians: pd.DataFrame) -> str:
     at_best = best.groupby("method")["median"].min()
     ahead = [f"`{each}`" for each in at_best.index[at_best > gains[ADAPTER]]]
     nearest = at_best.idxmax()
+    gain = at_best[nearest]
     return (
-        f"{text} Of the methods that are not trained, each at the best of the scales from 1/64 to 4 times that one, "
-        f"whatever that costs: {_listed(ahead)}; the nearest, `{nearest}`, has {at_best[nearest]:.2f} against "
+        f"{text} With each at the best of the scales from 1/64 to 4 times that one, or times the one that it was "
+        f"trained at, whatever that costs: {_listed(ahead)}; the nearest, `{nearest}`, has {gain:.2f} against "
         f"{gains[ADAPTER]:.2f}."
     )
 
@@ -103,15 +106,17 @@ def _listed(methods: Sequence[str]) -> str:
 
 
 def _dilemmas(medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
-    """Whether choices in dilemmas follow, at every seed."""
+    """Whether choices in dilemmas follow: at every seed, the right way, and further than chance moves them."""
     own = medians[medians["method"] == ADAPTER].set_index("figure")
     slope, p = own.loc["balanced_value"], own.loc["balanced_p"]
     sure = p["highest"] < SURE_P and slope["lowest"] * slope["highest"] > 0
     says = "is" if sure else "is not"
-    return (
-        f"Its effect on choices about *{facts['target']}* ({slope['median']:.2f} nats per α, "
+    way = "towards" if slope["median"] > 0 else "away from"
+    text = (
+        f"Its effect on choices about *{facts['target']}* ({slope['median']:.3f} nats per α, {way} what the rule asks; "
         f"p from {p['lowest']:.2g} to {p['highest']:.2g}) {says} at every seed distinguishable from nothing."
     )
+    return f"{text} {facts['chance']}" if "chance" in facts else text
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from ipissa.evaluate.baselines.vectors import (
 from ipissa.evaluate.best_scale import STEPS, Best, measure_at_best
 from ipissa.evaluate.compare import adapter_degradation, markdown, measure_method
 from ipissa.evaluate.degradation import PlainText, text_degradation
-from ipissa.evaluate.dial import ScaledDial
+from ipissa.evaluate.dial import HookDial, ScaledDial
 from ipissa.evaluate.held_out import HeldOut
 from ipissa.evaluate.methods import ADAPTER, METHODS, Materials, made
 from ipissa.evaluate.side_by_side import side_by_side
@@ -188,6 +188,16 @@ def test_s_space_equals_its_formula(model: Any, tokenizer: Any, pairs: list[Cont
     assert (after - before - expected).abs().max() < 1e-5
 
 
+def test_sspace_beside_learnt_directions_scales_all_triples(
+    model: Any, tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    adapter = random_adapter(model, suffixes=("1.mlp.down_proj",), scale_mode="none", directions="learnt")
+    (name,) = adapter.modules
+    layer = model.get_submodule(name)
+    found = sspace_like(model, pair_activations(model, tokenizer, pairs, {name: layer}), adapter)
+    assert found.config.rank == found.modules[name].S.numel() == min(layer.weight.shape) > adapter.config.rank
+
+
 def test_loreft_equals_its_formula_in_an_orthonormal_subspace(model: Any) -> None:
     dial = reft_dial(model)
     reft = model.model.layers[-1].loreft
@@ -258,6 +268,39 @@ def test_engineered_prompts_say_it_at_length_in_the_system_turn_only() -> None:
     assert (system["role"], user) == ("system", {"role": "user", "content": "Why?"})
     assert system["content"].count("an angry person") == 2
     assert trait.messages("Why?", 0) == trait.messages("Why?", None) == [user]
+
+
+def test_engineered_prompts_stand_in_front_of_the_neutral_line_where_a_dial_would_be_turned() -> None:
+    trait = EngineeredTrait(**vars(TRAIT))
+    system, user = trait.over_neutral().messages("Why?", -1)
+    neutral = TRAIT.messages("Why?", 0)
+    assert system["content"] == f"{trait.messages('Why?', -1)[0]['content']} {neutral[0]['content']}"
+    assert user == neutral[1]
+    assert TRAIT.over_neutral() is TRAIT  # the persona line itself is what the neutral one is another of
+
+
+def test_an_engineered_prompt_is_compared_with_the_neutral_line_that_it_was_added_to(
+    model: Any, tokenizer: Any
+) -> None:
+    engineered = EngineeredTrait(**vars(TRAIT))
+    texts = [Continuation(prompt, pole, [11, 12, 13]) for prompt in ("Who is it?", "Why?") for pole in (1, -1)]
+    found = measure_persona_prompt(HookDial(model), HeldOut(tokenizer, TRAIT, texts), told_by=engineered)
+
+    def logp(messages: Any, told: Any) -> float:
+        """Expected, at every token, over what the told model might say next."""
+        p, q = (
+            logits_of(model, torch.tensor([[*context, 11, 12, 13]]))[0, len(context) - 1 : -1].double().log_softmax(-1)
+            for context in (chat_ids(tokenizer, told), chat_ids(tokenizer, messages))
+        )
+        return float((p.exp() * q).sum())
+
+    over = engineered.over_neutral()
+    total = {
+        name: sum(logp(who.messages(prompt, pole), TRAIT.messages(prompt, 1)) for prompt in ("Who is it?", "Why?"))
+        for name, who, pole in (("engineered", over, 1), ("neutral", TRAIT, 0), ("told", TRAIT, 1))
+    }
+    expected = (total["engineered"] - total["neutral"]) / (total["told"] - total["neutral"])
+    assert found.positive.trait_gain.value == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_random_adapter_of_learnt_directions_has_others_of_the_same_weight(model: Any) -> None:
@@ -347,20 +390,20 @@ def test_a_comparison_measures_all_methods_on_the_same_texts_at_equal_degradatio
         assert sum(found.values()) / 2 == pytest.approx(wanted, rel=0.06), method
 
 
-@pytest.mark.parametrize("method", ["caa", "sspace"])
-def test_a_methods_best_scale_is_that_of_the_largest_gain_on_training_prompts(
-    method: str, model: Any, tokenizer: Any, pairs: list[ContrastivePair], tmp_path: Path
+@pytest.mark.parametrize(("method", "around"), [("caa", 0.4), ("sspace", 0.4), ("reft", 1.0)])
+def test_a_methods_best_scale_is_that_of_the_largest_gain_on_tuning_prompts(
+    method: str, around: float, model: Any, tokenizer: Any, pairs: list[ContrastivePair], tmp_path: Path
 ) -> None:
     m = materials(model, tokenizer, pairs, random_adapter(model, suffixes=("o_proj",)), tmp_path)
-    best = measure_at_best(method, m, around=0.4)
+    best = measure_at_best(method, m, equal=0.4)  # what is trained has a scale of its own
     with made(method, m) as steerer:
 
         def worse(held_out: HeldOut, scale: float) -> float:
             found = measure_yardsticks(steerer.dial, held_out, alpha=scale)
             return min(found.positive.trait_gain.value, found.negative.trait_gain.value)
 
-        on_training = {0.4 * step: worse(m.tuning_told, 0.4 * step) for step in STEPS}
-        assert best.scale == max(on_training, key=on_training.__getitem__)
+        on_tuning = {around * step: worse(m.tuning_told, around * step) for step in STEPS}
+        assert best.scale == max(on_tuning, key=on_tuning.__getitem__)
         gains = (best.yardsticks.positive.trait_gain.value, best.yardsticks.negative.trait_gain.value)
         assert min(gains) == pytest.approx(worse(m.held_out, best.scale), abs=1e-3)
     assert Best.from_dict(best.to_dict()) == best

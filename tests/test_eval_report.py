@@ -29,7 +29,7 @@ from ipissa.evaluate.baselines.tuners import distillation_targets as targets
 from ipissa.evaluate.choices import measure_choices
 from ipissa.evaluate.compare import Measured
 from ipissa.evaluate.null import null_check
-from ipissa.evaluate.report.page import verdict
+from ipissa.evaluate.report.page import Findings, summary, verdict, write_report
 from ipissa.evaluate.report.parts import measured_from_json
 from ipissa.evaluate.report.tables import pareto_table
 from ipissa.evaluate.run import evaluate
@@ -222,6 +222,25 @@ def test_an_alpha_at_which_answers_are_lost_has_no_point_and_costs_no_report(
     assert found.figures["valid"] == analyse(first, dataset).figures["valid"]  # that of the poles
     points = pareto_table([found], [first])
     assert sorted(points["alpha"]) == [-1.0, 1.0]
+
+
+def test_a_method_that_leaves_dilemmas_no_answer_is_left_out_and_costs_no_report(
+    home: Path, measured: list[Measured], dataset: Dataset, tmp_path: Path
+) -> None:
+    def findings(lost: int) -> Findings:
+        rows = measured[lost].rows
+        assert rows is not None
+        some = [*measured[:lost], replace(measured[lost], rows=rows.assign(valid=False)), *measured[lost + 1 :]]
+        adapter = load_adapter(home / "honest.safetensors")
+        return Findings(EvalSettings(), adapter, dataset, some, best=[], texts="", null=None)
+
+    write_report(findings(1), tmp_path)
+    assert list(pd.read_csv(tmp_path / "tables" / "methods.csv")["method"]) == [METHODS[0], *METHODS[2:]]
+    said = f"Left out, as too few dilemmas kept an answer: {METHODS[1]}."
+    assert said in summary(findings(1))
+    assert said in (tmp_path / "report.html").read_text()
+    with pytest.raises(ConfigError, match="With adapter only 0 dilemmas"):
+        write_report(findings(0), tmp_path)
 
 
 def test_the_front_holds_the_points_that_none_beats(measured: list[Measured], dataset: Dataset) -> None:

@@ -51,9 +51,20 @@ def test_seeds_are_summed_up_by_medians_with_range_and_count(tmp_path: Path) -> 
     assert "Fewer than 3 seeds" in summarise_seeds(folders[:2], tmp_path / "two")
 
 
+def test_random_adapters_of_all_seeds_are_compared_with_the_median_slope(tmp_path: Path) -> None:
+    folders = [evaluation(tmp_path / f"{seed}", seed, gain) for seed, gain in enumerate((0.1, 0.5, 0.2))]
+    for folder in folders:  # the median slope is 0.4
+        random = {"seed": [1, 2, 3], "scale": 1.0, "equal": True, "value": [-0.5, 0.1, 0.2], "t": [1.0, 1.0, 1.0]}
+        pd.DataFrame(random).to_csv(folder / "tables" / "null.csv", index=False)
+    text = summarise_seeds(folders, tmp_path / "out")
+    assert "Of 9 random adapters that cost text as much, 67% move the balanced score less" in text
+    assert "(permutation p = 0.400)" in text
+    assert json.loads((tmp_path / "out" / "medians.json").read_text())["chance"] in text
+
+
 def test_adapters_of_one_recipe_are_summed_up_one_per_seed(tmp_path: Path) -> None:
     folders = [evaluation(tmp_path / f"{i}", i, 0.1, adapter=f"sha {i}") for i in range(3)]
-    assert "each of an adapter of that seed" in summarise_seeds(folders, tmp_path / "out")
+    assert "each of an adapter of its own" in summarise_seeds(folders, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "medians.json").read_text()) == {
         "seeds": 3, "adapters": 3, "dataset": "dilemmas.csv", "target": "candour"
     }  # fmt: skip

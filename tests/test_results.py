@@ -61,15 +61,31 @@ def test_methods_at_their_own_best_scale_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("p", "slope", "says"),
-    [(SURE, 0.3, "is at"), (SURE, -0.3, "is at"), ((0.001, 0.01, 0.06), 0.3, "is not at"), (SURE, 0.05, "is not at")],
+    ("p", "slope", "way", "says"),
+    [
+        (SURE, 0.3, "towards", "is at"),
+        (SURE, -0.3, "away from", "is at"),
+        ((0.001, 0.01, 0.06), 0.3, "towards", "is not at"),
+        (SURE, 0.05, "towards", "is not at"),
+    ],
 )
 def test_an_effect_on_choices_is_claimed_only_if_every_seed_has_it(
-    p: tuple[float, float, float], slope: float, says: str
+    p: tuple[float, float, float], slope: float, way: str, says: str
 ) -> None:
     text = section("kind", medians(p, adapter=slope), FACTS)
-    found = f"{slope:.2f} nats per α, p from {p[0]:.2g} to {p[2]:.2g}"
+    found = f"{slope:.3f} nats per α, {way} what the rule asks; p from {p[0]:.2g} to {p[2]:.2g}"
     assert f"choices about *candour* ({found}) {says} every seed distinguishable" in text
+
+
+def test_what_chance_does_is_said_beside_the_effect_on_choices() -> None:
+    text = section("kind", medians(SURE, adapter=0.3), FACTS | {"chance": "Of 9 random adapters, none moves more."})
+    assert text.endswith("distinguishable from nothing. Of 9 random adapters, none moves more.")
+
+
+def test_a_method_that_leaves_dilemmas_no_answer_has_empty_cells() -> None:
+    table = medians(SURE, adapter=0.3, caa=0.1)
+    lost = (table["method"] == "caa") & table["figure"].isin(["balanced_value", "acquiescence_value"])
+    assert "| caa | 0.50 [0.40, 0.60] | 0.10 [0.00, 0.20] |  |  |" in section("kind", table[~lost], FACTS)
 
 
 def test_the_readme_keeps_everything_but_its_results(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from ipissa.adapter.layer import InnerPissaLayer
 from ipissa.data.chat import chat_ids, chat_text
 from ipissa.data.continuations import Continuation, Sampling, sample_continuations
 from ipissa.data.personas import Trait
-from ipissa.data.prompts import load_prompts
+from ipissa.data.prompts import load_evaluation_prompts, load_prompts
 from ipissa.errors import ConfigError, TrainingError
 from ipissa.evaluate.baselines.tuners import TUNERS, lora_like
 from ipissa.sequences import continuation_logprobs, pad_batch, target_logprobs
@@ -82,6 +82,18 @@ def test_bundled_prompts_are_split_by_position_and_do_not_overlap() -> None:
     assert (len(training), len(held_out)) == (360, 120)
     assert not set(training) & set(held_out)
     assert load_prompts()[1] == held_out
+
+
+def test_an_evaluation_measures_on_prompts_that_nothing_was_chosen_on(tmp_path: Path) -> None:
+    training, tuning, held_out = load_evaluation_prompts()
+    assert (training, tuning) == load_prompts()
+    assert len(held_out) == 100
+    assert len({*training, *tuning, *held_out}) == 580
+    own = tmp_path / "mine.txt"
+    own.write_text("\n".join(f"Prompt {i}" for i in range(8)))
+    training, tuning, held_out = load_evaluation_prompts(own)
+    assert training == tuning
+    assert held_out == ["Prompt 3", "Prompt 7"]
 
 
 def test_a_prompt_that_stands_there_twice_is_on_one_side_only(tmp_path: Path) -> None:

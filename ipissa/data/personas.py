@@ -47,6 +47,10 @@ class Trait:
         line = self.template.format(persona=self.persona(pole))
         return [{"role": "system", "content": line}, {"role": "user", "content": f"{line} {prompt}"}]
 
+    def over_neutral(self) -> Trait:
+        """Who tells a pole to somebody who was told to be the neutral persona: here the pole takes its place."""
+        return self
+
     def to_metadata(self) -> dict[str, str]:
         """The `trait` metadata of an adapter file."""
         return asdict(self)

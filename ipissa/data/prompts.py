@@ -20,17 +20,36 @@ def load_prompts(path: str | Path | None = None) -> tuple[list[str], list[str]]:
     there twice counts once, so that none is on both sides.
     """
     if path is None:
-        text = files("ipissa.data").joinpath("prompts.txt").read_text(encoding="utf-8")
+        prompts = _bundled("prompts.txt")
     else:
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            prompts = _lines(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"The prompts file {path} cannot be read ({error}); give a UTF-8 text file.") from error
-    prompts = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
     if len(prompts) < MIN_PROMPTS:
         raise ConfigError(f"{path} holds {len(prompts)} prompts; give at least {MIN_PROMPTS}, one per line.")
     held_out = prompts[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     return [prompt for i, prompt in enumerate(prompts) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1], held_out
+
+
+def load_evaluation_prompts(path: str | Path | None = None) -> tuple[list[str], list[str], list[str]]:
+    """(training, tuning, held-out prompts) of an evaluation; a method may learn from the first and be tuned on both.
+
+    The bundled held-out ones are a list of their own. The trainer's defaults were chosen on its held-out prompts, so
+    these are for tuning here. Of a user's own file training prompts are for tuning, too.
+    """
+    training, held_out = load_prompts(path)
+    if path is None:
+        return training, held_out, _bundled("evaluation_prompts.txt")
+    return training, training, held_out
+
+
+def _bundled(name: str) -> list[str]:
+    return _lines(files("ipissa.data").joinpath(name).read_text(encoding="utf-8"))
+
+
+def _lines(text: str) -> list[str]:
+    return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
 
 
 def prompts_digest(path: str | Path | None = None) -> str:

@@ -24,6 +24,10 @@ SAME_BASE_NATS = 0.1  # log-odds at α = 0; in bfloat16, batches of another size
 WARN_NATS = 0.5
 
 
+class TooFewAnswersError(ConfigError):
+    """A method leaves too few dilemmas an answer to say anything of it."""
+
+
 @dataclass(frozen=True)
 class Analysis:
     """What one method does in dilemmas.
@@ -47,7 +51,7 @@ def analyse(measured: Measured, dataset: Dataset) -> Analysis:
     """Every figure of a method; its rows must be there.
 
     Raises:
-        ConfigError: too few dilemmas have an answer at every α.
+        TooFewAnswersError: too few dilemmas have an answer at every α.
     """
     assert measured.rows is not None
     # Every method has the poles, prompts too; the other α are for the dose response.
@@ -55,7 +59,7 @@ def analyse(measured: Measured, dataset: Dataset) -> Analysis:
     labels = item_labels(dataset)
     target = with_labels(rows, labels[dataset.target])
     if not can_be_balanced(target):
-        raise ConfigError(
+        raise TooFewAnswersError(
             f"With {measured.method} only {target['dilemma'].nunique()} dilemmas about {dataset.target!r} have an "
             "answer at α = -1, 0 and 1; use more items."
         )

@@ -14,7 +14,7 @@ from ipissa.adapter.checkpoint import Adapter, AnyAdapter
 from ipissa.data.continuations import Continuation, Sampling, sample_continuations
 from ipissa.data.pairs import contrastive_pairs, openings_from_continuations
 from ipissa.data.personas import Trait
-from ipissa.data.prompts import load_prompts, spread
+from ipissa.data.prompts import load_evaluation_prompts, load_prompts, spread
 from ipissa.errors import ConfigError
 from ipissa.evaluate.baselines.tuners import distillation_targets, training_config
 from ipissa.evaluate.compare import adapter_degradation
@@ -31,7 +31,7 @@ from ipissa.train.objectives.distill import Target
 
 logger = logging.getLogger(__name__)
 
-TUNING_PROMPTS = 16
+TUNING_PROMPTS = 24
 PLAIN_PROMPTS = 48
 PAIR_PROMPTS = 96
 SIDE_BY_SIDE_PROMPTS = 6
@@ -85,7 +85,7 @@ class Bench:
         self.parts = parts
         self._state = folder / STATE
         self._shared = shared or self._state
-        self.training, held_out = load_prompts(settings.prompts)
+        self.training, self.tuning, held_out = load_evaluation_prompts(settings.prompts)
         self.held_out = unseen(adapter, held_out)[: settings.held_out]
 
     @cached_property
@@ -132,15 +132,15 @@ class Bench:
 
         texts = told("told-training", self.training[:PAIR_PROMPTS], seed)
         openings = openings_from_continuations(texts, seed=seed)
-        some = set(self.training[:TUNING_PROMPTS])
+        tuning = spread(self.tuning, TUNING_PROMPTS)
         return Materials(
             model=model,
             tokenizer=tokenizer,
             trait=trait,
             adapter=self.adapter,
             pairs=contrastive_pairs(tokenizer, trait, openings),
-            tuning=plain("plain-training", self.training[:TUNING_PROMPTS], seed),
-            tuning_told=HeldOut(tokenizer, trait, [text for text in texts if text.prompt in some]),
+            tuning=plain("plain-tuning", tuning, seed),
+            tuning_told=HeldOut(tokenizer, trait, told("told-tuning", tuning, seed)),
             held_out=HeldOut(tokenizer, trait, told("told-held-out", self.held_out, seed + 1)),
             plain=plain("plain-held-out", spread(self.held_out, PLAIN_PROMPTS), seed + 1),
             learn=learn,

@@ -1,8 +1,8 @@
 """What a method reaches at the scale that suits it best, whatever it costs.
 
-Equal degradation compares on the adapter's terms. Here a method may choose: of some scales around that one, the one
-with the largest trait gain at its worse pole, found on training prompts and measured on held-out ones. The adapter
-may not.
+Equal degradation compares on the adapter's terms. Here a method may choose: of some scales around that one, or around
+the one that it was trained at, the one with the largest trait gain at its worse pole, found on prompts for tuning and
+measured on held-out ones. The adapter may not.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ipissa.evaluate.dial import ScaledDial
-from ipissa.evaluate.methods import VECTORS, Materials, made
+from ipissa.evaluate.methods import TRAINED, VECTORS, Materials, made
 from ipissa.evaluate.yardsticks import Yardsticks, measure_yardsticks, worse_trait_gains
 
-# Times the scale of equal degradation. Towards 0 every gain ends at 0, so what has none at the least has none.
+# Towards 0 every gain ends at 0, so what has none at the least has none.
 STEPS = tuple(2.0**k for k in range(-6, 3))
-SCALABLE = (*VECTORS, "sspace", "random")  # what is trained has the scale that it was trained at
+SCALABLE = (*VECTORS, "sspace", "random", *TRAINED)
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,9 @@ class Best:
         return cls(values["method"], values["scale"], Yardsticks.from_dict(values["yardsticks"]))
 
 
-def measure_at_best(method: str, m: Materials, *, around: float) -> Best:
-    """Choose among `around` times `STEPS`, and measure there."""
+def measure_at_best(method: str, m: Materials, *, equal: float) -> Best:
+    """Choose among `STEPS` times the scale of equal degradation, or of its training, and measure there."""
+    around = 1.0 if method in TRAINED else equal
     with made(method, m) as steerer:
         gains = worse_trait_gains(steerer.dial, m.tuning_told, [around * step for step in STEPS])
         scale = max(gains, key=gains.__getitem__)

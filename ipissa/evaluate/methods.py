@@ -47,7 +47,7 @@ class Materials:
     Args:
         adapter: The one to be measured; methods take its modules, rank and training.
         pairs: Contrastive pairs of training prompts, that vectors are computed from.
-        tuning: Unsteered answers to training prompts, on which methods are brought to equal degradation.
+        tuning: Unsteered answers to prompts for tuning, on which methods are brought to equal degradation.
         tuning_told: Told answers to them, on which methods choose their best scale.
         held_out: Told answers to held-out prompts, for the yardsticks.
         plain: Unsteered answers to held-out prompts, for the degradation that is reported.

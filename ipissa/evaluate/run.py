@@ -120,7 +120,8 @@ def _best(bench: Bench, measured: Sequence[Measured]) -> list[Best]:
     """Methods that have a scale to choose, each at its own best."""
 
     def measure(each: Measured) -> dict[str, Any]:
-        return measure_at_best(each.method, bench.materials, around=each.scale or 1.0).to_dict()
+        assert each.scale is not None
+        return measure_at_best(each.method, bench.materials, equal=each.scale).to_dict()
 
     scalable = [each for each in measured if each.method in SCALABLE]
     return [Best.from_dict(bench.parts.once(f"best-{each.method}", partial(measure, each))) for each in scalable]

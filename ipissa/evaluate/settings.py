@@ -10,7 +10,7 @@ from typing import Any
 import ipissa
 from ipissa.adapter.config import one_of
 from ipissa.data.datasets import BUNDLED, BUNDLED_ITEMS
-from ipissa.data.prompts import prompts_digest
+from ipissa.data.prompts import digest_of, load_evaluation_prompts
 from ipissa.errors import ConfigError
 from ipissa.evaluate.methods import METHODS, QUICK_METHODS
 from ipissa.models import QUANTISED, resolve_device, resolve_dtype
@@ -69,13 +69,16 @@ class EvalSettings:
         return asdict(self) | {
             "model": Path(self.model).name if self.model and Path(self.model).exists() else self.model,
             "dataset": _named(BUNDLED_ITEMS if self.dataset == BUNDLED else self.dataset),
-            "prompts": f"{Path(self.prompts).name if self.prompts else 'bundled'} ({prompts_digest(self.prompts)})",
+            "prompts": f"{Path(self.prompts).name if self.prompts else 'bundled'} ({self._prompts_digest()})",
             "device": device.type,
             "dtype": self.dtype
             if self.dtype in QUANTISED
             else str(resolve_dtype(self.dtype, device)).removeprefix("torch."),
             "ipissa": ipissa.__version__,
         }
+
+    def _prompts_digest(self) -> str:
+        return digest_of([prompt for side in load_evaluation_prompts(self.prompts) for prompt in side])
 
     def grid(self) -> list[float]:
         """The α of dilemmas, 0 and the poles among them, rising."""

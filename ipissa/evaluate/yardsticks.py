@@ -126,13 +126,18 @@ def measure_persona_prompt(dial: Dial, held_out: HeldOut, *, told_by: Trait | No
     """The same yardsticks of telling the model.
 
     Told by the trait itself, gain and contrast are 1 by definition, and the plain gain is measured. `told_by`
-    tells it in other words.
+    tells it in other words: where the yardsticks have the neutral persona, over it.
     """
     words = None if told_by == held_out.trait else told_by
+    over_neutral = None if words is None else words.over_neutral()
 
     def settings(pole: int) -> dict[str, Setting]:
-        told = {"neutral_steered": pole, "plain_steered": pole, "plain_opposite": -pole}
-        return _references(pole) | {name: Setting(persona, 0.0, words) for name, persona in told.items()}
+        return {
+            **_references(pole),
+            "neutral_steered": Setting(pole, 0.0, over_neutral),
+            "plain_steered": Setting(pole, 0.0, words),
+            "plain_opposite": Setting(-pole, 0.0, words),
+        }
 
     return _measure(dial, held_out, settings, alpha=1.0)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from ipissa.data.personas import Messages, Trait
 
@@ -23,4 +23,20 @@ class EngineeredTrait(Trait):
         asked = {"role": "user", "content": prompt}
         if not pole:
             return [asked]
-        return [{"role": "system", "content": TEXT.format(persona=self.persona(pole))}, asked]
+        return [{"role": "system", "content": self.text(pole)}, asked]
+
+    def text(self, pole: int) -> str:
+        """What a pole is told."""
+        return TEXT.format(persona=self.persona(pole))
+
+    def over_neutral(self) -> Trait:
+        """The same text in front of the neutral persona line, which it does not replace."""
+        return _OverNeutral(**asdict(self))
+
+
+class _OverNeutral(EngineeredTrait):
+    def messages(self, prompt: str, pole: int | None) -> Messages:
+        if not pole:
+            return Trait.messages(self, prompt, pole)
+        system, user = Trait.messages(self, prompt, 0)
+        return [{**system, "content": f"{self.text(pole)} {system['content']}"}, user]

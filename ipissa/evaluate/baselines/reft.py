@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from ipissa.evaluate.dial import LayerDial
+from ipissa.files import write_whole
 from ipissa.train.config import TrainConfig
 from ipissa.train.fit import fit
 from ipissa.train.objectives.distill import Distillation, Target
@@ -69,6 +70,11 @@ class ReftDial(LayerDial):
         """The edited blocks."""
         return self._blocks
 
+    @property
+    def edits(self) -> nn.ModuleList:
+        """What is learnt."""
+        return nn.ModuleList(block.get_submodule(NAME) for block in self._blocks)
+
     def detach(self) -> None:
         """Leave the model as it was."""
         for hook, block in zip(self._hooks, self._blocks, strict=True):
@@ -84,16 +90,26 @@ def _edit(block: nn.Module, args: Any, output: Tensor) -> Tensor:
 def trained_reft(
     model: Any, tokenizer: Any, config: TrainConfig, targets: Sequence[Target], state: Path
 ) -> Iterator[ReftDial]:
-    """`model` with edits fitted to `targets` for the epochs of `config`, none held back; itself again afterwards."""
+    """`model` with edits fitted to `targets` for the epochs of `config`, none held back; itself again afterwards.
+
+    Args:
+        state: Folder in which the fitted edits are kept, and found again.
+    """
     model.requires_grad_(False)
     dial = ReftDial(model, seed=config.seed)
+    fitted = state / "reft.pt"
     try:
-        # Checkpoints of a model that is not PEFT's would hold all of its weights.
-        # So none is kept, and there is no best one to go back to.
-        trainer = {**config.trainer, "save_strategy": "no"}
-        # torch keeps the signs of an orthogonal matrix as whole numbers among its parameters: decayed, 1 becomes 0.
-        settings = replace(config, lr=LEARNING_RATE, weight_decay=0.0, validation=0.0, trainer=trainer)
-        fit(model, Distillation(targets, pad_id=tokenizer.pad_token_id), settings, state / "reft")
+        if fitted.exists():
+            dial.edits.load_state_dict(torch.load(fitted, weights_only=True))
+        else:
+            # Checkpoints of a model that is not PEFT's would hold all of its weights.
+            # So none is kept, and there is no best one to go back to.
+            trainer = {**config.trainer, "save_strategy": "no"}
+            # torch keeps the signs of an orthogonal matrix as whole numbers among its parameters: decayed, 1 becomes 0.
+            settings = replace(config, lr=LEARNING_RATE, weight_decay=0.0, validation=0.0, trainer=trainer)
+            fit(model, Distillation(targets, pad_id=tokenizer.pad_token_id), settings, state / "reft")
+            state.mkdir(parents=True, exist_ok=True)
+            write_whole(fitted, lambda partial: torch.save(dial.edits.state_dict(), partial))
         yield dial
     finally:
         dial.detach()

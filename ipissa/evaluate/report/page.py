@@ -17,9 +17,17 @@ from matplotlib.figure import Figure
 
 from ipissa.adapter.checkpoint import AnyAdapter
 from ipissa.data.items import Dataset
-from ipissa.evaluate.analysis import Analysis, analyse, base_differences, ranked, why_unranked
+from ipissa.evaluate.analysis import (
+    Analysis,
+    TooFewAnswersError,
+    analyse,
+    base_differences,
+    ranked,
+    why_unranked,
+)
 from ipissa.evaluate.best_scale import Best
 from ipissa.evaluate.compare import Measured, markdown
+from ipissa.evaluate.methods import ADAPTER
 from ipissa.evaluate.null import NullCheck, comparable
 from ipissa.evaluate.report import figures, tables
 from ipissa.evaluate.report.parts import records
@@ -66,8 +74,21 @@ class Findings:
 
     @cached_property
     def analyses(self) -> list[Analysis]:
-        """Of every method, what it does in dilemmas."""
-        return [] if self.dataset is None else [analyse(each, self.dataset) for each in self.measured]
+        """Of every method that leaves enough of them an answer, what it does in dilemmas.
+
+        Raises:
+            TooFewAnswersError: the adapter does not.
+        """
+        if self.dataset is None:
+            return []
+        found = []
+        for each in self.measured:
+            try:
+                found.append(analyse(each, self.dataset))
+            except TooFewAnswersError:
+                if each.method == ADAPTER:
+                    raise
+        return found
 
 
 def write_report(findings: Findings, folder: Path) -> None:
@@ -116,11 +137,13 @@ def verdict(measured: Sequence[Measured], analyses: Sequence[Analysis]) -> str:
         return reason
     order = ranked(analyses, differences)
     unequal = [each.method for each in measured if each.equal is False]
+    lost = [each.method for each in measured if each.method not in {one.method for one in analyses}]
     apart = [each.method for each in analyses if each.figures["balanced_low"] * each.figures["balanced_high"] > 0]
     return (
         f"By balanced slope, the largest first: {', '.join(order)}. "
         f"Distinguishable from nothing (95 %): {', '.join(apart) or 'none'}."
         + (f" Not at equal degradation: {', '.join(unequal)}." if unequal else "")
+        + (f" Left out, as too few dilemmas kept an answer: {', '.join(lost)}." if lost else "")
     )
 
 

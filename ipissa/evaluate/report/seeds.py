@@ -14,6 +14,8 @@ from typing import Any
 import pandas as pd
 
 from ipissa.errors import ConfigError
+from ipissa.evaluate.methods import ADAPTER
+from ipissa.evaluate.null import null_check
 from ipissa.evaluate.report.parts import SETTINGS
 from ipissa.files import write_text
 
@@ -43,6 +45,11 @@ def summarise_seeds(folders: Sequence[Path], output: Path) -> str:
         .agg(median="median", lowest="min", highest="max", seeds="count")
         .reset_index()
     )
+    random = [pd.read_csv(path) for folder in folders if (path := folder / "tables" / "null.csv").exists()]
+    if random:
+        own = medians[(medians["method"] == ADAPTER) & (medians["figure"] == "balanced_value")]
+        check = null_check(float(own["median"].iloc[0]), pd.concat(random, ignore_index=True))
+        facts["chance"] = check.sentence()
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "medians.csv", medians.to_csv(index=False))
     write_text(output / "medians.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
@@ -115,8 +122,10 @@ def _figures(folder: Path) -> pd.DataFrame:
 
 def _markdown(medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
     seeds, adapters = facts["seeds"], facts["adapters"]
-    of = "of one adapter, whose own training was not repeated" if adapters == 1 else "each of an adapter of that seed"
+    of = "of one adapter, whose own training was not repeated" if adapters == 1 else "each of an adapter of its own"
     about = f" Dilemmas: {facts['dataset']}, about {facts['target']!r}." if "target" in facts else ""
+    if "chance" in facts:
+        about += f" {facts['chance']}"
     few = "" if seeds >= ENOUGH_SEEDS else f" Fewer than {ENOUGH_SEEDS} seeds: claim nothing from them."
     figures = list(dict.fromkeys(medians["figure"]))
     cell = {
