@@ -30,7 +30,10 @@ def main() -> None:
 def table(path: Path) -> str:
     """A row per objective of one family's `results.csv`, in the order of the sweep."""
     runs = pd.read_csv(path)
-    objective = runs["varied"].map(lambda varied: json.loads(varied)["objective"])
+    varied = runs["varied"].map(json.loads)
+    if any("model" in each for each in varied):
+        raise SystemExit(f"{path} holds runs of several models, which have no medians together; sweep over one each.")
+    objective = varied.map(lambda each: each["objective"])
     lines = [
         f"**{path.stem}**",
         "",
@@ -44,7 +47,9 @@ def table(path: Path) -> str:
 def _row(objective: str, runs: pd.DataFrame) -> str:
     """Medians over the seeds that ended, with the lowest and the highest."""
     done = runs[runs["error"].isna()]
-    cells = [f"{done[name].median():.2f} [{done[name].min():.2f}, {done[name].max():.2f}]" for name in SHOWN]
     failed = len(runs) - len(done)
     seeds = f"{done['seed'].nunique()}" + (f", {failed} failed" if failed else "")
+    if done.empty:
+        return f"| `{objective}` |{' |' * len(SHOWN)} | {seeds} |"
+    cells = [f"{done[name].median():.2f} [{done[name].min():.2f}, {done[name].max():.2f}]" for name in SHOWN]
     return f"| `{objective}` | {' | '.join(cells)} | {done['low'].median():g} to {done['high'].median():g} | {seeds} |"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         ConfigError: it cannot be written; what was there before is as it was.
     """
-    partial = path.with_name(path.name + ".partial")
+    # Of a name that no other process has, which may be writing the same file.
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     try:
         write(partial)
         partial.replace(path)

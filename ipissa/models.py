@@ -91,6 +91,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def dtype_name(dtype: str, device: torch.device) -> str:
+    """What `dtype` comes to on that device, as the figures of a run depend on it: `float32`, `bfloat16`, `4bit` ..."""
+    return dtype if dtype in QUANTISED else str(resolve_dtype(dtype, device)).removeprefix("torch.")
+
+
 def computes_in_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 itself, rather than by way of float32."""
     known = torch.cpu.get_capabilities()

@@ -304,6 +304,8 @@ def test_subspaces_are_orthonormal_and_of_the_rank_asked_for() -> None:
     ):
         assert orthonormal(basis)
     assert task_subspace(difference, 4).shape == (32, 4)
+    assert writable_subspace(weights, 8).shape == (32, 8)
+    assert suppressed_subspace(stream, torch.randn(100, 32, generator=G), 4).shape == (32, 4)
 
 
 def test_all_singular_directions_of_the_differences_rebuild_them() -> None:

@@ -191,7 +191,9 @@ def test_contrastive_training_separates_both_poles(
     model, wrap = fresh(tokenizer)
     settings = ContrastiveConfig(direction="mean", depths=(0.5, 0.8), modules=("up_proj", "q_proj"), flip=flip)
     objective = Contrastive(model, pairs, settings, pad_id=tokenizer.pad_token_id)
-    assert len(objective.sites) == 4
+    assert [site.name for site in objective.sites] == [
+        f"model.layers.{block}.{module}" for block in (2, 3) for module in ("self_attn.q_proj", "mlp.up_proj")
+    ]
     config = TrainConfig("kind", "angry", epochs=20, batch_size=12, lr=2e-2, checkpoint_every=10)
     history = fit(wrap(), objective, config, tmp_path)
     assert len(history) == 40

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from ipissa import models
 from ipissa.errors import ConfigError, ModelLoadError
 from ipissa.train import TrainConfig
 from ipissa.train.answers import digest
@@ -128,6 +129,16 @@ def test_rows_of_other_prompts_are_not_mixed_in(tmp_path: Path) -> None:
     run_sweep(configs(tmp_path, grid), tmp_path / "out", Trainer())
     prompts.write_text("\n".join(f"Another {i}" for i in range(8)))
     with pytest.raises(ConfigError, match="put settings and prompts back"):
+        run_sweep(configs(tmp_path, grid), tmp_path / "out", Trainer())
+
+
+def test_runs_of_another_arithmetic_are_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "computes_in_bfloat16", lambda: True)
+    grid = GRID.replace("angry", "angry, device: cpu")
+    rows = read(run_sweep(configs(tmp_path, grid)[:2], tmp_path / "out", Trainer()))
+    assert {row["dtype"] for row in rows} == {"bfloat16"}
+    monkeypatch.setattr(models, "computes_in_bfloat16", lambda: False)  # as on another machine
+    with pytest.raises(ConfigError, match="holds runs in bfloat16, and here they would be in float32"):
         run_sweep(configs(tmp_path, grid), tmp_path / "out", Trainer())
 
 

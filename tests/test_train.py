@@ -525,6 +525,18 @@ def test_a_weighted_sum_adds_losses_and_names_figures(tokenizer: Any, targets: l
         ({"held_out": 1}, "held_out 1 leaves no interval"),
         ({"depth_start": 0.9, "depth_end": 0.5}, "depth_start"),
         ({"template": "Be kind."}, r"template 'Be kind.' must say {persona} once"),
+        ({"template": "Be {persona}, {mood}."}, r"must say {persona} once, where the phrase goes, and no other name"),
+        ({"top_p": 7}, "top_p 7 is not a share above 0"),
+        ({"weight_decay": -1}, "weight_decay -1 is negative"),
+        ({"objective": "guided=1,guided=2"}, "names guided twice"),
+        ({"objective": "antiparallel", "depth_start": 0.6}, r"after block 500, which blocks from 600 on cannot move"),
+        ({"contrastive": {"dims": 4}}, r"contrastive .* is for objective contrastive, not 'guided'"),
+        ({"objective": "contrastive", "antiparallel": {"rank": 2}}, "antiparallel .* is for objective antiparallel"),
+        ({"suffixes": "mine.txt"}, "suffixes 'mine.txt' are for pairs of texts"),
+        ({"objective": "contrastive", "contrastive": {"dims": 0}}, "dims 0 leaves no direction"),
+        ({"objective": "contrastive", "contrastive": {"coherence": "high"}}, "coherence 'high' is not of type float"),
+        ({"max_rotation": 0.5}, "max_rotation 0.5 is for singular triples"),
+        ({"trainer": {"adam_beta1": 0.5}}, "the cycle moves it"),
     ],
 )
 def test_unusable_settings_are_refused(bad: dict[str, Any], says: str) -> None:

@@ -146,6 +146,23 @@ def test_a_broken_run_goes_on_with_another_rate_on_the_texts_it_had(
     assert difference(expected, train(slower, output, resume=True).adapter) < 1e-5
 
 
+def test_a_setting_that_is_of_no_use_costs_a_broken_run_nothing(
+    config: TrainConfig, tmp_path: Path, killed_at: Any
+) -> None:
+    output = tmp_path / "broken.safetensors"
+    killed_at(6)
+    with pytest.raises(KilledError):
+        train(config, output)
+    learnt = sorted((tmp_path / "broken.run" / "checkpoints").rglob("*"))
+    with pytest.raises(ConfigError, match="do not fit transformers' TrainingArguments"):
+        train(replace(config, trainer={"no_such": 1}), output, resume=True)
+    assert sorted((tmp_path / "broken.run" / "checkpoints").rglob("*")) == learnt
+    Path(str(config.prompts)).rename(tmp_path / "elsewhere.txt")
+    moved = replace(config, prompts=str(tmp_path / "elsewhere.txt"))
+    with pytest.raises(ConfigError, match=r"unfinished run that cannot be read again: The prompts file .* or remove"):
+        train(moved, output)
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
@@ -156,6 +173,8 @@ def test_a_broken_run_goes_on_with_another_rate_on_the_texts_it_had(
             {"objective": "contrastive", "contrastive": {"modules": "no_proj"}},
             r"Loss modules \['no_proj'\] are not all",
         ),
+        ({"target_modules": ["o_proj", "dwon_proj"]}, r"target_modules 'dwon_proj' is no linear layer .* there are "),
+        ({"target_modules": ["residual", "mpl"]}, "target_modules 'mpl' is no linear layer"),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_sampled_and_leaves_no_run(
@@ -255,7 +274,7 @@ def test_a_run_does_not_go_on_with_other_texts_or_weights(
     assert config.prompts is not None
     folder = tmp_path / "model"
     shutil.copytree(config.model, folder)
-    config = replace(config, model=str(folder), suffixes=str(suffixes))
+    config = replace(config, model=str(folder), suffixes=str(suffixes), selection="wanda_trip")
     killed_at(1)
     with pytest.raises(KilledError):
         train(config, tmp_path / "kind.safetensors")
@@ -317,7 +336,7 @@ def test_every_preset_makes_a_config() -> None:
         ({"strengths": [0.5], "objective": "told"}, "strengths other than 1"),
         ({"rank": 1}, "a rotation needs a plane"),
         ({"clamp": "angels"}, "clamp 'angels' is unknown"),
-        ({"contrastive": {"side": "W"}}, "side 'W' is unknown"),
+        ({"objective": "contrastive", "contrastive": {"side": "W"}}, "side 'W' is unknown"),
         ({"trainer": {"learning_rate": 1}}, "trainer setting 'learning_rate' is the trainer's own; set lr"),
     ],
 )

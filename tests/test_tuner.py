@@ -170,6 +170,17 @@ def test_initial_parameters_make_plus_and_minus_one_differ_and_zeros_do_not() ->
         assert (not torch.equal(plus, minus)) is differs
 
 
+def test_factors_of_a_bfloat16_base_stay_float32() -> None:
+    model = peft.get_peft_model(tiny_model("llama").bfloat16(), InnerPissaConfig(r=8, target_modules=["o_proj"]))
+    layers = [module for module in model.modules() if isinstance(module, InnerPissaLayer)]
+    for layer in layers:
+        U, S, V = (getattr(layer, f"innerpissa_{name}")["default"] for name in "USV")
+        W = layer.base_layer.weight.detach().float()
+        assert (U.T @ U - torch.eye(8)).abs().max() < 1e-5
+        assert (W @ V - U * S).abs().max() < 1e-5
+    assert layers
+
+
 @pytest.mark.parametrize("config", [{"rotate_u": True}, LEARNT], ids=["triples", "learnt"])
 def test_gradients_reach_every_trainable_parameter_and_no_other(config: dict[str, Any]) -> None:
     model = wrapped(**config)
@@ -198,7 +209,9 @@ def test_the_layers_alpha_is_restored_after_an_exception() -> None:
         ({**LEARNT, "rotate_u": True}, "learnt directions need False"),
         ({**LEARNT, "scale_mode": "add2"}, "scale_mode 'add2' is for singular triples"),
         ({**LEARNT, "clamp": "entries"}, "clamp 'entries' is for singular triples"),
+        ({**LEARNT, "max_rotation": 0.5}, "max_rotation 0.5 is for singular triples"),
         ({"max_rotation": 0}, "not positive"),
+        ({"clamp": "angles", "max_rotation": 3.2}, "max_rotation 3.2 is not below pi"),
         ({"rotate_v": False, "scale_mode": "none"}, "nothing would be trained"),
     ],
 )

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from peft import PeftConfig
 
 from ipissa.errors import ConfigError
-from ipissa.rotation import CLAMPS, ROTATIONS
+from ipissa.rotation import CLAMPS, ROTATIONS, check_angle
 from ipissa.scaling import SCALE_MODES
 
 PEFT_TYPE = "INNERPISSA"
 DIRECTIONS = ("triples", "learnt")
+MAX_ROTATION = 0.3
 
 
 def one_of(value: str, table: Collection[str], *, name: str) -> None:
@@ -35,7 +36,7 @@ class InnerPissaConfig(PeftConfig):
         directions: `triples`, the r largest singular triples, or `learnt` (`ipissa.adapter.frame`): r directions of the
             input, an even number, mixed of all the layer's right singular vectors, which turn without scaling.
         clamp: `entries` (as published), `angles` (each plane's true angle) or `none`.
-        max_rotation: Limit of the clamp, for entries or in radians.
+        max_rotation: Limit of the clamp, for entries or in radians; infinite for none.
         init_std: Standard deviation of the initial rotation parameters. At zero, +α and -α give the same output at
             first, and an objective that compares them has no gradient.
     """
@@ -51,7 +52,7 @@ class InnerPissaConfig(PeftConfig):
     rotate_u: bool = field(default=False, metadata={"help": "rotate output singular vectors"})
     directions: str = field(default="triples", metadata={"help": "triples | learnt"})
     clamp: str = field(default="entries", metadata={"help": "entries | angles | none"})
-    max_rotation: float = field(default=0.3, metadata={"help": "limit of the clamp"})
+    max_rotation: float = field(default=MAX_ROTATION, metadata={"help": "limit of the clamp"})
     init_std: float = field(default=0.002, metadata={"help": "std of the initial rotation parameters"})
 
     def __post_init__(self) -> None:
@@ -67,6 +68,8 @@ class InnerPissaConfig(PeftConfig):
             raise ConfigError(f"r {self.r} is too small: a rotation needs a plane, so use at least 2.")
         if not self.max_rotation > 0:
             raise ConfigError(f"max_rotation {self.max_rotation} is not positive; use clamp='none' to disable it.")
+        if self.clamp == "angles" and self.rotation == "cayley":
+            check_angle(self.max_rotation)
         if self.init_std < 0:
             raise ConfigError(f"init_std {self.init_std} is negative.")
         if not (self.rotate_v or self.rotate_u) and self.scale_mode == "none":
@@ -77,7 +80,14 @@ class InnerPissaConfig(PeftConfig):
     def _check_learnt(self) -> None:
         if self.r % 2:
             raise ConfigError(f"r {self.r} is odd, and learnt directions turn in pairs; use an even rank.")
-        for name, only in (("rotate_v", True), ("rotate_u", False), ("scale_mode", "none"), ("clamp", "none")):
+        wanted = {
+            "rotate_v": True,
+            "rotate_u": False,
+            "scale_mode": "none",
+            "clamp": "none",
+            "max_rotation": MAX_ROTATION,  # the default, which is then of no account
+        }
+        for name, only in wanted.items():
             if getattr(self, name) != only:
                 raise ConfigError(
                     f"{name} {getattr(self, name)!r} is for singular triples; learnt directions need {only!r}."

@@ -61,12 +61,12 @@ class InnerPissaLayer(BaseTunerLayer):
         else:
             self._adapt_triples(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.directions == "triples":  # now: PEFT's move rounds what is there to the base's dtype
+            self._keep_leading(adapter_name, config.r)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _adapt_triples(self, adapter_name: str, config: InnerPissaConfig) -> None:
-        u, s, v = self.svd()
-        r = min(config.r, s.numel())
-        self._keep(adapter_name, u[:, :r], s[:r], v[:, :r])
+        r = min(config.r, self.in_features, self.out_features)
         if config.rotate_v:
             self.innerpissa_p_v[adapter_name] = nn.Parameter(_initial_rotation(r, config.init_std))
         if config.rotate_u:
@@ -77,6 +77,10 @@ class InnerPissaLayer(BaseTunerLayer):
     def svd(self) -> tuple[Tensor, Tensor, Tensor]:
         """The thin SVD of the base weight in float32: U (d_out, k), S (k,) falling, V (d_in, k)."""
         return thin_svd(self.base_linear())
+
+    def _keep_leading(self, adapter_name: str, r: int) -> None:
+        u, s, v = self.svd()
+        self._keep(adapter_name, u[:, :r], s[:r], v[:, :r])
 
     def keep_triples(self, adapter_name: str, indices: Tensor) -> None:
         """Adapt these singular triples (r,) instead of the largest; their values stay the weight's own."""

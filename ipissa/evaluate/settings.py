@@ -13,7 +13,7 @@ from ipissa.data.datasets import BUNDLED, BUNDLED_ITEMS
 from ipissa.data.prompts import digest_of, load_evaluation_prompts
 from ipissa.errors import ConfigError
 from ipissa.evaluate.methods import METHODS, QUICK_METHODS
-from ipissa.models import QUANTISED, resolve_device, resolve_dtype
+from ipissa.models import dtype_name, resolve_device
 
 ALPHAS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 MIN_NULL = 5
@@ -71,9 +71,7 @@ class EvalSettings:
             "dataset": _named(BUNDLED_ITEMS if self.dataset == BUNDLED else self.dataset),
             "prompts": f"{Path(self.prompts).name if self.prompts else 'bundled'} ({self._prompts_digest()})",
             "device": device.type,
-            "dtype": self.dtype
-            if self.dtype in QUANTISED
-            else str(resolve_dtype(self.dtype, device)).removeprefix("torch."),
+            "dtype": dtype_name(self.dtype, device),
             "ipissa": ipissa.__version__,
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from ipissa.data.personas import TEMPLATE, Trait
 from ipissa.data.prompts import digest_of, prompts_digest
 from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
+from ipissa.plain import typed
 from ipissa.train.objectives.build import antiparallel_config, contrastive_config, objective_weights
 from ipissa.train.objectives.distill import CONTEXTS
 from ipissa.train.objectives.sites import site_blocks
-from ipissa.train.selection import LEARNT, SELECTIONS
+from ipissa.train.selection import LEARNT, SELECTIONS, WITHOUT_PAIRS
 
 # Settings with an option of their own on the command line; the others go through --set NAME=VALUE.
 OPTIONS = (
@@ -85,6 +86,8 @@ OF_THE_TRAINER = {
     "gradient_accumulation_steps": "set accumulation",
     "learning_rate": "set lr",
     "lr_scheduler_type": "there is one schedule, one cycle",
+    "lr_scheduler_kwargs": "there is one schedule, one cycle",
+    "adam_beta1": "the cycle moves it, between 0.85 and 0.95",
     "warmup_steps": "set warmup, a fraction",
     "warmup_ratio": "set warmup, a fraction",
     "weight_decay": "set it without trainer",
@@ -213,6 +216,7 @@ class TrainConfig:
         weights = objective_weights(self.objective)
         contrastive_config(self.contrastive)
         antiparallel_config(self.antiparallel)
+        self._check_used(weights)
         one_of(self.selection, (LEARNT, *SELECTIONS), name="selection")
         one_of(self.contexts, CONTEXTS, name="contexts")
         if self.max_prompts is not None and self.max_prompts < 1:
@@ -221,8 +225,14 @@ class TrainConfig:
             raise ConfigError(f"held_out {self.held_out} leaves no interval; measure on at least 2 prompts.")
         if not math.isfinite(self.epochs) or not math.isfinite(self.lr):
             raise ConfigError(f"epochs {self.epochs} and lr {self.lr} must be finite numbers.")
-        if self.template.count("{persona}") != 1:
-            raise ConfigError(f"template {self.template!r} must say {{persona}} once, where the phrase goes.")
+        if self.template.count("{persona}") != 1 or {"{", "}"} & set(self.template.replace("{persona}", "")):
+            raise ConfigError(
+                f"template {self.template!r} must say {{persona}} once, where the phrase goes, and no other name."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p {self.top_p} is not a share above 0; 1 is the whole distribution.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"weight_decay {self.weight_decay} is negative or not finite; 0 is none.")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed {self.seed} is not between 0 and 2**32 - 1.")
         if self.batch_size % 2:
@@ -241,6 +251,18 @@ class TrainConfig:
         self.adapter_config(MANY_LAYERS)  # refuses what no adapter can have
         if "told" in weights and self.strengths != (1.0,):
             raise ConfigError("strengths other than 1 need objective 'guided': a persona prompt has one strength.")
+
+    def _check_used(self, weights: Mapping[str, float]) -> None:
+        """Refuse settings that nothing would read: a sweep over one would compare a run with itself."""
+        for name in ("contrastive", "antiparallel"):
+            if getattr(self, name) and name not in weights:
+                raise ConfigError(f"{name} {getattr(self, name)} is for objective {name}, not {self.objective!r}.")
+        pairs = {"contrastive", "antiparallel"} & weights.keys() or self.selection not in WITHOUT_PAIRS
+        if self.suffixes is not None and not pairs:
+            raise ConfigError(
+                f"suffixes {self.suffixes!r} are for pairs of texts, which objective {self.objective!r} with selection "
+                f"{self.selection!r} does not read; leave them out."
+            )
 
     def trait(self) -> Trait:
         """The two personas and the neutral one, as phrases."""
@@ -272,7 +294,7 @@ class TrainConfig:
         for name in ("positive", "negative"):
             if name not in values:
                 raise ConfigError(f"{name} is missing; give the word or phrase for α = {'+-'[name == 'negative']}1.")
-        return cls(**{name: _typed(name, value, known[name].type) for name, value in values.items()})
+        return cls(**{name: typed(name, value, known[name].type) for name, value in values.items()})
 
     def adapter_config(self, num_layers: int) -> InnerPissaConfig:
         """The PEFT configuration for a model of `num_layers` blocks."""
@@ -282,6 +304,7 @@ class TrainConfig:
             raise ConfigError(
                 f"Every block of depth {self.depth_start:g} to {self.depth_end:g} is a loss block; adapt others."
             )
+        self._check_antiparallel(blocks, num_layers)
         learnt = self.selection == LEARNT
         return InnerPissaConfig(
             r=self.rank,
@@ -296,6 +319,16 @@ class TrainConfig:
             max_rotation=self.max_rotation,
             task_type="CAUSAL_LM",
         )
+
+    def _check_antiparallel(self, blocks: Sequence[int], num_layers: int) -> None:
+        if "antiparallel" not in objective_weights(self.objective):
+            return
+        (compared,) = site_blocks([antiparallel_config(self.antiparallel).depth], num_layers)
+        if min(blocks) > compared:
+            raise ConfigError(
+                f"Objective antiparallel compares states after block {compared}, which blocks from {min(blocks)} on "
+                f"cannot move; adapt some before, with a depth_start below {self.depth_start:g}."
+            )
 
     def loss_blocks(self, num_layers: int) -> list[int]:
         """Blocks that the contrastive objective looks at, which are not adapted."""
@@ -331,25 +364,3 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"The config {path} is not a mapping of settings; write lines such as `positive: honest`.")
     return values
-
-
-def _typed(name: str, value: Any, annotation: Any) -> Any:
-    """`value` as the field's type; YAML reads 1e-3 as text and has no tuples."""
-    if value is None and "None" in annotation:
-        return None
-    kind = annotation.removesuffix(" | None")
-    try:
-        if value is None:
-            raise ValueError
-        if kind.startswith("tuple"):
-            item = float if "float" in kind else str
-            return tuple(item(each) for each in (value if isinstance(value, (list, tuple)) else [value]))
-        if kind.startswith("dict"):
-            return dict(value)
-        if kind == "bool" and not isinstance(value, bool):
-            raise ValueError
-        if kind == "int" and (isinstance(value, bool) or float(value) != int(value)):
-            raise ValueError
-        return {"str": str, "int": int, "float": float, "bool": bool}[kind](value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{name} {value!r} is not of type {kind}.") from None

@@ -188,11 +188,13 @@ class _SteeringTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """One cycle: up to `lr` and down to nearly nothing."""
         if getattr(self, "lr_scheduler", None) is None:
+            optimizer = optimizer or self.optimizer
             self.lr_scheduler = torch.optim.lr_scheduler.OneCycleLR(
-                optimizer or self.optimizer,
+                optimizer,
                 max_lr=self._config.lr,
                 total_steps=max(num_training_steps + 1, MIN_SCHEDULE),
                 pct_start=self._config.warmup,
+                cycle_momentum=bool({"betas", "momentum"} & optimizer.defaults.keys()),
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler

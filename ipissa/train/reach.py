@@ -61,6 +61,8 @@ def measure_reach(model: Any, tokenizer: Any, trait: Trait, continuations: Seque
     """Read sampled texts of both poles under all three personas; `model` is the base model."""
     to_neutral, to_opposite = ({1: 0.0, -1: 0.0} for _ in range(2))
     tokens = {1: 0, -1: 0}
+    if {c.pole for c in continuations} != {1, -1}:
+        raise TrainingError("No prompt has a text of both poles that is not empty; give more prompts, or others.")
     ordered = sorted(continuations, key=lambda c: (c.pole, len(c.tokens)))
     for start in tqdm(range(0, len(ordered), BATCH), desc="reach", unit="batch"):
         batch = ordered[start : start + BATCH]

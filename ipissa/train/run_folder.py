@@ -50,6 +50,7 @@ class RunFolder:
         self._config = TrainConfig.from_dict(config.to_dict())  # as a file gives it back: 3 epochs are 3.0
         self._shared = shared
         self.resumed = self.unfinished
+        self._learns_anew = False
         if self.unfinished:
             self._look_at_the_broken_run(resume)
 
@@ -72,6 +73,8 @@ class RunFolder:
                 f"The prompts, the suffixes or the base model have changed since the run in {self.path} began, "
                 "so it cannot go on; put them back, or remove the folder."
             )
+        if self._learns_anew:  # only now, when the new settings are known to be of use
+            shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         (self.path / STATE).mkdir(parents=True, exist_ok=True)
         self.write_text(CONFIG, yaml.safe_dump(self._config.to_dict(), sort_keys=False, allow_unicode=True))
         write_text(asked, began)
@@ -80,8 +83,8 @@ class RunFolder:
     def _look_at_the_broken_run(self, resume: bool) -> None:
         if not (self.path / STATE / ASKED).exists():
             raise ConfigError(f"{self.path} holds a run of an earlier version, which cannot go on; remove the folder.")
-        before = TrainConfig.from_dict(read_settings(self.path / CONFIG))
-        asks_the_same = before.asked_of_the_base() == self._config.asked_of_the_base()
+        before, asked = self._before()
+        asks_the_same = asked == self._config.asked_of_the_base()
         if not resume and not asks_the_same and not has_learnt(self.path):
             logger.warning("The broken run in %s had learnt nothing; its texts are dropped.", self.path)
             shutil.rmtree(self.path / STATE)
@@ -95,7 +98,18 @@ class RunFolder:
             )
         elif _learning(before) != _learning(self._config):
             logger.warning("The settings of the learning differ from those of the broken run, so it begins anew.")
-            shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+            self._learns_anew = True
+
+    def _before(self) -> tuple[TrainConfig, Mapping[str, Any]]:
+        """The settings of the broken run, and what it asked of the base model."""
+        try:
+            before = TrainConfig.from_dict(read_settings(self.path / CONFIG))
+            return before, before.asked_of_the_base()
+        except ConfigError as error:
+            raise ConfigError(
+                f"{self.path} holds an unfinished run that cannot be read again: {error} Put that back, or remove the "
+                "folder."
+            ) from error
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """A CSV file with one row per mapping and one column per name in any of them."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from ipissa.errors import ConfigError
 
 LEARNT = "learnt"  # no rule: the directions are learnt with the rotation (`ipissa.adapter.frame`)
+WITHOUT_PAIRS = (LEARNT, "top")  # what a PEFT adapter has as it is made
 
 
 @dataclass(frozen=True)

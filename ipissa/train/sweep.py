@@ -32,6 +32,7 @@ from scipy.stats import ttest_ind
 from ipissa.errors import ConfigError, IpissaError
 from ipissa.evaluate.yardsticks import ResponsePoint, response_symmetry
 from ipissa.files import write_table
+from ipissa.models import dtype_name, resolve_device
 from ipissa.train.answers import digest
 from ipissa.train.config import TrainConfig, read_settings
 from ipissa.train.result import TrainResult
@@ -41,7 +42,10 @@ ENOUGH_SEEDS = 3
 FIGURES = tuple(
     f"{figure}_{pole}" for figure in ("trait_gain", "plain_gain", "contrast") for pole in ("positive", "negative")
 )
-COLUMNS = ("run", "varied", "seed", *FIGURES, "worse_gain", "symmetry", "low", "high", "final_loss", "seconds", "error")
+COLUMNS = (
+    "run", "varied", "seed", "dtype", *FIGURES, "worse_gain", "symmetry", "low", "high", "final_loss", "seconds",
+    "error",
+)  # fmt: skip
 Row = dict[str, str]
 Train = Callable[..., TrainResult]
 
@@ -79,7 +83,7 @@ def run_sweep(configs: Sequence[TrainConfig], folder: Path, train: Train) -> Pat
         train: `ipissa.train.train`.
 
     Raises:
-        ConfigError: the folder holds runs of another grid.
+        ConfigError: the folder holds runs of another grid, or in another arithmetic.
     """
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "results.csv"
@@ -91,6 +95,13 @@ def run_sweep(configs: Sequence[TrainConfig], folder: Path, train: Train) -> Pat
             f"{results} holds {len(foreign)} runs that this grid does not have (other settings, other prompts, or an "
             "earlier version), so medians would be mixed; choose another --output, or put settings and prompts back."
         )
+    for name, row in done.items():
+        there, here = row.get("dtype", "a dtype that it does not say"), _dtype(named[name])
+        if there != here:
+            raise ConfigError(
+                f"{results} holds runs in {there}, and here they would be in {here}, so medians would be mixed; give "
+                "the dtype in base, or choose another --output."
+            )
     settings = {name: config.to_dict() for name, config in named.items()}
     varied = [key for key in _varied(list(settings.values())) if key != "seed"]
     for name, config in named.items():
@@ -161,7 +172,7 @@ def _against(first: Sequence[Row], done: Sequence[Row]) -> Row:
 
 
 def _run(config: TrainConfig, name: str, folder: Path, train: Train) -> Row:
-    row = dict.fromkeys(COLUMNS, "") | {"run": name, "seed": str(config.seed)}
+    row = dict.fromkeys(COLUMNS, "") | {"run": name, "seed": str(config.seed), "dtype": _dtype(config)}
     try:
         result = train(config, folder / f"{name}.safetensors", resume=True, shared=folder / "shared")
     except IpissaError as error:  # this run's settings do not work; others may
@@ -170,6 +181,10 @@ def _run(config: TrainConfig, name: str, folder: Path, train: Train) -> Row:
         logger.exception("A run failed: %s", row)
         return row | {"error": f"{type(error).__name__}: {error}"}
     return row | {key: str(value) for key, value in _figures(result).items()}
+
+
+def _dtype(config: TrainConfig) -> str:
+    return dtype_name(config.dtype, resolve_device(config.device))
 
 
 def _figures(result: TrainResult) -> Mapping[str, float]:

@@ -13,10 +13,12 @@ from typing import Any
 
 import peft
 import torch
+from torch import nn
 
 from ipissa.adapter.checkpoint import Adapter, save_adapter
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.convert import from_peft_model
+from ipissa.adapter.model import MODULE_SETS
 from ipissa.base import describe_base
 from ipissa.data.continuations import Continuation, Sampling, sample_continuations
 from ipissa.data.pairs import (
@@ -63,7 +65,7 @@ from ipissa.train.reach import Reach, check_reach, measure_reach
 from ipissa.train.result import TrainResult
 from ipissa.train.run_folder import RunFolder
 from ipissa.train.samples import MidwaySamples, Samples, flipped_samples, peft_samples, samples_table, take_samples
-from ipissa.train.selection import LEARNT
+from ipissa.train.selection import WITHOUT_PAIRS
 
 CALIBRATION_PROMPTS = 24
 REACH_PROMPTS = 40
@@ -165,9 +167,11 @@ class _Task:
         if "contrastive" in objective_weights(config.objective):
             asked = contrastive_config(config.contrastive)
             site_modules(model, asked.modules, asked.depths)  # refused now rather than after sampling
-        return cls(
+        task = cls(
             config, trait, model, tokenizer, training[: config.max_prompts], held_out[: config.held_out], suffixes
         )
+        _check_targets(model, task.adapter_config(), config.target_modules)
+        return task
 
     def sample_held_out(self, sampling: Sampling) -> list[Continuation]:
         return sample_continuations(
@@ -227,7 +231,7 @@ def _learn(
     pairs = _pairs(task, continuations)
     objective = _objective(task, continuations, pairs, answers)
     peft_model = _wrap(task.model, task.adapter_config())
-    if config.selection not in (LEARNT, "top"):
+    if config.selection not in WITHOUT_PAIRS:
         select_triples(peft_model, tokenizer, pairs[:SELECTION_PAIRS], rule=config.selection)
     samples_before = peft_samples(peft_model, tokenizer, trait, task.held_out)
     midway = MidwaySamples(tokenizer, trait, task.held_out)
@@ -324,11 +328,31 @@ def _final_loss(history: History) -> float:
     return statistics.mean([record["loss"] for record in history if "loss" in record][-FINAL_STEPS:])
 
 
+def _check_targets(model: Any, adapter_config: InnerPissaConfig, names: Sequence[str]) -> None:
+    """Refuse a name that PEFT would drop without a word, as long as another is found."""
+    blocks = adapter_config.layers_to_transform
+    assert isinstance(blocks, list)
+    wanted = [f".{block}." for block in blocks]
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and any(block in name for block in wanted)
+    ]
+    for name in names:
+        suffixes = tuple(f".{module}" for module in MODULE_SETS.get(name, [name]))
+        if not any(each.endswith(suffixes) for each in linear):
+            there = sorted({each.rpartition(".")[2] for each in linear})
+            raise ConfigError(
+                f"target_modules {name!r} is no linear layer of the adapted blocks; there are {', '.join(there)}, and "
+                f"the sets {', '.join(MODULE_SETS)}."
+            )
+
+
 def _wrap(model: Any, adapter_config: InnerPissaConfig) -> Any:
     model.requires_grad_(False)
     try:
         return peft.get_peft_model(model, adapter_config)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"The adapter cannot be put on this model: {error}") from error
 
 

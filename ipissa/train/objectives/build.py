@@ -9,6 +9,7 @@ from typing import Any
 
 from ipissa.adapter.config import one_of
 from ipissa.errors import ConfigError
+from ipissa.plain import typed
 from ipissa.train.objectives.antiparallel import AntiparallelConfig
 from ipissa.train.objectives.base import Objective, WeightedSum
 from ipissa.train.objectives.contrastive import ContrastiveConfig
@@ -27,6 +28,8 @@ def objective_weights(text: str) -> dict[str, float]:
     for part in text.split(","):
         name, _, weight = part.strip().partition("=")
         one_of(name, dict.fromkeys(OBJECTIVES), name="objective")
+        if name in weights:
+            raise ConfigError(f"objective {text!r} names {name} twice; give it one weight.")
         try:
             weights[name] = float(weight or 1)
         except ValueError:
@@ -57,12 +60,4 @@ def _from_plain(cls: Any, values: Mapping[str, Any], name: str) -> Any:
     known = {f.name: f.type for f in fields(cls)}
     for key in values:
         one_of(key, known, name=f"{name} setting")
-    try:
-        return cls(**{k: _listed(v) if known[k].startswith("tuple") else v for k, v in values.items()})
-    except TypeError as error:
-        raise ConfigError(f"{name} settings {dict(values)} have a value of the wrong type: {error}.") from error
-
-
-def _listed(value: Any) -> tuple[Any, ...]:
-    """A list, or the one thing that would be in it: `up_proj` for `[up_proj]`."""
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return cls(**{key: typed(f"{name} setting {key}", value, known[key]) for key, value in values.items()})

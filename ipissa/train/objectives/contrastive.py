@@ -81,6 +81,8 @@ class ContrastiveConfig:
         one_of(self.side, dict.fromkeys(SIDES), name="side")
         if not self.modules:
             raise ConfigError("modules of the contrastive objective are empty; name linear layers, such as up_proj.")
+        if self.dims < 1:
+            raise ConfigError(f"dims {self.dims} leaves no direction; use at least 1.")
         if self.last_tokens < 2:
             raise ConfigError(f"last_tokens {self.last_tokens} leaves no token to predict; use at least 2.")
         if not self.depths or any(not 0 <= depth < 1 for depth in self.depths):
