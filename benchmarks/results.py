@@ -55,25 +55,26 @@ def section(name: str, medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
         "",
         f"| method | {' | '.join(SHOWN.values())} |",
         "|-" * (1 + len(SHOWN)) + "|",
-        *(_row(name, method, figures) for method, figures in medians.groupby("method", sort=False)),
+        *(_row(name, method, figures, facts["seeds"]) for method, figures in medians.groupby("method", sort=False)),
         "",
         f"{_rank(name, medians)} {_dilemmas(medians, facts)}",
     ]
     return "\n".join(lines)
 
 
-def _row(name: str, method: str, figures: pd.DataFrame) -> str:
+def _row(name: str, method: str, figures: pd.DataFrame, seeds: int) -> str:
     own = figures.set_index("figure")
-    cells = [
-        f"{own.loc[figure, 'median']:.2f} [{own.loc[figure, 'lowest']:.2f}, {own.loc[figure, 'highest']:.2f}]"
-        if figure in own.index  # not in dilemmas that a method leaves too few answers
-        else ""
-        for figure in SHOWN
-    ]
+    cells = [_cell(own.loc[figure], seeds) if figure in own.index else "" for figure in SHOWN]
     label = f"**{name}**" if method == ADAPTER else method
     if own.loc["equal", "lowest"] == 0:
         label += " (at another cost)"
     return f"| {label} | {' | '.join(cells)} |"
+
+
+def _cell(figure: pd.Series, seeds: int) -> str:
+    """A figure of dilemmas is missing at seeds where the method left too few of them an answer."""
+    of = f" ({figure['seeds']} of {seeds})" if figure["seeds"] < seeds else ""
+    return f"{figure['median']:.2f} [{figure['lowest']:.2f}, {figure['highest']:.2f}]{of}"
 
 
 def _rank(name: str, medians: pd.DataFrame) -> str:

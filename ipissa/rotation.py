@@ -102,10 +102,8 @@ def clamp_entries(a: Tensor, limit: float, rotation: str) -> Tensor:
     """m tanh(A/m), entry by entry, as published.
 
     This bounds matrix entries by m, not angles: a saturated 64 x 64 matrix still turns by more
-    than two radians. `clamp_angles` bounds what the name suggests. An infinite m bounds nothing.
+    than two radians. `clamp_angles` bounds what the name suggests.
     """
-    if limit == torch.inf:
-        return a
     return limit * torch.tanh(a / limit)
 
 
@@ -113,13 +111,11 @@ def clamp_angles(a: Tensor, limit: float, rotation: str) -> Tensor:
     """Bound every plane's angle at |α| = 1 by `limit` radians, softly, keeping the planes.
 
     Each frequency θ becomes L tanh(θ/L), where L is the frequency whose angle is `limit`:
-    2 tan(limit/2) for Cayley, `limit` for the exponential. An infinite limit bounds nothing.
+    2 tan(limit/2) for Cayley, `limit` for the exponential.
 
     Raises:
-        ConfigError: a finite limit is beyond what Cayley turns.
+        ConfigError: the limit is beyond what Cayley turns.
     """
-    if limit == torch.inf:
-        return a
     if rotation == "cayley":
         check_angle(limit)
         limit = 2 * float(np.tan(limit / 2))
@@ -127,8 +123,8 @@ def clamp_angles(a: Tensor, limit: float, rotation: str) -> Tensor:
 
 
 def check_angle(limit: float) -> None:
-    """Refuse a finite limit for angles that Cayley rotations never reach."""
-    if torch.pi <= limit < torch.inf:
+    """Refuse a limit for angles that Cayley rotations never reach."""
+    if not limit < torch.pi:
         raise ConfigError(f"max_rotation {limit} is not below pi, which is as far as Cayley turns.")
 
 

@@ -406,6 +406,9 @@ def test_a_methods_best_scale_is_that_of_the_largest_gain_on_tuning_prompts(
         assert best.scale == max(on_tuning, key=on_tuning.__getitem__)
         gains = (best.yardsticks.positive.trait_gain.value, best.yardsticks.negative.trait_gain.value)
         assert min(gains) == pytest.approx(worse(m.held_out, best.scale), abs=1e-3)
+        steerer = Steerer(ScaledDial(steerer.dial, best.scale))
+        lost = text_degradation(steerer, tokenizer, m.plain, [-1.0, 1.0])
+        assert best.degradation == pytest.approx(sum(lost.values()) / 2, rel=1e-3)
     assert Best.from_dict(best.to_dict()) == best
 
 

@@ -86,6 +86,8 @@ def test_a_method_that_leaves_dilemmas_no_answer_has_empty_cells() -> None:
     table = medians(SURE, adapter=0.3, caa=0.1)
     lost = (table["method"] == "caa") & table["figure"].isin(["balanced_value", "acquiescence_value"])
     assert "| caa | 0.50 [0.40, 0.60] | 0.10 [0.00, 0.20] |  |  |" in section("kind", table[~lost], FACTS)
+    table.loc[lost, "seeds"] = 2
+    assert "| 0.10 [0.00, 0.20] (2 of 3) | 0.10 [0.00, 0.20] (2 of 3) |" in section("kind", table, FACTS)
 
 
 def test_the_readme_keeps_everything_but_its_results(tmp_path: Path) -> None:

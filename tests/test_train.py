@@ -529,7 +529,6 @@ def test_a_weighted_sum_adds_losses_and_names_figures(tokenizer: Any, targets: l
         ({"top_p": 7}, "top_p 7 is not a share above 0"),
         ({"weight_decay": -1}, "weight_decay -1 is negative"),
         ({"objective": "guided=1,guided=2"}, "names guided twice"),
-        ({"objective": "antiparallel", "depth_start": 0.6}, r"after block 500, which blocks from 600 on cannot move"),
         ({"contrastive": {"dims": 4}}, r"contrastive .* is for objective contrastive, not 'guided'"),
         ({"objective": "contrastive", "antiparallel": {"rank": 2}}, "antiparallel .* is for objective antiparallel"),
         ({"suffixes": "mine.txt"}, "suffixes 'mine.txt' are for pairs of texts"),

@@ -175,6 +175,10 @@ def test_a_setting_that_is_of_no_use_costs_a_broken_run_nothing(
         ),
         ({"target_modules": ["o_proj", "dwon_proj"]}, r"target_modules 'dwon_proj' is no linear layer .* there are "),
         ({"target_modules": ["residual", "mpl"]}, "target_modules 'mpl' is no linear layer"),
+        (
+            {"objective": "antiparallel", "antiparallel": {"depth": 0.25}, "depth_start": 0.6},
+            "compares states after block 1, which blocks from 2 on cannot move",
+        ),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_anything_is_sampled_and_leaves_no_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
@@ -36,7 +37,7 @@ class InnerPissaConfig(PeftConfig):
         directions: `triples`, the r largest singular triples, or `learnt` (`ipissa.adapter.frame`): r directions of the
             input, an even number, mixed of all the layer's right singular vectors, which turn without scaling.
         clamp: `entries` (as published), `angles` (each plane's true angle) or `none`.
-        max_rotation: Limit of the clamp, for entries or in radians; infinite for none.
+        max_rotation: Limit of the clamp, for entries or in radians.
         init_std: Standard deviation of the initial rotation parameters. At zero, +α and -α give the same output at
             first, and an objective that compares them has no gradient.
     """
@@ -66,8 +67,8 @@ class InnerPissaConfig(PeftConfig):
         one_of(self.directions, DIRECTIONS, name="directions")
         if self.r < 2:
             raise ConfigError(f"r {self.r} is too small: a rotation needs a plane, so use at least 2.")
-        if not self.max_rotation > 0:
-            raise ConfigError(f"max_rotation {self.max_rotation} is not positive; use clamp='none' to disable it.")
+        if not 0 < self.max_rotation < math.inf:
+            raise ConfigError(f"max_rotation {self.max_rotation} is no limit; use clamp 'none' for none.")
         if self.clamp == "angles" and self.rotation == "cayley":
             check_angle(self.max_rotation)
         if self.init_std < 0:

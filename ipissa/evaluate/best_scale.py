@@ -8,11 +8,14 @@ measured on held-out ones. The adapter may not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from ipissa.evaluate.compare import POLES
+from ipissa.evaluate.degradation import text_degradation
 from ipissa.evaluate.dial import ScaledDial
 from ipissa.evaluate.methods import TRAINED, VECTORS, Materials, made
+from ipissa.evaluate.steerer import Steerer
 from ipissa.evaluate.yardsticks import Yardsticks, measure_yardsticks, worse_trait_gains
 
 # Towards 0 every gain ends at 0, so what has none at the least has none.
@@ -26,16 +29,17 @@ class Best:
 
     method: str
     scale: float
+    degradation: float  # of text, over both poles, on held-out prompts
     yardsticks: Yardsticks
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return {"method": self.method, "scale": self.scale, "yardsticks": self.yardsticks.to_dict()}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Best:
         """What `to_dict` gave."""
-        return cls(values["method"], values["scale"], Yardsticks.from_dict(values["yardsticks"]))
+        return cls(**{**values, "yardsticks": Yardsticks.from_dict(values["yardsticks"])})
 
 
 def measure_at_best(method: str, m: Materials, *, equal: float) -> Best:
@@ -44,4 +48,6 @@ def measure_at_best(method: str, m: Materials, *, equal: float) -> Best:
     with made(method, m) as steerer:
         gains = worse_trait_gains(steerer.dial, m.tuning_told, [around * step for step in STEPS])
         scale = max(gains, key=gains.__getitem__)
-        return Best(method, scale, measure_yardsticks(ScaledDial(steerer.dial, scale), m.held_out))
+        dial = ScaledDial(steerer.dial, scale)
+        lost = text_degradation(Steerer(dial), m.tokenizer, m.plain, POLES)
+        return Best(method, scale, sum(lost.values()) / len(POLES), measure_yardsticks(dial, m.held_out))

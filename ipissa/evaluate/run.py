@@ -44,7 +44,7 @@ def evaluate(
     """Measure, and write the report to the folder `output`; begun again, it goes on where it was.
 
     Vectors are computed from pairs of training prompts; trained methods are trained as the adapter was; all are
-    brought to the adapter's degradation on a few training prompts. What is reported is measured on held-out
+    brought to the adapter's degradation on a few prompts for tuning. What is reported is measured on held-out
     prompts and on dilemmas, the same for all.
 
     Args:

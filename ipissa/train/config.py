@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ipissa.adapter.config import InnerPissaConfig, one_of
+from ipissa.adapter.config import MAX_ROTATION, InnerPissaConfig, one_of
 from ipissa.adapter.model import MODULE_SETS
 from ipissa.data.continuations import Sampling
 from ipissa.data.pairs import read_suffixes
@@ -182,7 +182,7 @@ class TrainConfig:
     rotate_v: bool = True
     rotate_u: bool = False
     clamp: str | None = None
-    max_rotation: float = 0.3
+    max_rotation: float = MAX_ROTATION
     target_modules: tuple[str, ...] = ("residual",)
     depth_start: float = 0.2
     depth_end: float = 0.9
@@ -253,7 +253,7 @@ class TrainConfig:
             raise ConfigError("strengths other than 1 need objective 'guided': a persona prompt has one strength.")
 
     def _check_used(self, weights: Mapping[str, float]) -> None:
-        """Refuse settings that nothing would read: a sweep over one would compare a run with itself."""
+        """Refuse settings of another objective: a sweep over one would compare a run with itself."""
         for name in ("contrastive", "antiparallel"):
             if getattr(self, name) and name not in weights:
                 raise ConfigError(f"{name} {getattr(self, name)} is for objective {name}, not {self.objective!r}.")
@@ -304,7 +304,6 @@ class TrainConfig:
             raise ConfigError(
                 f"Every block of depth {self.depth_start:g} to {self.depth_end:g} is a loss block; adapt others."
             )
-        self._check_antiparallel(blocks, num_layers)
         learnt = self.selection == LEARNT
         return InnerPissaConfig(
             r=self.rank,
@@ -319,16 +318,6 @@ class TrainConfig:
             max_rotation=self.max_rotation,
             task_type="CAUSAL_LM",
         )
-
-    def _check_antiparallel(self, blocks: Sequence[int], num_layers: int) -> None:
-        if "antiparallel" not in objective_weights(self.objective):
-            return
-        (compared,) = site_blocks([antiparallel_config(self.antiparallel).depth], num_layers)
-        if min(blocks) > compared:
-            raise ConfigError(
-                f"Objective antiparallel compares states after block {compared}, which blocks from {min(blocks)} on "
-                f"cannot move; adapt some before, with a depth_start below {self.depth_start:g}."
-            )
 
     def loss_blocks(self, num_layers: int) -> list[int]:
         """Blocks that the contrastive objective looks at, which are not adapted."""

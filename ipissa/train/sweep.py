@@ -96,11 +96,13 @@ def run_sweep(configs: Sequence[TrainConfig], folder: Path, train: Train) -> Pat
             "earlier version), so medians would be mixed; choose another --output, or put settings and prompts back."
         )
     for name, row in done.items():
+        if row["error"]:
+            continue
         there, here = row.get("dtype", "a dtype that it does not say"), _dtype(named[name])
         if there != here:
             raise ConfigError(
-                f"{results} holds runs in {there}, and here they would be in {here}, so medians would be mixed; give "
-                "the dtype in base, or choose another --output."
+                f"{results} holds runs in {there}, and here they would be in {here}, so medians would be mixed; choose "
+                "another --output."
             )
     settings = {name: config.to_dict() for name, config in named.items()}
     varied = [key for key in _varied(list(settings.values())) if key != "seed"]
@@ -172,8 +174,9 @@ def _against(first: Sequence[Row], done: Sequence[Row]) -> Row:
 
 
 def _run(config: TrainConfig, name: str, folder: Path, train: Train) -> Row:
-    row = dict.fromkeys(COLUMNS, "") | {"run": name, "seed": str(config.seed), "dtype": _dtype(config)}
+    row = dict.fromkeys(COLUMNS, "") | {"run": name, "seed": str(config.seed)}
     try:
+        row["dtype"] = _dtype(config)
         result = train(config, folder / f"{name}.safetensors", resume=True, shared=folder / "shared")
     except IpissaError as error:  # this run's settings do not work; others may
         return row | {"error": str(error)}

@@ -13,6 +13,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ipissa.adapter.checkpoint import Adapter, save_adapter
@@ -59,7 +60,7 @@ from ipissa.train.objectives.build import (
 )
 from ipissa.train.objectives.contrastive import Contrastive
 from ipissa.train.objectives.distill import KINDS, Distillation
-from ipissa.train.objectives.sites import site_modules
+from ipissa.train.objectives.sites import site_blocks, site_modules
 from ipissa.train.plots import plot_history
 from ipissa.train.reach import Reach, check_reach, measure_reach
 from ipissa.train.result import TrainResult
@@ -164,13 +165,17 @@ class _Task:
         suffixes = None if config.suffixes is None else read_suffixes(config.suffixes)
         check_trainer(config, resolve_device(config.device).type)
         model, tokenizer = load_model(config.model, device=config.device, dtype=config.dtype)
-        if "contrastive" in objective_weights(config.objective):
+        weights = objective_weights(config.objective)
+        if "contrastive" in weights:
             asked = contrastive_config(config.contrastive)
             site_modules(model, asked.modules, asked.depths)  # refused now rather than after sampling
         task = cls(
             config, trait, model, tokenizer, training[: config.max_prompts], held_out[: config.held_out], suffixes
         )
-        _check_targets(model, task.adapter_config(), config.target_modules)
+        adapter_config = task.adapter_config()
+        _check_targets(model, adapter_config, config.target_modules)
+        if "antiparallel" in weights:
+            _check_compared(model, adapter_config, antiparallel_config(config.antiparallel).depth)
         return task
 
     def sample_held_out(self, sampling: Sampling) -> list[Continuation]:
@@ -330,22 +335,33 @@ def _final_loss(history: History) -> float:
 
 def _check_targets(model: Any, adapter_config: InnerPissaConfig, names: Sequence[str]) -> None:
     """Refuse a name that PEFT would drop without a word, as long as another is found."""
-    blocks = adapter_config.layers_to_transform
-    assert isinstance(blocks, list)
-    wanted = [f".{block}." for block in blocks]
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and any(block in name for block in wanted)
-    ]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for name in names:
-        suffixes = tuple(f".{module}" for module in MODULE_SETS.get(name, [name]))
-        if not any(each.endswith(suffixes) for each in linear):
-            there = sorted({each.rpartition(".")[2] for each in linear})
+        of_one = replace(adapter_config, target_modules=MODULE_SETS.get(name, [name]))
+        if not any(check_target_module_exists(of_one, each) for each in linear):
+            block = model.get_decoder().layers[_first_block(adapter_config)]
+            there = [each.rpartition(".")[2] for each, module in block.named_modules() if isinstance(module, nn.Linear)]
             raise ConfigError(
                 f"target_modules {name!r} is no linear layer of the adapted blocks; there are {', '.join(there)}, and "
                 f"the sets {', '.join(MODULE_SETS)}."
             )
+
+
+def _check_compared(model: Any, adapter_config: InnerPissaConfig, depth: float) -> None:
+    """Refuse to compare states that nothing adapted can move."""
+    (compared,) = site_blocks([depth], len(model.get_decoder().layers))
+    first = _first_block(adapter_config)
+    if first > compared:
+        raise ConfigError(
+            f"Objective antiparallel compares states after block {compared}, which blocks from {first} on cannot move; "
+            "adapt some before, with a lower depth_start."
+        )
+
+
+def _first_block(adapter_config: InnerPissaConfig) -> int:
+    blocks = adapter_config.layers_to_transform
+    assert isinstance(blocks, list)
+    return blocks[0]
 
 
 def _wrap(model: Any, adapter_config: InnerPissaConfig) -> Any:

@@ -131,19 +131,20 @@ def verdict(measured: Sequence[Measured], analyses: Sequence[Analysis]) -> str:
     """The ranking in a sentence, or why there is none."""
     if len(measured) < 2:
         return "Nothing to rank: there is one method."
+    lost = [each.method for each in measured if each.method not in {one.method for one in analyses}]
+    left_out = f" Left out, as too few dilemmas kept an answer: {', '.join(lost)}." if lost else ""
     differences = base_differences(measured)
     reason = why_unranked(differences)
     if reason:
-        return reason
+        return reason + left_out
     order = ranked(analyses, differences)
     unequal = [each.method for each in measured if each.equal is False]
-    lost = [each.method for each in measured if each.method not in {one.method for one in analyses}]
     apart = [each.method for each in analyses if each.figures["balanced_low"] * each.figures["balanced_high"] > 0]
     return (
         f"By balanced slope, the largest first: {', '.join(order)}. "
         f"Distinguishable from nothing (95 %): {', '.join(apart) or 'none'}."
         + (f" Not at equal degradation: {', '.join(unequal)}." if unequal else "")
-        + (f" Left out, as too few dilemmas kept an answer: {', '.join(lost)}." if lost else "")
+        + left_out
     )
 
 

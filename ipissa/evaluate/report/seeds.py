@@ -113,6 +113,8 @@ def _figures(folder: Path) -> pd.DataFrame:
             best.assign(figure=f"trait_gain {pole} at best", value=best["trait_gain"])[best["pole"] == pole]
             for pole in ("+", "-")
         ]
+        one = best[best["pole"] == "+"]
+        parts.append(one.assign(figure="degradation at best", value=one["degradation"]))
     path = folder / "tables" / "methods.csv"
     if path.exists():
         methods = pd.read_csv(path)
@@ -130,6 +132,7 @@ def _markdown(medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
     figures = list(dict.fromkeys(medians["figure"]))
     cell = {
         (row.method, row.figure): f"{row.median:.3g} [{row.lowest:.3g}, {row.highest:.3g}]"
+        + (f" ({row.seeds} of {seeds})" if row.seeds < seeds else "")
         for row in medians.itertuples()
         if row.seeds
     }

@@ -28,7 +28,11 @@ def yardstick_table(measured: Sequence[Measured]) -> pd.DataFrame:
 def best_table(best: Sequence[Best]) -> pd.DataFrame:
     """The same at the scale that suits a method best."""
     return pd.DataFrame(
-        [{"method": each.method, "scale": each.scale} | row for each in best for row in _of_poles(each.yardsticks)]
+        [
+            {"method": each.method, "scale": each.scale, "degradation": each.degradation} | row
+            for each in best
+            for row in _of_poles(each.yardsticks)
+        ]
     )
 
 
