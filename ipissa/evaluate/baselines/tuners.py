@@ -1,10 +1,13 @@
-"""LoRA and DoRA, trained as an adapter was: same texts, objective, modules, rank and steps, and the same dial."""
+"""LoRA and DoRA, trained as an adapter was: same texts, objective, modules, rank and steps, and the same dial.
+
+The learning rate is their own: that of learnt directions is for steps of another size.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from ipissa.train.fit import fit
 from ipissa.train.objectives.distill import KINDS, Distillation, Target
 
 TUNERS = ("lora", "dora")
+LEARNING_RATE = 3e-3  # theirs, as an adapter's is its own: docs/evaluation.md has how it was found
 NAMES = "lora, dora and reft"  # all that learn as the adapter did
 
 
@@ -84,7 +88,8 @@ def trained_tuner(
     peft_model = peft.get_peft_model(model, lora_like(same, dora=kind == "dora"))
     handles = add_dial(peft_model)
     try:
-        fit(peft_model, Distillation(targets, pad_id=tokenizer.pad_token_id), config, state / kind, resume=True)
+        settings = replace(config, lr=LEARNING_RATE)
+        fit(peft_model, Distillation(targets, pad_id=tokenizer.pad_token_id), settings, state / kind, resume=True)
         yield LayerDial(peft_model)
     finally:
         for handle in handles:
