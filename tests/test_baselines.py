@@ -21,7 +21,6 @@ from ipissa.data.pairs import ContrastivePair, Opening, contrastive_pairs
 from ipissa.data.personas import Trait
 from ipissa.errors import ConfigError
 from ipissa.evaluate.baselines import tuners
-from ipissa.evaluate.baselines.engineered import EngineeredTrait
 from ipissa.evaluate.baselines.random import random_like
 from ipissa.evaluate.baselines.reft import ReftDial, trained_reft
 from ipissa.evaluate.baselines.sspace import sspace_like
@@ -36,12 +35,12 @@ from ipissa.evaluate.baselines.vectors import (
 from ipissa.evaluate.best_scale import STEPS, Best, measure_at_best
 from ipissa.evaluate.compare import adapter_degradation, markdown, measure_method
 from ipissa.evaluate.degradation import PlainText, text_degradation
-from ipissa.evaluate.dial import HookDial, ScaledDial
+from ipissa.evaluate.dial import ScaledDial
 from ipissa.evaluate.held_out import HeldOut
 from ipissa.evaluate.methods import ADAPTER, METHODS, Materials, made
 from ipissa.evaluate.side_by_side import side_by_side
 from ipissa.evaluate.steerer import Steerer
-from ipissa.evaluate.yardsticks import measure_persona_prompt, measure_yardsticks
+from ipissa.evaluate.yardsticks import measure_yardsticks
 from ipissa.steering import attach
 from ipissa.train.config import TrainConfig
 from ipissa.train.objectives.distill import Target, build_targets
@@ -262,47 +261,6 @@ def test_a_tuner_whose_training_was_broken_off_goes_on_to_the_same_one(
     assert (steered(tmp_path / "broken") - unbroken).abs().max() < 1e-4
 
 
-def test_engineered_prompts_say_it_at_length_in_the_system_turn_only() -> None:
-    trait = EngineeredTrait(**vars(TRAIT))
-    system, user = trait.messages("Why?", -1)
-    assert (system["role"], user) == ("system", {"role": "user", "content": "Why?"})
-    assert system["content"].count("an angry person") == 2
-    assert trait.messages("Why?", 0) == trait.messages("Why?", None) == [user]
-
-
-def test_engineered_prompts_stand_in_front_of_the_neutral_line_where_a_dial_would_be_turned() -> None:
-    trait = EngineeredTrait(**vars(TRAIT))
-    system, user = trait.over_neutral().messages("Why?", -1)
-    neutral = TRAIT.messages("Why?", 0)
-    assert system["content"] == f"{trait.messages('Why?', -1)[0]['content']} {neutral[0]['content']}"
-    assert user == neutral[1]
-    assert TRAIT.over_neutral() is TRAIT  # the persona line itself is what the neutral one is another of
-
-
-def test_an_engineered_prompt_is_compared_with_the_neutral_line_that_it_was_added_to(
-    model: Any, tokenizer: Any
-) -> None:
-    engineered = EngineeredTrait(**vars(TRAIT))
-    texts = [Continuation(prompt, pole, [11, 12, 13]) for prompt in ("Who is it?", "Why?") for pole in (1, -1)]
-    found = measure_persona_prompt(HookDial(model), HeldOut(tokenizer, TRAIT, texts), told_by=engineered)
-
-    def logp(messages: Any, told: Any) -> float:
-        """Expected, at every token, over what the told model might say next."""
-        p, q = (
-            logits_of(model, torch.tensor([[*context, 11, 12, 13]]))[0, len(context) - 1 : -1].double().log_softmax(-1)
-            for context in (chat_ids(tokenizer, told), chat_ids(tokenizer, messages))
-        )
-        return float((p.exp() * q).sum())
-
-    over = engineered.over_neutral()
-    total = {
-        name: sum(logp(who.messages(prompt, pole), TRAIT.messages(prompt, 1)) for prompt in ("Who is it?", "Why?"))
-        for name, who, pole in (("engineered", over, 1), ("neutral", TRAIT, 0), ("told", TRAIT, 1))
-    }
-    expected = (total["engineered"] - total["neutral"]) / (total["told"] - total["neutral"])
-    assert found.positive.trait_gain.value == pytest.approx(expected, abs=1e-3)
-
-
 def test_a_random_adapter_of_learnt_directions_has_others_of_the_same_weight(model: Any) -> None:
     adapter = random_adapter(model, suffixes=("o_proj",), scale_mode="none", directions="learnt")
     other = random_like(adapter, model, seed=1)
@@ -410,22 +368,6 @@ def test_a_methods_best_scale_is_that_of_the_largest_gain_on_tuning_prompts(
         lost = text_degradation(steerer, tokenizer, m.plain, [-1.0, 1.0])
         assert best.degradation == pytest.approx(sum(lost.values()) / 2, rel=1e-3)
     assert Best.from_dict(best.to_dict()) == best
-
-
-def test_the_plain_gain_of_a_persona_prompt_equals_its_definition(model: Any, tokenizer: Any) -> None:
-    def logp(text: Continuation, persona: int | None) -> float:
-        """Expected, at every token, over what the told model might say next."""
-        told, logprobs = (
-            logits_of(model, torch.tensor([context + text.tokens]))[0, len(context) - 1 : -1].double().log_softmax(-1)
-            for context in (chat_ids(tokenizer, TRAIT.messages(text.prompt, p)) for p in (1, persona))
-        )
-        return float((told.exp() * logprobs).sum())
-
-    own = [Continuation("How are you?", 1, [11, 12, 13]), Continuation("Who is it?", 1, [14, 15])]
-    others = [Continuation(text.prompt, -1, [16, 17]) for text in own]
-    found = measure_persona_prompt(attach(model, random_adapter(model)), HeldOut(tokenizer, TRAIT, own + others))
-    expected = sum(logp(text, 1) - logp(text, None) for text in own) / 5
-    assert found.positive.plain_gain.value == pytest.approx(expected, abs=1e-4)
 
 
 def test_told_and_steered_texts_are_the_models_own(model: Any, tokenizer: Any) -> None:

@@ -62,11 +62,11 @@ class InnerPissaLayer(BaseTunerLayer):
             self._adapt_triples(adapter_name, config)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         if config.directions == "triples":  # now: PEFT's move rounds what is there to the base's dtype
-            self._keep_leading(adapter_name, config.r)
+            self.keep_triples(adapter_name, torch.arange(self._rank(config)))
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _adapt_triples(self, adapter_name: str, config: InnerPissaConfig) -> None:
-        r = min(config.r, self.in_features, self.out_features)
+        r = self._rank(config)
         if config.rotate_v:
             self.innerpissa_p_v[adapter_name] = nn.Parameter(_initial_rotation(r, config.init_std))
         if config.rotate_u:
@@ -78,20 +78,16 @@ class InnerPissaLayer(BaseTunerLayer):
         """The thin SVD of the base weight in float32: U (d_out, k), S (k,) falling, V (d_in, k)."""
         return thin_svd(self.base_linear())
 
-    def _keep_leading(self, adapter_name: str, r: int) -> None:
-        u, s, v = self.svd()
-        self._keep(adapter_name, u[:, :r], s[:r], v[:, :r])
+    def _rank(self, config: InnerPissaConfig) -> int:
+        return min(config.r, self.in_features, self.out_features)
 
     def keep_triples(self, adapter_name: str, indices: Tensor) -> None:
         """Adapt these singular triples (r,) instead of the largest; their values stay the weight's own."""
         u, s, v = self.svd()
         indices = indices.to(s.device)
-        self._keep(adapter_name, u[:, indices], s[indices], v[:, indices])
-
-    def _keep(self, adapter_name: str, u: Tensor, s: Tensor, v: Tensor) -> None:
-        self.innerpissa_U[adapter_name] = u.contiguous()
-        self.innerpissa_S[adapter_name] = s.contiguous()
-        self.innerpissa_V[adapter_name] = v.contiguous()
+        self.innerpissa_U[adapter_name] = u[:, indices].contiguous()
+        self.innerpissa_S[adapter_name] = s[indices].contiguous()
+        self.innerpissa_V[adapter_name] = v[:, indices].contiguous()
 
     def skew_matrices(self, adapter_name: str) -> tuple[Tensor | None, Tensor | None]:
         """The effective (clamped) A_v and A_u, each (r, r) or None where that side does not rotate."""

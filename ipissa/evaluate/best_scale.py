@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ipissa.evaluate.compare import POLES
-from ipissa.evaluate.degradation import text_degradation
+from ipissa.evaluate.compare import over_poles
 from ipissa.evaluate.dial import ScaledDial
 from ipissa.evaluate.methods import TRAINED, VECTORS, Materials, made
 from ipissa.evaluate.steerer import Steerer
@@ -49,5 +48,4 @@ def measure_at_best(method: str, m: Materials, *, equal: float) -> Best:
         gains = worse_trait_gains(steerer.dial, m.tuning_told, [around * step for step in STEPS])
         scale = max(gains, key=gains.__getitem__)
         dial = ScaledDial(steerer.dial, scale)
-        lost = text_degradation(Steerer(dial), m.tokenizer, m.plain, POLES)
-        return Best(method, scale, sum(lost.values()) / len(POLES), measure_yardsticks(dial, m.held_out))
+        return Best(method, scale, over_poles(Steerer(dial), m, m.plain), measure_yardsticks(dial, m.held_out))

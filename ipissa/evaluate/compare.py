@@ -11,7 +11,7 @@ import pandas as pd
 from ipissa.data.items import PREFIX, Dataset
 from ipissa.data.prompts import spread
 from ipissa.evaluate.choices import measure_choices
-from ipissa.evaluate.degradation import Match, matching_scale, prompt_degradation, text_degradation
+from ipissa.evaluate.degradation import Match, PlainText, matching_scale, prompt_degradation, text_degradation
 from ipissa.evaluate.dial import ScaledDial
 from ipissa.evaluate.methods import ADAPTER, Materials, made
 from ipissa.evaluate.steerer import Steerer
@@ -45,7 +45,7 @@ class Measured:
 def adapter_degradation(m: Materials) -> float:
     """What other methods are brought to: the adapter's, over both poles, on tuning texts."""
     with made(ADAPTER, m) as steerer:
-        return _over_poles(steerer, m)
+        return over_poles(steerer, m, m.tuning)
 
 
 def measure_method(
@@ -75,13 +75,14 @@ def scale_to(degradation: float, steerer: Steerer, m: Materials, *, start: float
     """What a dial must be scaled by to cost so much on the tuning texts."""
 
     def costs(scale: float) -> float:
-        return _over_poles(Steerer(ScaledDial(steerer.dial, scale)), m)
+        return over_poles(Steerer(ScaledDial(steerer.dial, scale)), m, m.tuning)
 
     return matching_scale(costs, degradation, start=start)
 
 
-def _over_poles(steerer: Steerer, m: Materials) -> float:
-    lost = text_degradation(steerer, m.tokenizer, m.tuning, POLES)
+def over_poles(steerer: Steerer, m: Materials, texts: Sequence[PlainText]) -> float:
+    """Nats per token that these unsteered answers lose, on average over the poles."""
+    lost = text_degradation(steerer, m.tokenizer, texts, POLES)
     return sum(lost.values()) / len(POLES)
 
 
