@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -23,6 +23,7 @@ from ipissa.errors import BaseModelMismatchError
 # singular vectors by a few per cent; another model's weight has nothing to do with them (residual about 1.4).
 MAX_RESIDUAL = 0.3
 SAMPLED = 256  # numbers of every weight
+SAMPLED_TOKENS, SAMPLED_WIDTH = 8, 4  # of the input embeddings
 SHAPE_KEYS = (
     "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "intermediate_size", "vocab_size",
@@ -38,13 +39,15 @@ def describe_base(model: PreTrainedModel, name: str) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "layers": config.num_hidden_layers,
         "fingerprint": fingerprint(model),
+        "embeddings": [float(f"{value:.4g}") for value in _embedding_sample(model).tolist()],
     }
 
 
 def fingerprint(model: PreTrainedModel) -> str:
     """sha256 over the shape of the model, the same for every dtype and quantisation of one base.
 
-    It cannot tell two models of one shape apart; the adapter's own factors do that in `check_base`.
+    It cannot tell two models of one shape apart; the adapter's own factors do that in `check_base`, and for
+    vectors a sample of the embeddings.
     """
     return _fingerprint(_text_config(model))
 
@@ -73,11 +76,12 @@ def check_base(model: PreTrainedModel, adapter: AnyAdapter) -> None:
     """Raise `BaseModelMismatchError` unless `adapter` was made for `model`.
 
     The shapes must agree, and in three modules W V = U S must hold for the leading singular triples:
-    those identify the weights themselves, whatever they were quantised to or called. A vector has no such
-    mark: only the shapes are compared.
+    those identify the weights themselves, whatever they were quantised to or called. A vector has no factors:
+    the sample of the embeddings that its file holds is compared instead, where it holds one.
     """
     _check_shape(fingerprint(model), adapter)
     if isinstance(adapter, VectorAdapter):
+        _check_embeddings(model, adapter)
         return
     for name in _samples(adapter):
         _check_residual(_residual(find_linear(model, name, adapter), adapter, name), adapter, name)
@@ -129,6 +133,28 @@ def _check_shape(found: str, adapter: AnyAdapter) -> None:
         raise BaseModelMismatchError(
             f"The adapter {adapter.name!r} was made for {_made_for(adapter)}, whose shape differs from this model's; "
             "load that base model or train the adapter for this one."
+        )
+
+
+@torch.no_grad()
+def _embedding_sample(model: PreTrainedModel) -> Tensor:
+    """A few numbers of the embeddings of tokens from all over the vocabulary, (32,), however they are stored."""
+    embeddings = model.get_input_embeddings()
+    vocabulary = _text_config(model).vocab_size
+    tokens = torch.arange(0, vocabulary, max(1, vocabulary // SAMPLED_TOKENS))[:SAMPLED_TOKENS]
+    vectors = embeddings(tokens.to(next(embeddings.parameters()).device))  # (tokens, d)
+    return vectors[:, :SAMPLED_WIDTH].flatten().float().cpu()
+
+
+def _check_embeddings(model: PreTrainedModel, adapter: VectorAdapter) -> None:
+    if (recorded := adapter.base_model.get("embeddings")) is None:
+        return
+    expected = torch.tensor(recorded, dtype=torch.float32)
+    found = _embedding_sample(model)
+    if found.shape != expected.shape or not (found - expected).norm() <= MAX_RESIDUAL * expected.norm():
+        raise BaseModelMismatchError(
+            f"The adapter {adapter.name!r} was made for {_made_for(adapter)}, whose embeddings differ from this "
+            "model's; load that base model or make the vector for this one."
         )
 
 

@@ -108,6 +108,29 @@ def test_a_vector_for_another_model_is_refused(llama: Any) -> None:
         ipissa.attach(llama, replace(adapter, modules={"model.layers.1": torch.ones(31)}))
 
 
+def test_a_vector_for_other_weights_of_one_shape_is_refused(llama: Any, tmp_path: Path) -> None:
+    save_adapter(vector_for(llama), tmp_path / "v.safetensors")
+    adapter = load_adapter(tmp_path / "v.safetensors")
+    ipissa.attach(tiny_model("llama").bfloat16(), adapter)  # the same weights, rounded
+    with pytest.raises(BaseModelMismatchError, match="whose embeddings differ"):
+        ipissa.attach(tiny_model("llama", seed=9), adapter)
+    base = adapter.base_model
+    with pytest.raises(BaseModelMismatchError, match="whose embeddings differ"):
+        ipissa.attach(llama, replace(adapter, base_model=base | {"embeddings": base["embeddings"][:1]}))
+    without = {key: value for key, value in base.items() if key != "embeddings"}  # as files of earlier versions
+    ipissa.attach(tiny_model("llama", seed=9), replace(adapter, base_model=without))
+
+
+@pytest.mark.parametrize("embeddings", ["none", [0.1, "x"], {"0": 1.0}])
+def test_a_vector_whose_embeddings_are_no_numbers_is_refused(embeddings: Any, llama: Any, tmp_path: Path) -> None:
+    adapter = vector_for(llama)
+    save_adapter(
+        replace(adapter, base_model=adapter.base_model | {"embeddings": embeddings}), tmp_path / "v.safetensors"
+    )
+    with pytest.raises(AdapterFileError, match="are no list of numbers"):
+        load_adapter(tmp_path / "v.safetensors")
+
+
 def test_a_served_vector_steers_generation_and_scores_as_it_does_alone(tiny: Path) -> None:
     """In a batch whose texts share the blocks before the vector, beside an adapter of the other kind."""
     model, tokenizer = ipissa.load_model(str(tiny / "model"), device="cpu", dtype="float32")

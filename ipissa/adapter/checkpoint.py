@@ -241,6 +241,7 @@ def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[AdapterConfig 
         raise AdapterFileError(f"{path} has metadata that cannot be used ({reason}).") from error
     if not all(isinstance(base_model.get(key), str) for key in ("name", "fingerprint")):
         raise AdapterFileError(f"{path} does not name its base model in its metadata.")
+    _check_embeddings(path, base_model.get("embeddings"))
     if not low <= 0 <= high or not -1e6 < low < high < 1e6:
         raise AdapterFileError(f"{path} has the alpha_range [{low}, {high}], which is not an interval around 0.")
     missing = {"positive", "negative", "neutral", "template"} - trait.keys()
@@ -255,6 +256,12 @@ def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[AdapterConfig 
         "evaluation": evaluation,
         "license": metadata.get("license", ""),
     }
+
+
+def _check_embeddings(path: Path, found: Any) -> None:
+    """None, where a file does not say, or the numbers of `ipissa.base.describe_base`."""
+    if found is not None and not (isinstance(found, list) and all(isinstance(each, int | float) for each in found)):
+        raise AdapterFileError(f"{path} has embeddings in its base_model metadata that are no list of numbers.")
 
 
 def _refuse_constant(name: str) -> None:

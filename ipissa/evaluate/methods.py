@@ -14,6 +14,7 @@ from typing import Any
 
 from ipissa.adapter.checkpoint import Adapter, AnyAdapter
 from ipissa.adapter.vector import VectorAdapter
+from ipissa.base import describe_base
 from ipissa.data.activations import PairActivations, pair_activations
 from ipissa.data.pairs import ContrastivePair
 from ipissa.data.personas import Trait
@@ -115,7 +116,8 @@ def _vector(directions: Callable[..., Directions], m: Materials) -> AbstractCont
 def vector_adapter(directions: Callable[..., Directions], m: Materials) -> VectorAdapter:
     """A vector method as an adapter that can be saved and served."""
     modules = directions(m.model, m.activations, middle_blocks(m.model))
-    return VectorAdapter(modules=modules, base_model=m.adapter.base_model, trait=m.adapter.trait)
+    base_model = describe_base(m.model, m.adapter.base_model["name"])  # with marks that the adapter's file may lack
+    return VectorAdapter(modules=modules, base_model=base_model, trait=m.adapter.trait)
 
 
 def _sspace(m: Materials) -> AbstractContextManager[Steerer]:
