@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from ipissa.adapter import load_adapter, load_innerpissa, save_adapter, to_lora
+from ipissa.adapter.base_model import block_names, describe_base
 from ipissa.adapter.control_vector import read_control_vector
 from ipissa.adapter.convert import to_peft_folder
 from ipissa.adapter.lora import merge, new_folder
-from ipissa.base import block_names, describe_base
 from ipissa.cli_errors import assignments, run_cli
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts, spread

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from ipissa.adapter.base_model import check_base, find_added_to, find_linear
 from ipissa.adapter.checkpoint import Adapter, AnyAdapter
-from ipissa.base import check_base, find_added_to, find_linear
 from ipissa.errors import AlphaError
 from ipissa.phases import Addend, Coefficients, FoldedDelta, FoldedFactors, PhaseDelta, make_delta
 from ipissa.vectors import VectorDelta

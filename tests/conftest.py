@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from ipissa.adapter import Adapter, AdapterConfig, ModuleFactors, save_adapter
-from ipissa.base import describe_base
+from ipissa.adapter.base_model import describe_base
 from ipissa.models import load_model
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from conftest import KillAt, KilledError, logits_of, random_adapter, tiny_model
 from torch import Tensor
 
 from ipissa.adapter import VectorAdapter
-from ipissa.base import describe_base
+from ipissa.adapter.base_model import describe_base
 from ipissa.data.activations import PairActivations, pair_activations
 from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Continuation

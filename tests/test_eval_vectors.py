@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 import ipissa
 from ipissa.adapter import VectorAdapter, load_adapter, load_innerpissa, save_adapter
+from ipissa.adapter.base_model import block_names, describe_base
 from ipissa.adapter.control_vector import read_control_vector
-from ipissa.base import block_names, describe_base
 from ipissa.cli import app
 from ipissa.errors import AdapterFileError, BaseModelMismatchError
 from ipissa.evaluate.scoring import find_choices, score_choices

@@ -21,9 +21,9 @@ from torch import Tensor
 import ipissa
 from ipissa.adapter import Adapter, VectorAdapter, save_adapter
 from ipissa.adapter.baking import Baker
+from ipissa.adapter.base_model import describe_base
 from ipissa.adapter.lora import TENSOR_NAME
 from ipissa.adapter.lora_store import LoraStore
-from ipissa.base import describe_base
 from ipissa.errors import AlphaError, ConfigError
 
 IDS = torch.tensor([[5, 9, 33, 71, 12, 40]])

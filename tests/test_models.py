@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import ipissa
 from ipissa.adapter import InnerPissaConfig, layer_alpha
-from ipissa.base import check_base_files
+from ipissa.adapter.base_model import check_base_files
 from ipissa.errors import BaseModelMismatchError, ConfigError
 from ipissa.models import QUANTISED
 from ipissa.train import TrainConfig, train

@@ -15,11 +15,11 @@ from torch import Tensor
 
 import ipissa
 from ipissa.adapter import InnerPissaConfig, InnerPissaLayer, layer_alpha
+from ipissa.adapter.base_model import describe_base
 from ipissa.adapter.config import PEFT_TYPE
 from ipissa.adapter.convert import from_peft_folder, from_peft_model, to_peft_folder
 from ipissa.adapter.delta import delta_core
 from ipissa.adapter.dial import add_dial
-from ipissa.base import describe_base
 from ipissa.errors import AdapterFileError, ConfigError
 from ipissa.rotation import CLAMPS
 from ipissa.scaling import scaled_singular_values

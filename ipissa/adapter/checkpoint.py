@@ -259,7 +259,7 @@ def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[AdapterConfig 
 
 
 def _check_embeddings(path: Path, found: Any) -> None:
-    """None, where a file does not say, or the numbers of `ipissa.base.describe_base`."""
+    """None, where a file does not say, or the numbers of `ipissa.adapter.base_model.describe_base`."""
     if found is not None and not (isinstance(found, list) and all(isinstance(each, int | float) for each in found)):
         raise AdapterFileError(f"{path} has embeddings in its base_model metadata that are no list of numbers.")
 

@@ -28,7 +28,7 @@ def read_control_vector(
 
     Args:
         blocks: Full module names of the base model's decoder blocks, by index.
-        base_model: The `base_model` metadata (`ipissa.base.describe_base`).
+        base_model: The `base_model` metadata (`ipissa.adapter.base_model.describe_base`).
         trait: The `trait` metadata; `positive` is what the file's direction points to.
 
     Raises:

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ipissa.adapter.base_model import check_base, find_linear
 from ipissa.adapter.checkpoint import Adapter, ModuleFactors
 from ipissa.adapter.config import one_of
 from ipissa.adapter.delta import delta_core
-from ipissa.base import check_base, find_linear
 from ipissa.errors import AlphaError, ConfigError
 from ipissa.models import DTYPES
 

@@ -12,9 +12,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from ipissa.adapter.base_model import describe_base
 from ipissa.adapter.checkpoint import Adapter, AnyAdapter
 from ipissa.adapter.vector import VectorAdapter
-from ipissa.base import describe_base
 from ipissa.data.activations import PairActivations, pair_activations
 from ipissa.data.pairs import ContrastivePair
 from ipissa.data.personas import Trait

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ipissa.base import weights_digest
+from ipissa.adapter.base_model import weights_digest
 from ipissa.data.continuations import Continuation, sample_continuations
 from ipissa.data.personas import Trait
 from ipissa.files import write_whole

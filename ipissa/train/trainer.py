@@ -16,11 +16,11 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from ipissa.adapter.base_model import describe_base
 from ipissa.adapter.checkpoint import Adapter, save_adapter
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.convert import from_peft_model
 from ipissa.adapter.model import MODULE_SETS
-from ipissa.base import describe_base
 from ipissa.data.continuations import Continuation, Sampling, sample_continuations
 from ipissa.data.pairs import (
     ContrastivePair,

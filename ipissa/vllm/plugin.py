@@ -28,7 +28,7 @@ from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from vllm.lora.worker_manager import WorkerLoRAManager
 
-from ipissa.base import check_base_files
+from ipissa.adapter.base_model import check_base_files
 from ipissa.errors import AlphaError, ConfigError, IpissaError
 from ipissa.vllm.dials import Dials
 from ipissa.vllm.worker import spare_rows_without_lora, unreached

@@ -25,7 +25,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 
 from ipissa.adapter import Adapter, AnyAdapter
 from ipissa.adapter.baking import Baker
-from ipissa.base import check_base_files
+from ipissa.adapter.base_model import check_base_files
 from ipissa.errors import ConfigError, ModelLoadError
 from ipissa.evaluate.scoring import Choice, ChoiceScore, choice_scores, find_choices
 from ipissa.models import end_token_ids, model_source

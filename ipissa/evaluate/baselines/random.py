@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ipissa.adapter.base_model import find_linear
 from ipissa.adapter.checkpoint import Adapter, ModuleFactors
 from ipissa.adapter.frame import frame_factors
 from ipissa.adapter.layer import dense_weight
-from ipissa.base import find_linear
 
 
 def random_like(adapter: Adapter, model: Any, *, seed: int) -> Adapter:

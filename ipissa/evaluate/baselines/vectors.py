@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ipissa.adapter.base_model import block_names
 from ipissa.adapter.layer import dense_weight
-from ipissa.base import block_names
 from ipissa.data.activations import PairActivations
 
 Directions = dict[str, Tensor]  # (d,) by module name
