@@ -22,9 +22,13 @@ SHOWN = {"trait_gain_positive": "trait gain +", "trait_gain_negative": "trait ga
 
 def main() -> None:
     """Replace the document's block."""
-    tables = [table(path) for path in sorted(SWEEPS.glob("*.csv"))]
-    before = DOCUMENT.read_text(encoding="utf-8")
-    DOCUMENT.write_text(with_block(before, "objectives", tables, name=DOCUMENT.name), encoding="utf-8")
+    DOCUMENT.write_text(with_objectives(DOCUMENT.read_text(encoding="utf-8"), SWEEPS), encoding="utf-8")
+
+
+def with_objectives(document: str, sweeps: Path) -> str:
+    """The document with a table per file of `sweeps` between its marks."""
+    tables = [table(path) for path in sorted(sweeps.glob("*.csv"))]
+    return with_block(document, "objectives", tables, name=DOCUMENT.name)
 
 
 def table(path: Path) -> str:
@@ -53,3 +57,7 @@ def _row(objective: str, runs: pd.DataFrame) -> str:
         return f"| `{objective}` |{' |' * len(SHOWN)} | {seeds} |"
     cells = [f"{done[name].median():.2f} [{done[name].min():.2f}, {done[name].max():.2f}]" for name in SHOWN]
     return f"| `{objective}` | {' | '.join(cells)} | {done['low'].median():g} to {done['high'].median():g} | {seeds} |"
+
+
+if __name__ == "__main__":
+    main()

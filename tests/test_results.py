@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks.objectives import table
+from benchmarks.objectives import DOCUMENT, SWEEPS, table, with_objectives
 from benchmarks.results import SHOWN, section, with_results
 from benchmarks.written import marks
 
@@ -119,6 +119,12 @@ def sweep_rows(objective: str, gains: tuple[str, ...], error: str = "") -> list[
         }
         for seed, gain in enumerate(gains)
     ]
+
+
+def test_the_table_of_objectives_in_the_document_is_that_of_the_sweeps() -> None:
+    document = DOCUMENT.read_text(encoding="utf-8")
+    assert with_objectives(document, SWEEPS) == document
+    assert document.count("| `guided` |") == len(list(SWEEPS.glob("*.csv"))) > 0
 
 
 def test_objectives_are_medians_over_the_seeds_that_ended(tmp_path: Path) -> None:
