@@ -32,31 +32,32 @@ def with_objectives(document: str, sweeps: Path) -> str:
 
 
 def table(path: Path) -> str:
-    """A row per objective of one family's `results.csv`, in the order of the sweep."""
+    """A row per objective and learning rate of one family's `results.csv`, in the order of the sweep."""
     runs = pd.read_csv(path)
     varied = runs["varied"].map(json.loads)
     if any("model" in each for each in varied):
         raise SystemExit(f"{path} holds runs of several models, which have no medians together; sweep over one each.")
     objective = varied.map(lambda each: each["objective"])
+    rate = varied.map(lambda each: f"{each['lr']:g}" if "lr" in each else "default")
     lines = [
         f"**{path.stem}**",
         "",
-        f"| objective | {' | '.join(SHOWN.values())} | range | seeds |",
-        "|-" * (3 + len(SHOWN)) + "|",
-        *(_row(name, of_one) for name, of_one in runs.groupby(objective, sort=False)),
+        f"| objective | learning rate | {' | '.join(SHOWN.values())} | range | seeds |",
+        "|-" * (4 + len(SHOWN)) + "|",
+        *(_row(f"| `{name}` | {at} |", of_one) for (name, at), of_one in runs.groupby([objective, rate], sort=False)),
     ]
     return "\n".join(lines)
 
 
-def _row(objective: str, runs: pd.DataFrame) -> str:
+def _row(begin: str, runs: pd.DataFrame) -> str:
     """Medians over the seeds that ended, with the lowest and the highest."""
     done = runs[runs["error"].isna()]
     failed = len(runs) - len(done)
     seeds = f"{done['seed'].nunique()}" + (f", {failed} failed" if failed else "")
     if done.empty:
-        return f"| `{objective}` |{' |' * len(SHOWN)} | {seeds} |"
+        return f"{begin}{' |' * len(SHOWN)} | {seeds} |"
     cells = [f"{done[name].median():.2f} [{done[name].min():.2f}, {done[name].max():.2f}]" for name in SHOWN]
-    return f"| `{objective}` | {' | '.join(cells)} | {done['low'].median():g} to {done['high'].median():g} | {seeds} |"
+    return f"{begin} {' | '.join(cells)} | {done['low'].median():g} to {done['high'].median():g} | {seeds} |"
 
 
 if __name__ == "__main__":

@@ -132,11 +132,18 @@ def test_objectives_are_medians_over_the_seeds_that_ended(tmp_path: Path) -> Non
     pd.DataFrame(rows).to_csv(tmp_path / "tiny.csv", index=False)
     text = table(tmp_path / "tiny.csv")
     assert text.startswith("**tiny**")
-    assert "| `guided` | 0.40 [0.20, 0.60] | 0.20 [0.10, 0.30] | 0.75 [0.75, 0.75] | -1.5 to 2 | 3 |" in text
+    assert "| `guided` | default | 0.40 [0.20, 0.60] | 0.20 [0.10, 0.30] | 0.75 [0.75, 0.75] | -1.5 to 2 | 3 |" in text
     pd.DataFrame(rows + sweep_rows("odd", ("", ""), "no memory")).to_csv(tmp_path / "failed.csv", index=False)
-    assert "| `odd` | | | | | 0, 2 failed |" in table(tmp_path / "failed.csv")
+    assert "| `odd` | default | | | | | 0, 2 failed |" in table(tmp_path / "failed.csv")
+    slower = [row | {"varied": json.dumps({"objective": "odd", "lr": 1.5e-4})} for row in sweep_rows("odd", ("0.6",))]
+    pd.DataFrame(rows + sweep_rows("odd", ("0.1",)) + slower).to_csv(tmp_path / "rates.csv", index=False)
+    assert "| `odd` | default | 0.10 " in table(tmp_path / "rates.csv")
+    assert "| `odd` | 0.00015 | 0.60 " in table(tmp_path / "rates.csv")
     several = [row | {"varied": json.dumps({"objective": "guided", "model": "a"})} for row in rows]
     pd.DataFrame(several).to_csv(tmp_path / "several.csv", index=False)
     with pytest.raises(SystemExit, match="holds runs of several models"):
         table(tmp_path / "several.csv")
-    assert "| `told` | 0.20 [0.10, 0.30] | 0.10 [0.05, 0.15] | 0.75 [0.75, 0.75] | -1.5 to 2 | 2, 1 failed |" in text
+    assert (
+        "| `told` | default | 0.20 [0.10, 0.30] | 0.10 [0.05, 0.15] | 0.75 [0.75, 0.75] | -1.5 to 2 | 2, 1 failed |"
+        in text
+    )
