@@ -38,7 +38,7 @@ from ipissa.evaluate.degradation import PlainText, text_degradation
 from ipissa.evaluate.dial import ScaledDial
 from ipissa.evaluate.held_out import HeldOut
 from ipissa.evaluate.methods import ADAPTER, METHODS, Materials, made
-from ipissa.evaluate.side_by_side import side_by_side
+from ipissa.evaluate.side_by_side import side_by_side, texts_markdown
 from ipissa.evaluate.steerer import Steerer
 from ipissa.evaluate.yardsticks import measure_yardsticks
 from ipissa.steering import attach
@@ -373,7 +373,7 @@ def test_a_methods_best_scale_is_that_of_the_largest_gain_on_tuning_prompts(
 def test_told_and_steered_texts_are_the_models_own(model: Any, tokenizer: Any) -> None:
     adapter = random_adapter(model)
     steered = attach(model, adapter)
-    table = side_by_side(steered, tokenizer, TRAIT, ["Who are you?"])
+    table = texts_markdown(side_by_side(steered, tokenizer, TRAIT, ["Who are you?"]))
 
     def greedy(persona: int | None, alpha: float) -> str:
         context = torch.tensor([chat_ids(tokenizer, TRAIT.messages("Who are you?", persona))])
@@ -382,8 +382,8 @@ def test_told_and_steered_texts_are_the_models_own(model: Any, tokenizer: Any) -
         text = tokenizer.decode(ids[0, context.shape[1] :], skip_special_tokens=True)
         return text.strip().replace("\n", " ").replace("|", "\\|")
 
-    for pole, persona in ((1, "a kind"), (0, "a"), (-1, "an angry")):
-        assert f"| {persona} person, α = {pole:+d} | {greedy(pole, 0.0)} | {greedy(None, pole)} |" in table
+    for pole, setting in ((1, "a kind person, α = +1"), (0, "a person, α = 0"), (-1, "an angry person, α = -1")):
+        assert f"| {setting} | {greedy(pole, 0.0)} | {greedy(None, pole)} |" in table
     steered.detach()
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import random_adapter, tiny_model
+from markupsafe import escape
 from typer.testing import CliRunner
 
 import ipissa
@@ -142,6 +143,20 @@ def test_the_page_holds_everything_itself_and_has_the_yardsticks_first(report: P
     assert "&lt;" not in page.split("<h2>Told and steered")[0]  # tables are tables, not their source
 
 
+def test_the_page_shows_figures_with_their_intervals_and_every_answer(report: Path, measured: list[Measured]) -> None:
+    page = (report / "report.html").read_text()
+    table = re.findall(r"<table.*?</table>", page, re.DOTALL)[0]
+    head, *rows = (re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL))
+    assert head[:5] == ["method", "scale", "equal degradation", "pole", "trait gain"]
+    assert [row[0] for row in rows] == [name for name in METHODS for _ in range(2)]
+    assert [row[2] for row in rows[:4]] == ["yes", "yes", "", ""]  # prompts have no cost to choose
+    gain = measured[0].yardsticks.negative.trait_gain
+    assert rows[1][4] == f"{gain.value:.3f} [{gain.low:.3f}, {gain.high:.3f}]"
+    answers = json.loads((report / "parts" / "told-and-steered.json").read_text())
+    assert len(answers) == 3 * page.count("<h3>") == 6
+    assert all(str(escape(each[key])) in page for each in answers for key in ("prompt", "told", "steered"))
+
+
 def test_an_evaluation_begun_again_measures_only_what_is_missing(home: Path, report: Path, printed: str) -> None:
     def times() -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in (report / "parts").iterdir()}
@@ -232,7 +247,7 @@ def test_a_method_that_leaves_dilemmas_no_answer_is_left_out_and_costs_no_report
         assert rows is not None
         some = [*measured[:lost], replace(measured[lost], rows=rows.assign(valid=False)), *measured[lost + 1 :]]
         adapter = load_adapter(home / "honest.safetensors")
-        return Findings(EvalSettings(), adapter, dataset, some, best=[], texts="", null=None)
+        return Findings(EvalSettings(), adapter, dataset, some, best=[], texts=[], null=None)
 
     write_report(findings(1), tmp_path)
     assert list(pd.read_csv(tmp_path / "tables" / "methods.csv")["method"]) == [METHODS[0], *METHODS[2:]]

@@ -23,7 +23,7 @@ from ipissa.evaluate.held_out import HeldOut
 from ipissa.evaluate.methods import Materials, attached
 from ipissa.evaluate.report.parts import Parts
 from ipissa.evaluate.settings import EvalSettings
-from ipissa.evaluate.side_by_side import side_by_side
+from ipissa.evaluate.side_by_side import ToldAndSteered, side_by_side
 from ipissa.models import load_model
 from ipissa.train.answers import BaseAnswers
 from ipissa.train.config import TrainConfig
@@ -157,8 +157,14 @@ class Bench:
         """Remove what only an evaluation that was broken off needs."""
         shutil.rmtree(self._state, ignore_errors=True)
 
-    def texts(self) -> str:
-        """Told and steered answers side by side, in Markdown."""
-        model, tokenizer, trait = self.base
-        with attached(model, self.adapter) as steerer:
-            return side_by_side(steerer.dial, tokenizer, trait, self.held_out[:SIDE_BY_SIDE_PROMPTS])
+    @property
+    def texts(self) -> list[ToldAndSteered]:
+        """Told and steered answers side by side."""
+
+        def written() -> list[dict[str, Any]]:
+            model, tokenizer, trait = self.base
+            with attached(model, self.adapter) as steerer:
+                prompts = self.held_out[:SIDE_BY_SIDE_PROMPTS]
+                return [asdict(each) for each in side_by_side(steerer.dial, tokenizer, trait, prompts)]
+
+        return [ToldAndSteered(**each) for each in self.parts.once("told-and-steered", written)]

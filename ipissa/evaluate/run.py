@@ -74,7 +74,7 @@ def evaluate(
         dataset=dataset,
         measured=measured,
         best=_best(bench, measured),
-        texts=bench.parts.once("texts", bench.texts),
+        texts=bench.texts,
         null=_null(bench, dataset, measured),
         loss_gap=_loss_gap(Path(path)),
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from ipissa.data.chat import chat_ids
@@ -14,12 +16,36 @@ POLES = (1, 0, -1)
 TOKENS = 40
 
 
-def side_by_side(dial: Dial, tokenizer: Any, trait: Trait, prompts: Sequence[str]) -> str:
-    """Greedy answers to every prompt at both poles and in the middle, told and steered, in Markdown.
+@dataclass(frozen=True)
+class ToldAndSteered:
+    """Two greedy answers to one prompt.
+
+    Args:
+        prompt: What was asked.
+        persona: Whom the model was told to be, without an α.
+        told: What it wrote then.
+        alpha: What it was steered to, told nothing.
+        steered: What it wrote then.
+    """
+
+    prompt: str
+    persona: str
+    told: str
+    alpha: float
+    steered: str
+
+    @property
+    def setting(self) -> str:
+        """Who it was and where the dial stood."""
+        return f"{self.persona}, α = {f'{self.alpha:+g}' if self.alpha else '0'}"
+
+
+def side_by_side(dial: Dial, tokenizer: Any, trait: Trait, prompts: Sequence[str]) -> list[ToldAndSteered]:
+    """Greedy answers to every prompt at both poles and in the middle, told and steered.
 
     Told in the middle is told to be nobody in particular; steered in the middle is the base model.
     """
-    lines = ["## Told and steered (greedy)"]
+    found = []
     for prompt in prompts:
         contexts = [chat_ids(tokenizer, trait.messages(prompt, pole)) for pole in POLES]
         plain = chat_ids(tokenizer, trait.messages(prompt, None))
@@ -27,10 +53,26 @@ def side_by_side(dial: Dial, tokenizer: Any, trait: Trait, prompts: Sequence[str
             answers = generate_ids(
                 dial.model, tokenizer, contexts + [plain] * len(POLES), max_new_tokens=TOKENS, do_sample=False
             )
-        texts = [cell(text) for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        texts = [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        told, steered = texts[: len(POLES)], texts[len(POLES) :]
+        found += [
+            ToldAndSteered(prompt, f"{trait.persona(pole)} person", told[i], float(pole), steered[i])
+            for i, pole in enumerate(POLES)
+        ]
+    return found
+
+
+def by_prompt(answers: Sequence[ToldAndSteered]) -> dict[str, list[ToldAndSteered]]:
+    """The answers to every prompt."""
+    return {prompt: list(of) for prompt, of in groupby(answers, key=lambda each: each.prompt)}
+
+
+def texts_markdown(answers: Sequence[ToldAndSteered]) -> str:
+    """A table per prompt."""
+    lines = ["## Told and steered (greedy)"]
+    for prompt, of in by_prompt(answers).items():
         lines += ["", f"**{prompt}**", "", "| | told | steered |", "|-|-|-|"]
-        for i, pole in enumerate(POLES):
-            lines.append(f"| {trait.persona(pole)} person, α = {pole:+d} | {texts[i]} | {texts[i + len(POLES)]} |")
+        lines += [f"| {each.setting} | {cell(each.told)} | {cell(each.steered)} |" for each in of]
     return "\n".join(lines)
 
 

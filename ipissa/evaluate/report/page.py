@@ -31,32 +31,12 @@ from ipissa.evaluate.methods import ADAPTER
 from ipissa.evaluate.null import NullCheck, comparable
 from ipissa.evaluate.report import figures, tables
 from ipissa.evaluate.report.parts import records
+from ipissa.evaluate.report.shown import BEST, DEGRADATION, EQUAL, METHODS, VALUES, shown
 from ipissa.evaluate.settings import EvalSettings
+from ipissa.evaluate.side_by_side import ToldAndSteered, by_prompt, texts_markdown
 from ipissa.files import write_text
 
 DPI = 110
-# What the page shows of the table of methods; the CSV has all.
-SHOWN = {
-    "method": "method",
-    "equal": "equal degradation",
-    "items": "items",
-    "balanced_value": "balanced slope",
-    "balanced_low": "low",
-    "balanced_high": "high",
-    "balanced_t": "t",
-    "acquiescence_value": "acquiescence",
-    "flips_towards_at_plus": "flips towards, +1",
-    "flips_away_at_plus": "away, +1",
-    "symmetry": "symmetry",
-    "opposite": "opposite signs",
-    "dose_monotonic": "monotonic",
-    "valid": "valid",
-    "once_negated_effect": "Effect, once negated",
-    "published_effect": "Effect, published",
-    "published_gain": "Gain, published",
-    "steering_f1": "Steering F1",
-    "transfer": "transfer",
-}
 
 
 @dataclass(frozen=True)
@@ -68,7 +48,7 @@ class Findings:
     dataset: Dataset | None
     measured: list[Measured]
     best: list[Best]
-    texts: str
+    texts: list[ToldAndSteered]
     null: tuple[NullCheck, pd.DataFrame, float] | None
     loss_gap: float | None = None  # of the adapter's training
 
@@ -103,7 +83,7 @@ def write_report(findings: Findings, folder: Path) -> None:
         (_inside(folder, "figures") / f"{name}.png").write_bytes(picture)
     write_text(folder / "yardsticks.md", markdown(findings.measured) + "\n")
     write_text(folder / "yardsticks.json", json.dumps(_yardsticks(findings), indent=2) + "\n")
-    write_text(folder / "texts.md", findings.texts + "\n")
+    write_text(folder / "texts.md", texts_markdown(findings.texts) + "\n")
     if findings.dataset is not None:
         write_text(folder / "choices.json", json.dumps(_choices(findings), ensure_ascii=False) + "\n")
     write_text(folder / "report.html", _page(findings, analyses, frames, pictures))
@@ -222,31 +202,31 @@ def _page(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ipissa.evaluate.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    shown = None
-    if analyses:
-        columns = {name: title for name, title in SHOWN.items() if name in frames["methods"]}
-        shown = _html(frames["methods"][list(columns)].rename(columns=columns))
+    values = frames["values"] if analyses else None
     return environment.get_template("report.html.j2").render(
         adapter=findings.adapter,
-        settings=findings.settings.described(),
+        settings={name: _plain(value) for name, value in findings.settings.described().items()},
         shortcomings=findings.measured[0].yardsticks.shortcomings(),
         prompts=findings.measured[0].yardsticks.prompts,
-        yardsticks=_html(frames["yardsticks"]),
-        best=_html(frames["best"]) if "best" in frames else None,
-        degradation=_html(frames["degradation"]),
+        yardsticks=shown(frames["yardsticks"], EQUAL),
+        best=shown(frames["best"], BEST) if "best" in frames else None,
+        degradation=shown(frames["degradation"], DEGRADATION),
         dataset=findings.dataset,
-        dilemmas=shown,
+        dilemmas=shown(frames["methods"], METHODS, digits=4) if analyses else None,
         verdict=verdict(findings.measured, analyses) if analyses else None,
-        values=_html(frames["values"][frames["values"]["method"] == findings.measured[0].method]) if analyses else None,
+        values=None if values is None else shown(values[values["method"] == ADAPTER], VALUES, digits=4),
         null=findings.null[0].sentence() if findings.null else None,
         loss_gap=findings.loss_gap,
-        texts=findings.texts,
+        texts=by_prompt(findings.texts),
         pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
     )
 
 
-def _html(table: pd.DataFrame) -> str:
-    return table.to_html(index=False, border=0, float_format=lambda value: f"{value:.3g}", na_rep="")
+def _plain(value: Any) -> str:
+    """A setting in words."""
+    if value is None:
+        return "not given"
+    return ", ".join(f"{each}" for each in value) if isinstance(value, tuple) else str(value)
 
 
 def _png(figure: Figure) -> bytes:
