@@ -21,7 +21,7 @@ from ipissa.adapter.model import layer_alpha
 from ipissa.data.activations import pad_pairs
 from ipissa.data.pairs import ContrastivePair
 from ipissa.errors import ConfigError
-from ipissa.sequences import PaddedBatch, continuation_logprobs, target_logprobs
+from ipissa.sequences import PaddedBatch, continuation_target_logprobs
 from ipissa.train.losses.constraints import adaptive_weights, coherence_penalty, monotonic_hinge
 from ipissa.train.losses.directions import DIRECTIONS, PairStates, snorm
 from ipissa.train.losses.separation import (
@@ -160,7 +160,7 @@ class Contrastive:
         config = self.config
         padded = PaddedBatch.taken_from(batch)
         with layer_alpha(model, batch["alpha"]), recorded(self.sites) as seen:
-            logp = target_logprobs(continuation_logprobs(model, padded), padded)
+            logp = continuation_target_logprobs(model, padded)
         rows = {pole: slice(i, i + 2) for pole, i in ((1, 0), (-1, 2))}
         logp_by_row = logp.view(4, -1, logp.shape[-1])  # chosen +, rejected +, chosen -, rejected -
         mask = last_mask(padded, config.last_tokens - 1).view(4, -1, logp.shape[-1])[0]
@@ -251,7 +251,7 @@ class Contrastive:
             openings = [pair.opening for pair in batch]
             padded = pad_pairs(batch, pad_id=self.pad_id, device=next(model.parameters()).device)
             with recorded(self.sites) as seen:
-                logp = target_logprobs(continuation_logprobs(model, padded), padded).cpu()
+                logp = continuation_target_logprobs(model, padded).cpu()
             for site in self.sites:
                 z = self._in_basis(site, last_tokens(seen[site.name], padded, self.config.last_tokens)).cpu()
                 states[site.name].append(z.unflatten(0, (2, -1)))
