@@ -92,7 +92,7 @@ class _LanguageModelling:
 
     def loss(self, model: Any, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         padded = PaddedBatch.taken_from(batch)
-        logp = target_logprobs(continuation_logprobs(model, padded), padded)
+        logp = target_logprobs(continuation_logprobs(model, padded), padded)  # as plain training has it, at full memory
         return -logp.sum() / padded.mask.sum(), {}
 
 

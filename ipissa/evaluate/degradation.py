@@ -19,7 +19,7 @@ import torch
 from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Sampling, generate_ids, seeded
 from ipissa.evaluate.steerer import Steerer
-from ipissa.sequences import continuation_logprobs, pad_batch, target_logprobs
+from ipissa.sequences import continuation_logprobs, continuation_target_logprobs, pad_batch
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +97,7 @@ def _end_likelihood(
         device=steerer.dial.model.device,
     )
     with steerer.dial.alpha(steerer.turned(alpha)):
-        logprobs = continuation_logprobs(steerer.dial.model, batch)
-    return float(target_logprobs(logprobs, batch).sum())
+        return float(continuation_target_logprobs(steerer.dial.model, batch).sum())
 
 
 @dataclass(frozen=True)

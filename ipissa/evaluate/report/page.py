@@ -151,10 +151,9 @@ def _frames(findings: Findings, analyses: Sequence[Analysis]) -> dict[str, pd.Da
 def _draw(findings: Findings, frames: dict[str, pd.DataFrame]) -> dict[str, Figure]:
     found = {"yardsticks": figures.yardstick_figure(frames["yardsticks"])}
     if "dose" in frames:
-        own = frames["values"][frames["values"]["method"] == findings.measured[0].method]
         found["dose"] = figures.dose_figure(frames["dose"])
         found["pareto"] = figures.pareto_figure(frames["pareto"])
-        found["values"] = figures.values_figure(own)
+        found["values"] = figures.values_figure(_own_values(frames))
         if not frames["clusters"].empty:
             found["clusters"] = figures.clusters_figure(frames["clusters"])
     if findings.null:
@@ -202,7 +201,6 @@ def _page(
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ipissa.evaluate.report", "."), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    values = frames["values"] if analyses else None
     return environment.get_template("report.html.j2").render(
         adapter=findings.adapter,
         settings={name: _plain(value) for name, value in findings.settings.described().items()},
@@ -214,12 +212,17 @@ def _page(
         dataset=findings.dataset,
         dilemmas=shown(frames["methods"], METHODS, digits=4) if analyses else None,
         verdict=verdict(findings.measured, analyses) if analyses else None,
-        values=None if values is None else shown(values[values["method"] == ADAPTER], VALUES, digits=4),
+        values=shown(_own_values(frames), VALUES, digits=4) if analyses else None,
         null=findings.null[0].sentence() if findings.null else None,
         loss_gap=findings.loss_gap,
         texts=by_prompt(findings.texts),
         pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
     )
+
+
+def _own_values(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """What values move with the adapter itself."""
+    return frames["values"][frames["values"]["method"] == ADAPTER]
 
 
 def _plain(value: Any) -> str:
