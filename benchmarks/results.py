@@ -8,7 +8,7 @@ python -m benchmarks.results
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ SHOWN = {
     "balanced_value": "balanced slope",
     "acquiescence_value": "acquiescence",
 }
-ADAPTER = "adapter"
+ADAPTER, PROMPT = "adapter", "prompt"
 SURE_P = 0.05
 
 
@@ -66,7 +66,7 @@ def _row(name: str, method: str, figures: pd.DataFrame, seeds: int) -> str:
     own = figures.set_index("figure")
     cells = [_cell(own.loc[figure], seeds) if figure in own.index else "" for figure in SHOWN]
     label = f"**{name}**" if method == ADAPTER else method
-    if own.loc["equal", "lowest"] == 0:
+    if own.loc["equal", "lowest"] != 1:  # NaN for prompts, which have no scale to choose
         label += " (at another cost)"
     return f"| {label} | {' | '.join(cells)} |"
 
@@ -80,44 +80,57 @@ def _cell(figure: pd.Series, seeds: int) -> str:
 def _rank(name: str, medians: pd.DataFrame) -> str:
     """The worse pole's trait gain, among methods that cost text what the adapter costs at every seed."""
     at_cost = medians[medians["figure"] == "equal"].set_index("method")["lowest"]  # NaN for prompts: they have no scale
-    equal = at_cost.index[at_cost == 1]
-    gains = medians[medians["figure"].isin(["trait_gain +", "trait_gain -"])].groupby("method")["median"].min()
-    ranked = gains[gains.index.isin(equal)]
-    ahead = [f"`{each}`" for each in ranked.index[ranked > ranked[ADAPTER]]]
-    text = f"At equal degradation, more trait gain at the worse pole than `{name}`: {_listed(ahead)}."
+    gains = medians[medians["figure"] == "trait_gain worse"].set_index("method")
+    text = (
+        f"At a cost matched on texts for tuning, over both poles, more trait gain at the worse pole than `{name}`: "
+        f"{_ahead(gains[gains.index.isin(at_cost.index[at_cost == 1])])}."
+    )
     unequal = [f"`{each}`" for each in at_cost.index[at_cost == 0]]
     if unequal:
-        text += f" Not compared, as their cost was not equal at every seed: {_listed(unequal)}."
-    best = medians[medians["figure"].isin(["trait_gain + at best", "trait_gain - at best"])]
+        text += f" Not compared, as their cost was not equal at every seed: {', '.join(unequal)}."
+    best = medians[medians["figure"] == "trait_gain worse at best"].set_index("method")
     if best.empty:
         return text
-    at_best = best.groupby("method")["median"].min()
-    ahead = [f"`{each}`" for each in at_best.index[at_best > gains[ADAPTER]]]
-    nearest = at_best.idxmax()
-    gain = at_best[nearest]
+    nearest = best["median"].idxmax()
     return (
         f"{text} With each at the best of the scales from 1/64 to 4 times that one, or times the one that it was "
-        f"trained at, whatever that costs: {_listed(ahead)}; the nearest, `{nearest}`, has {gain:.2f} against "
-        f"{gains[ADAPTER]:.2f}."
+        f"trained at, whatever that costs: {_ahead(best)}; the nearest, `{nearest}`, has "
+        f"{best.loc[nearest, 'median']:.2f} against {gains.loc[ADAPTER, 'median']:.2f}."
     )
 
 
-def _listed(methods: Sequence[str]) -> str:
-    return ", ".join(methods) or "no other method"
+def _ahead(gains: pd.DataFrame) -> str:
+    """The methods above the adapter at every seed, and those that are at some: a median alone decides nothing."""
+    every = [f"`{each}`" for each in gains.index[gains["ahead"] == gains["seeds"]]]
+    some = [f"`{each}`" for each in gains.index[gains["ahead"].between(1, gains["seeds"] - 1)]]
+    text = ", ".join(every) or "no other method"
+    return f"{text} at every seed, {', '.join(some)} at some" if some else text
 
 
 def _dilemmas(medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
-    """Whether choices in dilemmas follow: at every seed, the right way, and further than chance moves them."""
-    own = medians[medians["method"] == ADAPTER].set_index("figure")
-    slope, p = own.loc["balanced_value"], own.loc["balanced_p"]
-    sure = p["highest"] < SURE_P and slope["lowest"] * slope["highest"] > 0
-    says = "is" if sure else "is not"
-    way = "towards" if slope["median"] > 0 else "away from"
+    """Whether choices in dilemmas follow: at every seed one way, and further than chance moves them."""
+    slopes = medians[medians["figure"] == "balanced_value"].set_index("method")
+    if ADAPTER not in slopes.index:
+        return "No dilemmas were asked."
+    slope = slopes.loc[ADAPTER]
+    p = medians[medians["figure"] == "balanced_p"].set_index("method").loc[ADAPTER]
+    one_way = p["highest"] < SURE_P and slope["lowest"] * slope["highest"] > 0
+    sure = one_way and facts.get("chance_p", 0) < SURE_P
     text = (
-        f"Its effect on choices about *{facts['target']}* ({slope['median']:.3f} nats per α, {way} what the rule asks; "
-        f"p from {p['lowest']:.2g} to {p['highest']:.2g}) {says} at every seed distinguishable from nothing."
+        f"Its effect on choices about *{facts['target']}* ({slope['median']:.3f} nats per α, {_way(slope['median'])} "
+        f"what the rule asks; over dilemmas p from {p['lowest']:.2g} to {p['highest']:.2g}) "
+        f"{'is' if sure else 'is not'} told from nothing."
     )
-    return f"{text} {facts['chance']}" if "chance" in facts else text
+    if "chance" in facts:
+        text += f" {facts['chance']}"
+    if PROMPT in slopes.index:
+        told = slopes.loc[PROMPT, "median"]
+        text += f" Telling the model to be so moves them by {told:.3f}, {_way(told)} what the rule asks."
+    return text
+
+
+def _way(slope: float) -> str:
+    return "towards" if slope > 0 else "away from"
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ipissa.data.datasets import load_items
 from ipissa.data.items import CHOICES, PREFIX, Dataset, Item
 from ipissa.data.personas import Trait
 from ipissa.errors import ConfigError
+from ipissa.evaluate.baselines.engineered import EngineeredTrait
 from ipissa.evaluate.baselines.random import random_like
 from ipissa.evaluate.choices import complete, measure_choices
 from ipissa.evaluate.dial import HookDial, ScaledDial
@@ -183,10 +185,11 @@ def test_log_odds_are_those_of_the_question_as_it_is_asked(answering: Any, token
     assert (row["dilemma"], row["side"], row["valid"]) == ("d1", -1, True)
 
 
+@pytest.mark.parametrize("kind", [Trait, EngineeredTrait])
 def test_told_personas_are_measured_at_both_poles_and_are_the_plain_model_at_zero(
-    answering: Any, tokenizer: Any, dataset: Dataset
+    answering: Any, tokenizer: Any, dataset: Dataset, kind: type[Trait]
 ) -> None:
-    trait = Trait.from_words("honest", "dishonest")
+    trait = kind(**asdict(Trait.from_words("honest", "dishonest")))
     told = measure_choices(Steerer(HookDial(answering), told=trait), tokenizer, dataset, (-1, -0.5, 0, 0.5, 1))
     plain = measure_choices(Steerer(HookDial(answering)), tokenizer, dataset, [0.0])
     assert sorted(told["alpha"].unique()) == [-1, 0, 1]

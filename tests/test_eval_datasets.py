@@ -155,7 +155,6 @@ def test_a_rule_labels_scenarios_where_only_one_action_breaks_it(tmp_path: Path)
         ("two", {"Do not deceive": 1, "Do not cheat": -1}),
     ]
     assert found[6:] == [("one", {}), ("two", {})]
-    assert dataset.notes == ["1 scenarios keep or break every rule with both actions."]
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="the published data sets are not beside this checkout")

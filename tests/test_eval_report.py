@@ -25,10 +25,11 @@ from ipissa.data.items import CHOICES, Dataset
 from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError
 from ipissa.evaluate import bench
-from ipissa.evaluate.analysis import analyse, base_differences, ranked, why_unranked
+from ipissa.evaluate.analysis import Analysis, analyse, base_differences, ranked, why_unranked
 from ipissa.evaluate.baselines.tuners import distillation_targets as targets
 from ipissa.evaluate.choices import measure_choices
-from ipissa.evaluate.compare import Measured
+from ipissa.evaluate.compare import Degradation, Measured
+from ipissa.evaluate.methods import ADAPTER
 from ipissa.evaluate.null import null_check
 from ipissa.evaluate.report.page import Findings, summary, verdict, write_report
 from ipissa.evaluate.report.parts import measured_from_json
@@ -121,9 +122,9 @@ def test_every_row_table_and_figure_is_written(report: Path) -> None:
     assert {name: len(rows) for name, rows in choices["rows"].items()} == {
         name: 2 * len(ASKED) * (3 if name == "prompt" else ALPHAS) for name in METHODS
     }
-    for name in ("yardsticks", "best", "degradation", "methods", "dose", "values", "clusters", "pareto", "null"):
+    for name in ("yardsticks", "best", "degradation", "methods", "dose", "values", "pareto", "null"):
         assert not pd.read_csv(report / "tables" / f"{name}.csv").empty
-    for name in ("yardsticks", "dose", "pareto", "values", "clusters", "null"):
+    for name in ("yardsticks", "dose", "pareto", "values", "null"):
         assert (report / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert [each["method"] for each in json.loads((report / "yardsticks.json").read_text())["methods"]] == METHODS
     assert set(pd.read_csv(report / "tables" / "best.csv")["method"]) == {"caa", "random"}
@@ -133,7 +134,7 @@ def test_every_row_table_and_figure_is_written(report: Path) -> None:
 
 def test_the_page_holds_everything_itself_and_has_the_yardsticks_first(report: Path) -> None:
     page = (report / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 6
+    assert page.count("data:image/png;base64,") == len(list((report / "figures").iterdir())) >= 5
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings[:3] == [f"Does it steer: {what}" for what in ("text", "each at its own best scale", "dilemmas")]
@@ -148,12 +149,14 @@ def test_the_page_shows_figures_with_their_intervals_and_every_answer(report: Pa
     table = re.findall(r"<table.*?</table>", page, re.DOTALL)[0]
     head, *rows = (re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL))
     assert head[:5] == ["method", "scale", "equal degradation", "pole", "trait gain"]
+    assert head[-1] == "degradation (nats)"
+    assert float(rows[1][-1]) == pytest.approx(measured[0].cost(-1.0), rel=1e-2)
     assert [row[0] for row in rows] == [name for name in METHODS for _ in range(2)]
     assert [row[2] for row in rows[:4]] == ["yes", "yes", "", ""]  # prompts have no cost to choose
     gain = measured[0].yardsticks.negative.trait_gain
     assert rows[1][4] == f"{gain.value:.3f} [{gain.low:.3f}, {gain.high:.3f}]"
     answers = json.loads((report / "parts" / "told-and-steered.json").read_text())
-    assert len(answers) == 3 * page.count("<h3>") == 6
+    assert len(answers) == 3 * page.split("<h2>Told and steered")[1].count("<h3>") == 6
     assert all(str(escape(each[key])) in page for each in answers for key in ("prompt", "told", "steered"))
 
 
@@ -209,9 +212,16 @@ def test_methods_that_do_not_start_from_the_same_model_are_not_ranked(
     differences = base_differences(measured)
     assert max(differences.values()) < 1e-3
     slopes = {each.method: each.figures["balanced_value"] for each in analyses}
-    sure = [each.method for each in analyses if each.figures["balanced_p"] < 0.05]
-    assert verdict(measured, analyses).endswith(f"from nothing (95 %): {', '.join(sure) or 'none'}.")
-    assert ranked(analyses, differences) == sorted(METHODS, key=lambda name: -slopes[name])
+    up, down = (
+        [each.method for each in analyses if each.figures["balanced_p"] < 0.05 and sign * slopes[each.method] > 0]
+        for sign in (1, -1)
+    )
+    said = f"Intervals over dilemmas above 0: {', '.join(up) or 'none'}; below 0: {', '.join(down) or 'none'}."
+    assert said in verdict(measured, analyses)
+    matched = [each.method for each in measured if each.equal]
+    assert ADAPTER in matched
+    assert "prompt" not in matched
+    assert ranked(analyses, differences) == sorted(matched, key=lambda name: -slopes[name])
     rows = measured[2].rows
     assert rows is not None
     for nats, says in ((0.6, "more than half a nat"), (0.2, "differ from the adapter's by 0.20 nats")):
@@ -235,8 +245,7 @@ def test_an_alpha_at_which_answers_are_lost_has_no_point_and_costs_no_report(
     assert dose.loc[0.5, ["change", "low", "high"]].isna().all()
     assert dose.loc[[-1.0, 0.0, 1.0], "change"].notna().all()
     assert found.figures["valid"] == analyse(first, dataset).figures["valid"]  # that of the poles
-    points = pareto_table([found], [first])
-    assert sorted(points["alpha"]) == [-1.0, 1.0]
+    assert list(pareto_table([found], [first])["alpha"]) == [1.0]
 
 
 def test_a_method_that_leaves_dilemmas_no_answer_is_left_out_and_costs_no_report(
@@ -254,21 +263,42 @@ def test_a_method_that_leaves_dilemmas_no_answer_is_left_out_and_costs_no_report
     said = f"Left out, as too few dilemmas kept an answer: {METHODS[1]}."
     assert said in summary(findings(1))
     assert said in (tmp_path / "report.html").read_text()
-    with pytest.raises(ConfigError, match="With adapter only 0 dilemmas"):
-        write_report(findings(0), tmp_path)
+    write_report(findings(0), tmp_path / "none")
+    said = "With adapter only 0 dilemmas about &#39;honesty&#39; have an answer"
+    assert said in (tmp_path / "none" / "report.html").read_text()
+    assert "With adapter only 0 dilemmas" in summary(findings(0))
+    assert "trait gain" in summary(findings(0))  # the text says what it says
 
 
-def test_the_front_holds_the_points_that_none_beats(measured: list[Measured], dataset: Dataset) -> None:
-    points = pareto_table([analyse(each, dataset) for each in measured], measured)
-    assert points["front"].any()
-    for point in points.itertuples():
-        beaten = any(
-            other.effect >= point.effect
-            and other.degradation <= point.degradation
-            and (other.effect, other.degradation) != (point.effect, point.degradation)
-            for other in points.itertuples()
-        )
-        assert point.front != beaten
+def test_methods_at_another_cost_are_named_and_not_ranked(measured: list[Measured], dataset: Dataset) -> None:
+    some = [replace(each, equal=False) if each.method == "caa" else each for each in measured]
+    analyses = [analyse(each, dataset) for each in some]
+    assert set(ranked(analyses, base_differences(some))) == {"adapter", "random"}
+    left = {each.method: each.cost() / measured[0].cost() for each in some if each.method in ("prompt", "caa")}
+    said = ", ".join(f"{method} (costs text {times:.1f} times as much)" for method, times in left.items())
+    assert f"Not ranked, at another degradation: {said}." in verdict(some, analyses)
+
+
+def test_the_front_holds_what_neither_another_point_nor_doing_nothing_beats(
+    measured: list[Measured], dataset: Dataset
+) -> None:
+    def at_poles(method: str, changes: tuple[float, float], lost: tuple[float, float]) -> tuple[Analysis, Measured]:
+        dose = pd.DataFrame({"alpha": [-1.0, 0.0, 1.0], "change": [changes[0], 0.0, changes[1]]})
+        costs = [Degradation(alpha, text, None) for alpha, text in zip((-1.0, 1.0), lost, strict=True)]
+        own = analyse(measured[0], dataset)
+        return replace(own, method=method, dose=dose), replace(measured[0], method=method, degradation=costs)
+
+    made = [
+        at_poles("apart", (-0.3, 0.5), (0.1, 0.3)),
+        at_poles("dearer", (-0.3, 0.3), (0.3, 0.3)),
+        at_poles("further", (-1.0, 1.0), (0.5, 0.5)),
+        at_poles("alike", (-0.6, -0.6), (0.0, 0.1)),  # lower at both poles: no effect of the dial
+        at_poles("backwards", (0.2, -0.2), (0.01, 0.01)),
+    ]
+    points = pareto_table(*map(list, zip(*made, strict=True))).set_index("method")
+    assert list(points["effect"]) == pytest.approx([0.4, 0.3, 1.0, 0.0, -0.2])
+    assert list(points["degradation"]) == pytest.approx([0.2, 0.3, 0.5, 0.05, 0.01])
+    assert list(points.index[points["front"]]) == ["apart", "further"]
 
 
 def test_vectors_that_were_measured_can_be_attached_at_the_scale_they_had(
@@ -296,6 +326,7 @@ def test_a_slope_is_placed_among_those_of_random_adapters() -> None:
     assert (found.seeds, found.share_below, found.median_t, found.largest_slope) == (4, 0.75, 1.5, 0.4)
     assert found.p == pytest.approx(2 / 5)
     assert "75%" in found.sentence()
+    assert "(p against them 0.400, of so few at least 0.200)" in found.sentence()
     assert "left out" not in found.sentence()
 
 
@@ -313,7 +344,8 @@ def test_random_adapters_that_cost_less_say_nothing_of_chance() -> None:
         ({"baselines": ("magic",)}, "baseline 'magic' is unknown"),
         ({"alphas": (float("nan"),)}, "no α"),
         ({"null": 2}, "null 2 random adapters say nothing"),
-        ({"null": 9, "dataset": None}, "there is no data set"),
+        ({"null": 9, "dataset": None}, "null is of dilemmas, and there is no data set"),
+        ({"topic": "lies", "dataset": None}, "topic is of dilemmas, and there is no data set"),
         ({"baselines": ("caa", "prompt", "caa")}, "baseline 'caa' is named 2 times"),
     ],
 )
@@ -348,8 +380,8 @@ def test_what_was_asked_for_the_adapter_is_not_asked_again_for_methods_that_are_
     kept = {path: path.stat().st_mtime_ns for path in (home / "shared").iterdir()}
     monkeypatch.setattr(answers, "sample_continuations", None)
     monkeypatch.setattr(answers, "build_targets", None)
-    options = ["--adapter", "two words.safetensors", "--baselines", "lora,reft", "--dataset", "", "--null", "0",
-               "--dtype", "fast", "--output", "shared report", "--shared", "shared"]  # fmt: skip
+    options = ["--adapter", "two words.safetensors", "--baselines", "lora,reft", "--dataset", "", "--target", "",
+               "--null", "0", "--dtype", "fast", "--output", "shared report", "--shared", "shared"]  # fmt: skip
     monkeypatch.chdir(home)
     CliRunner().invoke(app, arguments(home, *options), catch_exceptions=False)
     assert (home / "shared report" / "report.html").exists()
@@ -427,7 +459,7 @@ def test_a_vector_is_not_compared_with_methods_that_take_its_modules(home: Path,
 
 
 def test_without_dilemmas_there_are_yardsticks_and_texts(home: Path) -> None:
-    options = ["--dataset", "", "--null", "0", "--baselines", "", "--output", str(home / "texts only")]
+    options = ["--dataset", "", "--target", "", "--null", "0", "--baselines", "", "--output", str(home / "texts only")]
     result = CliRunner().invoke(app, arguments(home, *options), catch_exceptions=False)
     assert "trait gain" in result.stdout
     assert "balanced" not in result.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -23,19 +24,21 @@ from ipissa.evaluate.report.sweeps import figure_by, read_results, table_by
 
 
 def evaluation(folder: Path, seed: int, gain: float, **settings: Any) -> Path:
-    """A folder as `ipissa eval` leaves it, with one method."""
+    """A folder as `ipissa eval` leaves it, with the adapter and a method of a trait gain of 0.15 at the worse pole."""
     (folder / "tables").mkdir(parents=True)
-    (folder / "settings.json").write_text(
-        json.dumps({"adapter": "abc", "recipe": {"lr": 1}, "held_out": 9, "seed": seed} | settings)
-    )
-    (folder / "choices.json").write_text(json.dumps({"dataset": "dilemmas.csv", "target": "candour"}))
+    asked = {"dataset": "dilemmas.csv (sha256 0123)", "held_out": 9, "seed": seed}
+    (folder / "settings.json").write_text(json.dumps({"adapter": "abc", "recipe": {"lr": 1}} | asked | settings))
     poles = [
-        {"method": "adapter", "pole": pole, "equal": True, "trait_gain": gain, "plain_gain": 0.1, "contrast": 1}
-        for pole in "+-"
+        {"method": method, "pole": pole, "equal": True, "trait_gain": at_pole, "plain_gain": 0.1, "contrast": 1}
+        for method, gains in {"adapter": (gain, gain), "caa": (0.3, 0.15)}.items()
+        for pole, at_pole in zip("+-", gains, strict=True)
     ]
     pd.DataFrame(poles).to_csv(folder / "tables" / "yardsticks.csv")
+    best = [{"method": "caa", "pole": pole, "trait_gain": 0.3, "degradation": 0.1} for pole in "+-"]
+    pd.DataFrame(best).to_csv(folder / "tables" / "best.csv")
     row = {"method": "adapter"} | dict.fromkeys(FIGURES["methods"], 2 * gain)
     pd.DataFrame([row]).to_csv(folder / "tables" / "methods.csv")
+    pd.DataFrame({"name": ["candour", "care"]}).to_csv(folder / "tables" / "values.csv")
     return folder
 
 
@@ -46,8 +49,14 @@ def test_seeds_are_summed_up_by_medians_with_range_and_count(tmp_path: Path) -> 
     assert "Medians over 3 seeds, of one adapter" in text
     assert "Dilemmas: dilemmas.csv, about 'candour'." in text
     assert "0.2 [0.1, 0.5]" in text
-    table = pd.read_csv(tmp_path / "out" / "medians.csv").set_index("figure")
-    assert list(table.loc["balanced_value", ["median", "lowest", "highest", "seeds"]]) == [0.4, 0.2, 1.0, 3]
+    table = pd.read_csv(tmp_path / "out" / "medians.csv").set_index(["method", "figure"])
+    figures = ["median", "lowest", "highest", "seeds"]
+    assert list(table.loc[("adapter", "balanced_value"), figures]) == [0.4, 0.2, 1.0, 3]
+    # The adapter's gain is 0.1, 0.5 and 0.2: below 0.15 at one seed, and below 0.3 at two.
+    assert list(table.loc[("caa", "trait_gain worse"), [*figures, "ahead"]]) == [0.15, 0.15, 0.15, 3, 1]
+    assert table.loc[("caa", "trait_gain +"), "ahead"] == 2
+    assert table.loc[("caa", "trait_gain worse at best"), "ahead"] == 2
+    assert table.loc[("adapter", "trait_gain worse"), "ahead"] == 0
     assert "Fewer than 3 seeds" in summarise_seeds(folders[:2], tmp_path / "two")
 
 
@@ -58,8 +67,27 @@ def test_random_adapters_of_all_seeds_are_compared_with_the_median_slope(tmp_pat
         pd.DataFrame(random).to_csv(folder / "tables" / "null.csv", index=False)
     text = summarise_seeds(folders, tmp_path / "out")
     assert "Of 9 random adapters that cost text as much, 67% move the balanced score less" in text
-    assert "(permutation p = 0.400)" in text
-    assert json.loads((tmp_path / "out" / "medians.json").read_text())["chance"] in text
+    assert "(p against them 0.400, of so few at least 0.100)" in text
+    facts = json.loads((tmp_path / "out" / "medians.json").read_text())
+    assert facts["chance"] in text
+    assert facts["chance_p"] == pytest.approx(0.4)
+
+
+def test_adapters_of_their_own_are_compared_with_medians_of_one_random_adapter_per_seed(tmp_path: Path) -> None:
+    folders = [evaluation(tmp_path / f"{i}", i, gain, adapter=f"sha {i}") for i, gain in enumerate((0.1, 0.5, 0.2))]
+    for folder in folders:
+        random = {"seed": [1, 2, 3], "scale": 1.0, "equal": [True, True, False], "value": [-0.5, 0.1, 9], "t": 1.0}
+        pd.DataFrame(random).to_csv(folder / "tables" / "null.csv", index=False)
+    text = summarise_seeds(folders, tmp_path / "out")
+    facts = json.loads((tmp_path / "out" / "medians.json").read_text())
+    assert facts["chance"] in text
+    assert "one of 6 random adapters that cost text as much in the place of each seed's" in text
+    # All 27 ways to put a random slope, or the measured one, in the place of each of 0.2, 1.0 and 0.4.
+    pools = [(-0.5, 0.1, own) for own in (0.2, 1.0, 0.4)]
+    as_large = [abs(sorted(drawn)[1]) >= 0.4 for drawn in product(*pools)]
+    assert facts["chance_p"] == pytest.approx(sum(as_large) / 27, abs=0.02)
+    pd.DataFrame(random).assign(equal=False).to_csv(folders[1] / "tables" / "null.csv", index=False)
+    assert "nothing is said of chance" in summarise_seeds(folders, tmp_path / "out")
 
 
 def test_adapters_of_one_recipe_are_summed_up_one_per_seed(tmp_path: Path) -> None:

@@ -26,12 +26,13 @@ def medians(p: tuple[float, float, float], **worse_gains: float) -> pd.DataFrame
     for method, gain in worse_gains.items():
         equal = {"prompt": None, "dora": 0}.get(method, 1)  # lowest of the seeds
         rows.append([method, "equal", equal, equal, equal, 3])
-        for figure in (*SHOWN, "balanced_p"):
+        for figure in (*SHOWN, "trait_gain worse", "balanced_p"):
             low, median, high = p if figure == "balanced_p" else (gain - 0.1, gain, gain + 0.1)
             if figure == "trait_gain +":
                 low, median, high = 0.4, 0.5, 0.6
             rows.append([method, figure, median, low, high, 3])
-    return pd.DataFrame(rows, columns=["method", "figure", "median", "lowest", "highest", "seeds"])
+    table = pd.DataFrame(rows, columns=["method", "figure", "median", "lowest", "highest", "seeds"])
+    return table.assign(ahead=3 * (table["median"] > worse_gains["adapter"]))
 
 
 def test_every_method_has_a_row_and_those_ahead_are_named() -> None:
@@ -42,18 +43,26 @@ def test_every_method_has_a_row_and_those_ahead_are_named() -> None:
     assert "more trait gain at the worse pole than `kind`: `lora`. Not compared, as their cost" in text
     assert "at every seed: `dora`." in text
     assert "| dora (at another cost) |" in text
+    assert "| prompt (at another cost) |" in text
     assert "medians over 3 seeds of 3 adapters, one per seed" in text
     first = section("kind", medians(SURE, adapter=0.3, caa=0.1), FACTS | {"adapters": 1})
     assert "medians over 3 seeds of one adapter" in first
     assert "than `kind`: no other method." in first
 
 
+def test_a_method_that_is_ahead_at_some_seeds_only_is_said_to_be() -> None:
+    table = medians(SURE, adapter=0.3, caa=0.4, lora=0.4)
+    table.loc[table["method"] == "lora", "ahead"] = 2
+    assert "than `kind`: `caa` at every seed, `lora` at some." in section("kind", table, FACTS)
+    table.loc[table["method"] == "caa", "ahead"] = 0
+    assert "than `kind`: no other method at every seed, `lora` at some." in section("kind", table, FACTS)
+
+
 def test_methods_at_their_own_best_scale_are_named() -> None:
     table = medians(SURE, adapter=0.3, caa=0.1, sspace=0.2)
     at_best = [
-        [method, f"trait_gain {pole} at best", gain, gain, gain, 3]
-        for method, gains in {"caa": (0.9, 0.25), "sspace": (0.35, 0.31)}.items()
-        for pole, gain in zip("+-", gains, strict=True)
+        [method, "trait_gain worse at best", gain, gain, gain, 3, 3 * (gain > 0.3)]
+        for method, gain in {"caa": 0.25, "sspace": 0.31}.items()
     ]
     table = pd.concat([table, pd.DataFrame(at_best, columns=table.columns)])
     text = section("kind", table, FACTS)
@@ -63,23 +72,34 @@ def test_methods_at_their_own_best_scale_are_named() -> None:
 @pytest.mark.parametrize(
     ("p", "slope", "way", "says"),
     [
-        (SURE, 0.3, "towards", "is at"),
-        (SURE, -0.3, "away from", "is at"),
-        ((0.001, 0.01, 0.06), 0.3, "towards", "is not at"),
-        (SURE, 0.05, "towards", "is not at"),
+        (SURE, 0.3, "towards", "is told"),
+        (SURE, -0.3, "away from", "is told"),
+        ((0.001, 0.01, 0.06), 0.3, "towards", "is not told"),
+        (SURE, 0.05, "towards", "is not told"),
     ],
 )
 def test_an_effect_on_choices_is_claimed_only_if_every_seed_has_it(
     p: tuple[float, float, float], slope: float, way: str, says: str
 ) -> None:
     text = section("kind", medians(p, adapter=slope), FACTS)
-    found = f"{slope:.3f} nats per α, {way} what the rule asks; p from {p[0]:.2g} to {p[2]:.2g}"
-    assert f"choices about *candour* ({found}) {says} every seed distinguishable" in text
+    found = f"{slope:.3f} nats per α, {way} what the rule asks; over dilemmas p from {p[0]:.2g} to {p[2]:.2g}"
+    assert f"choices about *candour* ({found}) {says} from nothing." in text
 
 
 def test_what_chance_does_is_said_beside_the_effect_on_choices() -> None:
-    text = section("kind", medians(SURE, adapter=0.3), FACTS | {"chance": "Of 9 random adapters, none moves more."})
-    assert text.endswith("distinguishable from nothing. Of 9 random adapters, none moves more.")
+    chance = {"chance": "Of 9 random adapters, none moves more.", "chance_p": 0.1}
+    text = section("kind", medians(SURE, adapter=0.3), FACTS | chance)
+    assert text.endswith("is not told from nothing. Of 9 random adapters, none moves more.")  # whatever p over dilemmas
+    text = section("kind", medians(SURE, adapter=0.3, prompt=-0.2), FACTS | chance | {"chance_p": 0.01})
+    assert "is told from nothing." in text
+    assert text.endswith("Telling the model to be so moves them by -0.200, away from what the rule asks.")
+
+
+def test_without_dilemmas_there_is_a_sentence() -> None:
+    table = medians(SURE, adapter=0.3)
+    assert section("kind", table[~table["figure"].str.startswith("balanced")], FACTS).endswith(
+        "No dilemmas were asked."
+    )
 
 
 def test_a_method_that_leaves_dilemmas_no_answer_has_empty_cells() -> None:

@@ -111,7 +111,7 @@ def test_a_card_says_where_an_adapter_reaches_what_is_asked_of_one(gains: tuple[
     measured = copy.deepcopy(adapter.evaluation)
     for pole, gain in zip(("positive", "negative"), gains, strict=True):
         measured["yardsticks"][pole]["trait_gain"]["value"] = gain
-    assert f"is reached {where}." in describe(replace(adapter, evaluation=measured))
+    assert f"is reached {where} of these prompts;" in describe(replace(adapter, evaluation=measured))
 
 
 def test_a_killed_run_goes_on_to_the_same_adapter(config: TrainConfig, tmp_path: Path, killed_at: Any) -> None:

@@ -37,7 +37,8 @@ class Analysis:
         dose: Per α: change of the balanced score since α = 0 with its interval (NaN where too few answers are left),
             choice mass, valid share.
         values: Per value: slope and interval, p corrected.
-        clusters: Slope less 1 per cluster, ranked.
+        clusters: Slope less 1 per cluster, ranked, and the target's own slope that they are measured by; none where
+            that slope cannot be told from 0.
     """
 
     method: str
@@ -82,8 +83,14 @@ def analyse(measured: Measured, dataset: Dataset) -> Analysis:
         figures,
         _dose(with_labels(measured.rows, labels[dataset.target]), measured.rows),
         values,
-        clusters,
+        # A ratio to a slope that may as well be 0 says nothing.
+        clusters.assign(target_slope=figures["balanced_value"]).loc[[way(figures) != 0] * len(clusters)],
     )
+
+
+def way(figures: Mapping[str, Any]) -> int:
+    """+1 where the interval of the balanced slope is above 0, -1 where it is below, else 0."""
+    return int(figures["balanced_low"] > 0) - int(figures["balanced_high"] < 0)
 
 
 def at_poles(rows: pd.DataFrame) -> pd.DataFrame:
@@ -212,7 +219,7 @@ def why_unranked(differences: Mapping[str, float]) -> str | None:
 
 
 def ranked(analyses: Sequence[Analysis], differences: Mapping[str, float]) -> list[str]:
-    """Methods by their balanced slope, largest first.
+    """Methods that cost text what the adapter costs, by their balanced slope, largest first.
 
     Raises:
         ConfigError: they do not start from the same model.
@@ -220,4 +227,5 @@ def ranked(analyses: Sequence[Analysis], differences: Mapping[str, float]) -> li
     reason = why_unranked(differences)
     if reason:
         raise ConfigError(reason)
-    return [each.method for each in sorted(analyses, key=lambda each: -each.figures["balanced_value"])]
+    matched = [each for each in analyses if each.figures["equal"] is True]
+    return [each.method for each in sorted(matched, key=lambda each: -each.figures["balanced_value"])]

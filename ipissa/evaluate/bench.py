@@ -12,11 +12,13 @@ from typing import Any
 
 from ipissa.adapter.checkpoint import Adapter, AnyAdapter
 from ipissa.data.continuations import Continuation, Sampling, sample_continuations
+from ipissa.data.items import Dataset
 from ipissa.data.pairs import contrastive_pairs, openings_from_continuations
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_evaluation_prompts, load_prompts, spread
 from ipissa.errors import ConfigError
 from ipissa.evaluate.baselines.tuners import distillation_targets, training_config
+from ipissa.evaluate.choices import measure_choices
 from ipissa.evaluate.compare import adapter_degradation
 from ipissa.evaluate.degradation import PlainText, sample_plain
 from ipissa.evaluate.held_out import HeldOut
@@ -94,6 +96,17 @@ class Bench:
         name = self.settings.model or self.adapter.base_model["name"]
         model, tokenizer = load_model(name, device=self.settings.device, dtype=self.settings.dtype)
         return model, tokenizer, Trait(**{field.name: self.adapter.trait[field.name] for field in fields(Trait)})
+
+    def check(self, dataset: Dataset | None) -> None:
+        """Refuse what would fail after hours: an adapter of another model, and a model that answers no dilemma.
+
+        Raises:
+            BaseModelMismatchError, ConfigError: as `attach` and `measure_choices`.
+        """
+        model, tokenizer, _ = self.base
+        with attached(model, self.adapter) as steerer:
+            if dataset is not None:
+                measure_choices(steerer, tokenizer, dataset, [0.0])
 
     @cached_property
     def materials(self) -> Materials:

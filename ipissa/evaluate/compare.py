@@ -41,6 +41,12 @@ class Measured:
     degradation: list[Degradation]
     rows: pd.DataFrame | None  # per item and α (`measure_choices`); None without dilemmas
 
+    def cost(self, *alphas: float) -> float:
+        """Nats per token that unsteered answers to held-out prompts lose, on average over these α (the poles)."""
+        lost = {each.alpha: each.text for each in self.degradation}
+        asked = alphas or POLES
+        return sum(lost[alpha] for alpha in asked) / len(asked)
+
 
 def adapter_degradation(m: Materials) -> float:
     """What other methods are brought to: the adapter's, over both poles, on tuning texts."""

@@ -22,6 +22,7 @@ from ipissa.evaluate.slopes import Slope, balanced_slope, can_be_balanced, with_
 from ipissa.evaluate.steerer import Steerer
 
 ALPHAS = (-1.0, 0.0, 1.0)
+DRAWS = 10_000  # of one slope per seed
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class NullCheck:
             return f"None of {self.left_out} random adapters could be brought to that cost: nothing is said of chance."
         return (
             f"Of {self.seeds} random adapters that cost text as much, {self.share_below:.0%} move the balanced score "
-            f"less (permutation p = {self.p:.3f}); their |t| has a median of {self.median_t:.2f}, and the largest "
-            f"slope is {self.largest_slope:.3f} nats."
+            f"less (p against them {self.p:.3f}, of so few at least {1 / (1 + self.seeds):.3f}); their |t| has a "
+            f"median of {self.median_t:.2f}, and the largest slope is {self.largest_slope:.3f} nats."
             + (f" {self.left_out} more could not be brought to that cost, and are left out." if self.left_out else "")
         )
 
@@ -88,3 +89,24 @@ def null_check(measured: float, random: pd.DataFrame) -> NullCheck:
         share_below=float((slopes < value).mean()),
         p=float((1 + (slopes >= value).sum()) / (1 + len(slopes))),
     )
+
+
+def median_p(measured: Sequence[float], random: Sequence[pd.DataFrame]) -> float | None:
+    """How often chance gives a median as large, where every seed has an adapter and random ones of its own.
+
+    If steering did nothing that a random adapter does not, every seed's slope could as well be one of its random
+    ones: the p of that randomisation, over draws of one slope per seed, the measured ones among them.
+
+    Args:
+        measured: The adapter's slope, per seed.
+        random: The random adapters' (`null_slopes`), per seed.
+
+    Returns:
+        None where some seed has no random adapter that could be brought to the adapter's cost.
+    """
+    pools = [np.append(comparable(table)["value"].to_numpy(), own) for own, table in zip(measured, random, strict=True)]
+    if min(len(pool) for pool in pools) == 1:
+        return None
+    generator = np.random.default_rng(0)
+    drawn = np.median([generator.choice(pool, DRAWS) for pool in pools], axis=0)
+    return float((1 + (np.abs(drawn) >= abs(np.median(measured))).sum()) / (1 + DRAWS))

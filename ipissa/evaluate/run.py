@@ -28,7 +28,7 @@ from ipissa.evaluate.published import loss_gap
 from ipissa.evaluate.report.page import Findings, write_report
 from ipissa.evaluate.report.parts import Parts, measured_from_json, measured_to_json, records
 from ipissa.evaluate.settings import EvalSettings
-from ipissa.evaluate.slopes import balanced_slope, with_labels
+from ipissa.evaluate.slopes import balanced_slope, can_be_balanced, with_labels
 from ipissa.train.config import TrainConfig
 
 NULL_SEEDS = 1000  # more than any null check draws
@@ -105,6 +105,8 @@ def _check(adapter: AnyAdapter, settings: EvalSettings) -> None:
 
 def _all_methods(bench: Bench, dataset: Dataset | None, folder: Path) -> list[Measured]:
     def measure(method: str) -> dict[str, Any]:
+        if method == ADAPTER:
+            bench.check(dataset)
         m = bench.materials
         measured = measure_method(method, m, dataset, bench.settings.grid(), degradation=bench.degradation)
         if method in VECTORS and measured.scale is not None:
@@ -142,8 +144,10 @@ def _null(
     random = pd.DataFrame(bench.parts.once("null", slopes))
     rows = measured[0].rows
     assert rows is not None
-    labels = item_labels(dataset)[dataset.target]
-    own = balanced_slope(with_labels(complete(at_poles(rows)), labels)).trait.value
+    answered = with_labels(complete(at_poles(rows)), item_labels(dataset)[dataset.target])
+    if not can_be_balanced(answered):  # the report says so
+        return None
+    own = balanced_slope(answered).trait.value
     return null_check(own, random), random, own
 
 

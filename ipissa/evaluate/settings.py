@@ -60,8 +60,12 @@ class EvalSettings:
             raise ConfigError(f"alphas {list(self.alphas)} hold a number that is no α; use some such as -1, 0.5, 1.")
         if self.null and self.null < MIN_NULL:
             raise ConfigError(f"null {self.null} random adapters say nothing; use at least {MIN_NULL}, or 0 for none.")
-        if self.null and self.dataset is None:
-            raise ConfigError("null compares slopes in dilemmas, and there is no data set; give --dataset.")
+        if self.dataset is None:
+            for name in ("null", "target", "topic", "max_items"):
+                if getattr(self, name):
+                    raise ConfigError(
+                        f"{name} is of dilemmas, and there is no data set; give --dataset, or leave it out."
+                    )
 
     def described(self) -> dict[str, Any]:
         """What figures depend on: files by content rather than by where they lie, and what is chosen by the machine."""

@@ -114,7 +114,10 @@ def _yardsticks(yardsticks: Mapping[str, Any]) -> str:
 def _against_the_aim(yardsticks: Mapping[str, Any]) -> str:
     reached = [pole for pole in ("positive", "negative") if yardsticks[pole]["trait_gain"]["value"] >= GAIN_AIMED_AT]
     where = {0: "at neither pole", 1: f"at the {''.join(reached)} pole only", 2: "at both poles"}[len(reached)]
-    return f"A trait gain of {GAIN_AIMED_AT:g}, more than half of what being told does, is reached {where}."
+    return (
+        f"A trait gain of {GAIN_AIMED_AT:g}, more than half of what being told does, is reached {where} of these "
+        "prompts; `ipissa eval` has prompts of its own, on which nothing was chosen."
+    )
 
 
 def _reach(reach: Mapping[str, float]) -> str:

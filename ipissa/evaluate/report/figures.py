@@ -8,6 +8,8 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ipissa.evaluate.methods import ADAPTER, METHODS
+
 SHOWN_VALUES = 24
 
 
@@ -33,7 +35,7 @@ def dose_figure(dose: pd.DataFrame) -> Figure:
     for method, own in _by_method(dose):
         line = score.errorbar(
             own["alpha"], own["change"], [own["change"] - own["low"], own["high"] - own["change"]],
-            marker="o", markersize=4, capsize=2, label=method, color=_colour(dose, method),
+            marker="o", markersize=4, capsize=2, label=method, color=_colour(method),
         )  # fmt: skip
         mass.plot(own["alpha"], own["choice_mass"], marker="o", markersize=4, color=line[0].get_color())
     score.axhline(0, color="grey", linewidth=0.8)
@@ -45,18 +47,21 @@ def dose_figure(dose: pd.DataFrame) -> Figure:
 
 
 def pareto_figure(points: pd.DataFrame) -> Figure:
-    """Effect against degradation, a point per method and α, and the front of those that none beats."""
+    """Effect against degradation, a point per method and |α|, and the front from doing nothing on."""
     figure, (axis,) = _figure(9, 5.5)
     for method, own in _by_method(points):
-        axis.scatter(own["degradation"], own["effect"], label=method, color=_colour(points, method), s=28)
+        axis.scatter(own["degradation"], own["effect"], label=method, color=_colour(method), s=28)
         for row in own.itertuples():
-            axis.annotate(f"{row.alpha:+g}", (row.degradation, row.effect), fontsize=6, xytext=(3, 3),
+            axis.annotate(f"{row.alpha:g}", (row.degradation, row.effect), fontsize=6, xytext=(3, 3),
                           textcoords="offset points")  # fmt: skip
     front = points[points["front"]].sort_values("degradation")
-    axis.step(front["degradation"], front["effect"], where="post", color="black", linewidth=1, label="Pareto front")
+    axis.step(
+        [0.0, *front["degradation"]], [0.0, *front["effect"]], where="post", color="black", linewidth=1,
+        label="Pareto front",
+    )  # fmt: skip
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set_xlabel("text degradation (nats per token)")
-    axis.set_ylabel("move of the balanced score\nin the direction of α (nats)")
+    axis.set_ylabel("half of how far the poles move\nthe balanced score apart (nats)")
     axis.legend(fontsize="small", ncols=2)
     return figure
 
@@ -79,13 +84,20 @@ def values_figure(values: pd.DataFrame) -> Figure:
 
 
 def clusters_figure(clusters: pd.DataFrame) -> Figure:
-    """Slope less 1 per cluster and method."""
-    table = clusters.pivot(index="cluster", columns="method", values="slope_less_1")
+    """Slope less 1 per cluster and method, the methods with their own slope on the target."""
+    methods = list(dict.fromkeys(clusters["method"]))
+    table = clusters.pivot(index="cluster", columns="method", values="slope_less_1")[methods]
+    own = clusters.groupby("method")["target_slope"].first()
+    values = clusters.groupby("cluster")["values"].first()
     figure, (axis,) = _figure(9, 4)
     width = 0.8 / len(table.columns)
     for i, method in enumerate(table.columns):
-        axis.bar(np.arange(len(table)) + i * width, table[method], width, label=method, color=_colour(clusters, method))
-    axis.set_xticks(np.arange(len(table)) + 0.4 - width / 2, list(table.index))
+        axis.bar(
+            np.arange(len(table)) + i * width, table[method], width,
+            label=f"{method} ({own[method]:+.3f})", color=_colour(method),
+        )  # fmt: skip
+    names = [f"{cluster} (values: {values[cluster]})" for cluster in table.index]
+    axis.set_xticks(np.arange(len(table)) + 0.4 - width / 2, names)
     axis.axhline(0, color="grey", linewidth=0.8)
     axis.set_ylabel("slope on the target's line, less 1")
     axis.legend(fontsize="small", ncols=2)
@@ -126,7 +138,7 @@ def _by_method(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [(str(method), own) for method, own in table.groupby("method", sort=False)]
 
 
-def _colour(table: pd.DataFrame, method: str) -> object:
-    """The same colour for a method in every figure of the same methods."""
-    index = list(dict.fromkeys(table["method"])).index(method)
+def _colour(method: str) -> object:
+    """The same colour for a method in every figure."""
+    index = [ADAPTER, *METHODS].index(method)
     return colormaps["tab20"]((2 * index) % 20 + (index // 10) % 2)  # strong colours first, then their pale halves

@@ -23,18 +23,20 @@ from ipissa.evaluate.analysis import (
     analyse,
     base_differences,
     ranked,
+    way,
     why_unranked,
 )
 from ipissa.evaluate.best_scale import Best
 from ipissa.evaluate.compare import Measured, markdown
-from ipissa.evaluate.methods import ADAPTER
+from ipissa.evaluate.methods import ADAPTER, TRAINED
 from ipissa.evaluate.null import NullCheck, comparable
 from ipissa.evaluate.report import figures, tables
 from ipissa.evaluate.report.parts import records
-from ipissa.evaluate.report.shown import BEST, DEGRADATION, EQUAL, METHODS, VALUES, shown
+from ipissa.evaluate.report.shown import BEST, DEGRADATION, EQUAL, METHODS, PUBLISHED, VALUES, shown
 from ipissa.evaluate.settings import EvalSettings
 from ipissa.evaluate.side_by_side import ToldAndSteered, by_prompt, texts_markdown
 from ipissa.files import write_text
+from ipissa.train.objectives.distill import KINDS
 
 DPI = 110
 
@@ -52,23 +54,28 @@ class Findings:
     null: tuple[NullCheck, pd.DataFrame, float] | None
     loss_gap: float | None = None  # of the adapter's training
 
-    @cached_property
+    @property
     def analyses(self) -> list[Analysis]:
-        """Of every method that leaves enough of them an answer, what it does in dilemmas.
+        """What every method that leaves enough dilemmas an answer does in them; none if the adapter does not."""
+        return self._dilemmas[0]
 
-        Raises:
-            TooFewAnswersError: the adapter does not.
-        """
+    @property
+    def unanswered(self) -> str | None:
+        """Why nothing is said of dilemmas that were asked, or None."""
+        return self._dilemmas[1]
+
+    @cached_property
+    def _dilemmas(self) -> tuple[list[Analysis], str | None]:
         if self.dataset is None:
-            return []
-        found = []
+            return [], None
+        found: list[Analysis] = []
         for each in self.measured:
             try:
                 found.append(analyse(each, self.dataset))
-            except TooFewAnswersError:
+            except TooFewAnswersError as error:
                 if each.method == ADAPTER:
-                    raise
-        return found
+                    return [], str(error)
+        return found, None
 
 
 def write_report(findings: Findings, folder: Path) -> None:
@@ -102,29 +109,42 @@ def summary(findings: Findings) -> str:
             interval = f"{f['balanced_value']:.3f} [{f['balanced_low']:.3f}, {f['balanced_high']:.3f}]"
             lines.append(f"| {each.method} | {interval} | {f['balanced_t']:.1f} | {f['acquiescence_value']:.3f} |")
         lines += ["", verdict(findings.measured, analyses)]
+    if findings.unanswered:
+        lines += ["", findings.unanswered]
     if findings.null:
         lines += ["", findings.null[0].sentence()]
     return "\n".join(lines)
 
 
 def verdict(measured: Sequence[Measured], analyses: Sequence[Analysis]) -> str:
-    """The ranking in a sentence, or why there is none."""
-    if len(measured) < 2:
-        return "Nothing to rank: there is one method."
+    """The ranking and the signs in sentences, or why there is no ranking."""
     lost = [each.method for each in measured if each.method not in {one.method for one in analyses}]
     left_out = f" Left out, as too few dilemmas kept an answer: {', '.join(lost)}." if lost else ""
     differences = base_differences(measured)
     reason = why_unranked(differences)
     if reason:
         return reason + left_out
-    order = ranked(analyses, differences)
-    unequal = [each.method for each in measured if each.equal is False]
-    apart = [each.method for each in analyses if each.figures["balanced_low"] * each.figures["balanced_high"] > 0]
+    return f"{_ranking(measured, ranked(analyses, differences))} {_signs(analyses)}{left_out}"
+
+
+def _ranking(measured: Sequence[Measured], order: Sequence[str]) -> str:
+    """Methods that cost text the same; what the others cost, they are not ranked."""
+    text = "Nothing to rank: there is one method." if len(measured) < 2 else (
+        f"By balanced slope, of those at equal degradation, the largest first: {', '.join(order)}."
+    )  # fmt: skip
+    own = next(each.cost() for each in measured if each.method == ADAPTER)
+    unequal = [
+        f"{each.method} (costs text {each.cost() / own:.1f} times as much)" for each in measured if not each.equal
+    ]
+    return text + (f" Not ranked, at another degradation: {', '.join(unequal)}." if unequal else "")
+
+
+def _signs(analyses: Sequence[Analysis]) -> str:
+    """Which slopes have an interval on one side of 0. It is over dilemmas: random adapters can have one, too."""
+    up, down = ([each.method for each in analyses if way(each.figures) == sign] for sign in (1, -1))
     return (
-        f"By balanced slope, the largest first: {', '.join(order)}. "
-        f"Distinguishable from nothing (95 %): {', '.join(apart) or 'none'}."
-        + (f" Not at equal degradation: {', '.join(unequal)}." if unequal else "")
-        + left_out
+        f"Intervals over dilemmas above 0: {', '.join(up) or 'none'}; below 0: {', '.join(down) or 'none'}. They cover "
+        "which dilemmas were asked, not what a random adapter does."
     )
 
 
@@ -210,7 +230,11 @@ def _page(
         best=shown(frames["best"], BEST) if "best" in frames else None,
         degradation=shown(frames["degradation"], DEGRADATION),
         dataset=findings.dataset,
+        labelled=_labelled(findings.dataset),
+        unanswered=findings.unanswered,
+        fitted=_fitted(findings),
         dilemmas=shown(frames["methods"], METHODS, digits=4) if analyses else None,
+        published=shown(frames["methods"], PUBLISHED, digits=4) if analyses else None,
         verdict=verdict(findings.measured, analyses) if analyses else None,
         values=shown(_own_values(frames), VALUES, digits=4) if analyses else None,
         null=findings.null[0].sentence() if findings.null else None,
@@ -218,6 +242,18 @@ def _page(
         texts=by_prompt(findings.texts),
         pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
     )
+
+
+def _labelled(dataset: Dataset | None) -> int:
+    """Items that say something of the target."""
+    return 0 if dataset is None else sum(dataset.target in item.labels for item in dataset.items)
+
+
+def _fitted(findings: Findings) -> list[str]:
+    """The methods that learnt to be what trait gain measures, on other prompts."""
+    objective = findings.adapter.evaluation.get("training", {}).get("objective")
+    adapter = [ADAPTER] if objective in KINDS else []
+    return adapter + [each.method for each in findings.measured if each.method in TRAINED]
 
 
 def _own_values(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
@@ -240,5 +276,5 @@ def _png(figure: Figure) -> bytes:
 
 def _inside(folder: Path, name: str) -> Path:
     path = folder / name
-    path.mkdir(exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
     return path

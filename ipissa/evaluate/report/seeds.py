@@ -11,15 +11,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from ipissa.errors import ConfigError
 from ipissa.evaluate.methods import ADAPTER
-from ipissa.evaluate.null import null_check
+from ipissa.evaluate.null import comparable, median_p, null_check
 from ipissa.evaluate.report.parts import SETTINGS
 from ipissa.files import write_text
 
 ENOUGH_SEEDS = 3
+WORSE = "trait_gain worse"  # of the two poles
+AT_BEST = " at best"
 FIGURES = {
     "yardsticks": ("trait_gain", "plain_gain", "contrast"),
     "methods": (
@@ -38,18 +41,21 @@ def summarise_seeds(folders: Sequence[Path], output: Path) -> str:
     Raises:
         ConfigError: one is no evaluation, or they differ in more than the seed.
     """
-    facts = {"seeds": len(folders), "adapters": _check_same(folders), **_asked(folders[0])}
-    long = pd.concat([_figures(folder) for folder in folders], ignore_index=True)
+    adapters = _check_same(folders)
+    each = [_figures(folder) for folder in folders]
     medians = (
-        long.groupby(["method", "figure"], sort=False)["value"]
-        .agg(median="median", lowest="min", highest="max", seeds="count")
+        pd.concat([_beside_the_adapter(figures) for figures in each], ignore_index=True)
+        .groupby(["method", "figure"], sort=False)
+        .agg(
+            median=("value", "median"),
+            lowest=("value", "min"),
+            highest=("value", "max"),
+            seeds=("value", "count"),
+            ahead=("ahead", "sum"),
+        )
         .reset_index()
     )
-    random = [pd.read_csv(path) for folder in folders if (path := folder / "tables" / "null.csv").exists()]
-    if random:
-        own = medians[(medians["method"] == ADAPTER) & (medians["figure"] == "balanced_value")]
-        check = null_check(float(own["median"].iloc[0]), pd.concat(random, ignore_index=True))
-        facts["chance"] = check.sentence()
+    facts = {"seeds": len(folders), "adapters": adapters, **_asked(folders[0]), **_chance(folders, each, adapters)}
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "medians.csv", medians.to_csv(index=False))
     write_text(output / "medians.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
@@ -89,18 +95,52 @@ def _check_same(folders: Sequence[Path]) -> int:
 
 def _asked(folder: Path) -> dict[str, Any]:
     """Which dilemmas, and about what; nothing where there were none."""
-    path = folder / "choices.json"
+    path = folder / "tables" / "values.csv"
     if not path.exists():
         return {}
-    choices = json.loads(path.read_text(encoding="utf-8"))
-    return {"dataset": choices["dataset"], "target": choices["target"]}
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    name = settings["dataset"].split(" (sha256")[0]
+    return {"dataset": name, "target": pd.read_csv(path)["name"].iloc[0]}  # the target comes first
+
+
+def _chance(folders: Sequence[Path], figures: Sequence[pd.DataFrame], adapters: int) -> dict[str, Any]:
+    """How often random adapters do as much, in words and as p; nothing where none were measured."""
+    paths = [folder / "tables" / "null.csv" for folder in folders]
+    if not all(path.exists() for path in paths):
+        return {}
+    random = [pd.read_csv(path) for path in paths]
+    slopes = [_value(each, ADAPTER, "balanced_value") for each in figures]
+    if adapters == 1:
+        check = null_check(float(np.median(slopes)), pd.concat(random, ignore_index=True))
+        return {"chance": check.sentence(), "chance_p": check.p}
+    p = median_p(slopes, random)
+    if p is None:
+        return {"chance": "At some seed no random adapter could be brought to that cost: nothing is said of chance."}
+    count = sum(len(comparable(each)) for each in random)
+    sentence = (
+        f"With one of {count} random adapters that cost text as much in the place of each seed's, the median is as "
+        f"large with p = {p:.3f}."
+    )
+    return {"chance": sentence, "chance_p": p}
+
+
+def _value(figures: pd.DataFrame, method: str, figure: str) -> float:
+    own = figures[(figures["method"] == method) & (figures["figure"] == figure)]
+    return float(own["value"].iloc[0])
+
+
+def _beside_the_adapter(figures: pd.DataFrame) -> pd.DataFrame:
+    """With a column `ahead`: whether a figure is above the adapter's at this seed, at its best scale or not."""
+    adapter = figures[figures["method"] == ADAPTER].set_index("figure")["value"]
+    own = figures["figure"].str.removesuffix(AT_BEST).map(adapter)
+    return figures.assign(ahead=figures["value"] > own)
 
 
 def _figures(folder: Path) -> pd.DataFrame:
     """method, figure, value of every figure of one evaluation."""
     yardsticks = pd.read_csv(folder / "tables" / "yardsticks.csv")
     equal = yardsticks[yardsticks["pole"] == "+"].assign(figure="equal")
-    parts = [equal.assign(value=equal["equal"].astype(float))]
+    parts = [equal.assign(value=equal["equal"].astype(float)), _worse_pole(yardsticks)]
     parts += [
         yardsticks.assign(figure=f"{name} {pole}", value=yardsticks[name])[yardsticks["pole"] == pole]
         for name in FIGURES["yardsticks"]
@@ -110,9 +150,10 @@ def _figures(folder: Path) -> pd.DataFrame:
     if path.exists():
         best = pd.read_csv(path)
         parts += [
-            best.assign(figure=f"trait_gain {pole} at best", value=best["trait_gain"])[best["pole"] == pole]
+            best.assign(figure=f"trait_gain {pole}{AT_BEST}", value=best["trait_gain"])[best["pole"] == pole]
             for pole in ("+", "-")
         ]
+        parts.append(_worse_pole(best).assign(figure=WORSE + AT_BEST))
         one = best[best["pole"] == "+"]
         parts.append(one.assign(figure="degradation at best", value=one["degradation"]))
     path = folder / "tables" / "methods.csv"
@@ -120,6 +161,13 @@ def _figures(folder: Path) -> pd.DataFrame:
         methods = pd.read_csv(path)
         parts += [methods.assign(figure=name, value=methods[name]) for name in FIGURES["methods"]]
     return pd.concat([part[["method", "figure", "value"]] for part in parts], ignore_index=True)
+
+
+def _worse_pole(yardsticks: pd.DataFrame) -> pd.DataFrame:
+    """The trait gain of the pole that has less of it, per method."""
+    return (
+        yardsticks.groupby("method", sort=False)["trait_gain"].min().rename("value").reset_index().assign(figure=WORSE)
+    )
 
 
 def _markdown(medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:

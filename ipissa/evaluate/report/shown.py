@@ -9,7 +9,13 @@ import pandas as pd
 BOUNDS = ("low", "high")
 # What is shown of every table, and under which title; the CSV files have all.
 YARDSTICKS = {"pole": "pole", "trait_gain": "trait gain", "plain_gain": "plain gain (nats)", "contrast": "contrast"}
-EQUAL = {"method": "method", "scale": "scale", "equal": "equal degradation", **YARDSTICKS}
+EQUAL = {
+    "method": "method",
+    "scale": "scale",
+    "equal": "equal degradation",
+    **YARDSTICKS,
+    "degradation": "degradation (nats)",
+}
 BEST = {"method": "method", "scale": "scale", "degradation": "degradation (nats)", **YARDSTICKS}
 DEGRADATION = {"method": "method", "alpha": "α", "text": "text", "prompt": "prompt"}
 VALUES = {
@@ -36,6 +42,9 @@ METHODS = {
     "opposite": "opposite signs",
     "dose_monotonic": "monotonic",
     "valid": "valid",
+}
+PUBLISHED = {
+    "method": "method",
     "once_negated_effect": "Effect, once negated",
     "published_effect": "Effect, published",
     "published_gain": "Gain, published",

@@ -16,9 +16,15 @@ YARDSTICKS = ("trait_gain", "plain_gain", "contrast")
 
 
 def yardstick_table(measured: Sequence[Measured]) -> pd.DataFrame:
-    """A row per method and pole: every yardstick with its interval and t."""
+    """A row per method and pole: what its text costs there, and every yardstick with its interval and t."""
     found = [
-        {"method": each.method, "scale": each.scale, "equal": each.equal} | row
+        {
+            "method": each.method,
+            "scale": each.scale,
+            "equal": each.equal,
+            "degradation": each.cost(float(f"{row['pole']}1")),
+            **row,
+        }
         for each in measured
         for row in _of_poles(each.yardsticks)
     ]
@@ -63,34 +69,34 @@ def stacked(analyses: Sequence[Analysis], name: str) -> pd.DataFrame:
         table.insert(0, "method", each.method)
         parts.append(table)
     filled = [part for part in parts if not part.empty]
-    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame()
+    return pd.concat(filled, ignore_index=True) if filled else parts[0]
 
 
 def pareto_table(analyses: Sequence[Analysis], measured: Sequence[Measured]) -> pd.DataFrame:
-    """A row per method and α other than 0: how far the trait moved the right way, and what text lost for it.
+    """A row per method and |α|: how far the poles moved the score apart, the right way, and what text lost for it.
 
-    `front` marks points that no other one beats in both.
+    effect = (change at +|α| - change at -|α|) / 2, degradation the mean of both: what moves the score alike at both
+    poles is no effect of a dial. `front` marks effects that neither another point nor doing nothing, (0, 0), has for
+    as little.
     """
-    lost = degradation_table(measured).set_index(["method", "alpha"])["text"]
-    dose = stacked(analyses, "dose")
-    points = (
-        dose[dose["alpha"] != 0]
-        .dropna(subset=["change"])
-        .assign(
-            effect=lambda t: t["change"] * t["alpha"].map(lambda alpha: 1 if alpha > 0 else -1),
-            degradation=lambda t: [
-                float(lost[method, alpha]) for method, alpha in zip(t["method"], t["alpha"], strict=True)
-            ],
-        )[["method", "alpha", "effect", "degradation"]]
-    )
-    beaten = [
-        bool(
-            (
-                (points["effect"] >= row.effect)
-                & (points["degradation"] <= row.degradation)
-                & ((points["effect"] > row.effect) | (points["degradation"] < row.degradation))
-            ).any()
-        )
-        for row in points.itertuples()
+    table = stacked(analyses, "dose").merge(degradation_table(measured)[["method", "alpha", "text"]])
+    both = table.dropna(subset=["change"]).set_index(["method", "alpha"])
+    points = [
+        {
+            "method": method,
+            "alpha": alpha,
+            "effect": (both.loc[(method, alpha), "change"] - both.loc[(method, -alpha), "change"]) / 2,
+            "degradation": (both.loc[(method, alpha), "text"] + both.loc[(method, -alpha), "text"]) / 2,
+        }
+        for method, alpha in both.index
+        if alpha > 0 and (method, -alpha) in both.index
     ]
-    return points.assign(front=[not each for each in beaten]).reset_index(drop=True)
+    found = pd.DataFrame(points, columns=["method", "alpha", "effect", "degradation"])
+    rivals = [(0.0, 0.0), *zip(found["effect"], found["degradation"], strict=True)]
+    return found.assign(front=[not _beaten(point, rivals) for point in rivals[1:]])
+
+
+def _beaten(point: tuple[float, float], rivals: Sequence[tuple[float, float]]) -> bool:
+    """Whether a rival has as much effect for as little degradation, and more of one or less of the other."""
+    effect, degradation = point
+    return any(other != point and other[0] >= effect and other[1] <= degradation for other in rivals)
