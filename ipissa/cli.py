@@ -35,6 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(evaluation)
+DOES_NOT_WORK = 3  # exit status of a training whose adapter is measured to be of no use
 AdapterOption = Annotated[Path, typer.Option("--adapter", help="Adapter file (.safetensors).")]
 
 
@@ -80,7 +81,10 @@ def train(
         typer.Option(help="Folder where runs that ask the base model the same share its texts and teachers."),
     ] = None,
 ) -> None:
-    """Make an adapter from two words and a model, by persona distillation."""
+    """Make an adapter from two words and a model, by persona distillation.
+
+    Exit status 3: it is written, with its card, and what was measured says that it is not to be relied on.
+    """
     given = {name: value for name, value in locals().items() if name in OPTIONS and value is not None}
     settings = {
         **preset_settings(preset),
@@ -93,8 +97,10 @@ def train(
     card = output.with_suffix(".md")
     typer.echo(card.read_text(encoding="utf-8"))
     typer.echo(f"Wrote {output} and {card} in {result.seconds / 60:.1f} minutes.")
-    for sentence in result.yardsticks.shortcomings():
+    for sentence in result.shortcomings():
         typer.echo(f"Warning: {sentence}", err=True)
+    if result.shortcomings():
+        raise typer.Exit(DOES_NOT_WORK)
 
 
 @app.command()

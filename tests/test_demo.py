@@ -194,7 +194,7 @@ def test_a_small_run_of_the_training_command_makes_a_usable_adapter(tmp_path: Pa
         "--prompts", str(tmp_path / "prompts.txt"), "--rank", "4", "--max-new-tokens", "6", "--epochs", "1", "--quick",
         "--output", str(output),
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == (3 if "Warning: " in done.stderr else 0), done.stderr  # three prompts say little
     assert "loss=" in done.stderr
     adapter = ipissa.load_adapter(output)
     assert adapter.trait["positive"] == "a calm"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ipissa.train.losses.antiparallel import antiparallel_loss
+from ipissa.train.losses.antiparallel import antiparallel_loss, reference_spread
 from ipissa.train.losses.constraints import (
     adaptive_weights,
     coherence_penalty,
@@ -274,18 +274,23 @@ def test_antiparallel_shifts_along_the_reference_reach_the_minimum() -> None:
     reference = torch.tensor([[1.0, 2.0, 0, 0, 0, 0], [-1.0, 2.0, 0, 0, 0, 0]])
     along = reference * 0.3  # the reference's spread is 1 in dimension 0, floored elsewhere: see below
     scaled = along.clone()
-    assert antiparallel_loss(reference + scaled, reference - scaled, reference, basis).tolist() == pytest.approx(
-        [-30.0, -30.0], abs=1e-3
-    )
-    same_side = antiparallel_loss(reference + scaled, reference + 2 * scaled, reference, basis)
+    spread = reference_spread(reference)
+    assert spread.tolist() == pytest.approx([1.0] + 5 * [0.05])
+    apart = antiparallel_loss(reference + scaled, reference - scaled, reference, basis, spread)
+    assert apart.tolist() == pytest.approx([-30.0, -30.0], abs=1e-3)
+    same_side = antiparallel_loss(reference + scaled, reference + 2 * scaled, reference, basis, spread)
     assert same_side.tolist() == pytest.approx([930.0, 930.0], rel=1e-4)  # 30 + 30²
+    # What a pair costs does not depend on those that it shares a batch with.
+    one = antiparallel_loss(*(each[:1] for each in (reference + scaled, reference - scaled, reference)), basis, spread)
+    assert one.item() == pytest.approx(apart[0].item())
 
 
 def test_shifts_outside_the_subspace_are_discounted() -> None:
     basis = torch.eye(4)[:, :1]
     reference = torch.tensor([[1.0, 0, 0, 0], [-1.0, 0, 0, 0]])  # spread 1 in dimension 0, floor 0.05 elsewhere
     shift = torch.tensor([[0.05, 0.05 * 0.05, 0, 0], [-0.05, 0.05 * 0.05, 0, 0]])  # in units: (0.05, 0.05)
-    found = antiparallel_loss(reference + shift, reference - shift, reference, basis)
+    spread = reference_spread(reference)
+    found = antiparallel_loss(reference + shift, reference - shift, reference, basis, spread)
     assert found.tolist() == pytest.approx([-30 * 0.5**0.75] * 2, rel=1e-4)
 
 
@@ -316,11 +321,20 @@ def test_all_singular_directions_of_the_differences_rebuild_them() -> None:
 
 def test_what_is_written_and_then_erased_is_found_as_suppressed() -> None:
     stream = 0.01 * torch.randn(4, 30, 32, generator=G)
-    stream[1, :, 3] += 5  # written by the second block, gone after the third
-    stream[1, :, 0] += 10  # so too, but read by the unembedding
-    stream[1:, :, 7] += 5  # written and kept
-    unembedding = torch.eye(32)[:2] * 10
-    assert suppressed_subspace(stream, unembedding, 1)[3].abs().item() == pytest.approx(1, abs=0.02)
+    directions = torch.linalg.qr(torch.randn(32, 4, generator=G)).Q.T  # of mixed signs, along no dimension
+    erased, read, kept, added = directions
+    stream[1] += 5 * torch.randn(30, 1, generator=G) * erased  # written by the second block, gone after the third
+    stream[1] += 10 * read  # so too, but read by the unembedding
+    stream[1:] += 5 * kept
+    stream += torch.arange(4.0)[:, None, None] * added  # written by every block
+    unembedding = torch.stack([10 * read, 10 * read])
+    found = suppressed_subspace(stream, unembedding, 1)[:, 0]
+    assert abs(found @ erased) > 0.95  # what is written together with it leans on it a little
+
+
+def test_what_no_block_erases_is_not_suppressed() -> None:
+    stream = torch.arange(4.0)[:, None, None] * torch.randn(1, 30, 32, generator=G)
+    assert suppressed_subspace(stream, torch.eye(32)[:2], 3).shape == (32, 0)
 
 
 def test_the_intersection_holds_shared_directions_and_bisects_near_ones() -> None:

@@ -113,11 +113,15 @@ def test_adapters_that_do_not_work_say_so() -> None:
         gain = Estimate(trait, 0, 0, t)
         return PoleYardsticks(gain, Estimate(plain, 0, 0, 0), gain)
 
-    def said(positive: PoleYardsticks, negative: PoleYardsticks) -> str:
-        return " ".join(Yardsticks(1.0, 100, positive, negative).shortcomings())
+    def said(positive: PoleYardsticks, negative: PoleYardsticks, alpha_range: tuple[float, float] = (-1.0, 2.0)) -> str:
+        return " ".join(Yardsticks(1.0, 100, positive, negative).shortcomings(alpha_range))
 
     assert said(pole(0.3, 4, 0.01), pole(0.2, 2.5, 0.02)) == ""
     assert "At α = -1 the trait gain is 0.10 (t 1.2)" in said(pole(0.3, 4, 0.01), pole(0.1, 1.2, 0.01))
+    one_sided = said(pole(0.3, 4, 0.01), pole(0.2, 2.5, -0.02))
+    assert one_sided.startswith("At α = -1 the pole's own texts are less likely than without steering")
+    beyond = said(pole(0.3, 4, 0.01), pole(0.2, 2.5, 0.02), (-0.5, 2.0))
+    assert beyond.startswith("Text holds together from -0.5 to +2 only, and what follows was measured at |α| = 1")
     saddle = said(pole(-0.3, -4, -0.2), pole(-0.2, -3, -0.1))
     assert saddle.startswith("Both poles make their own texts less likely")
     assert saddle.count("trait gain") == 2

@@ -89,6 +89,16 @@ def test_a_users_prompt_file_replaces_the_bundled_one_and_a_short_one_is_refused
         load_prompts(tmp_path / "missing.txt")
 
 
+def test_models_that_can_think_are_asked_to_answer_at_once(tokenizer: Any) -> None:
+    class Thinking:
+        chat_template = "{{ messages[0].content }}{% if enable_thinking is false %}<think></think>{% endif %}"
+
+        def apply_chat_template(self, messages: Any, **kwargs: Any) -> str:
+            return tokenizer.apply_chat_template(messages, chat_template=self.chat_template, **kwargs)
+
+    assert chat_text(Thinking(), [{"role": "user", "content": "U"}]) == "U<think></think>"
+
+
 def test_templates_without_a_system_role_get_the_system_text_in_the_first_user_turn(tokenizer: Any) -> None:
     class NoSystem:
         chat_template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}"  # noqa: E501

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,9 +62,11 @@ def test_top_takes_the_first() -> None:
     assert chosen_by("top") == set(range(R))
 
 
-def test_random_is_the_same_in_every_run_and_different_in_every_module() -> None:
+def test_random_is_another_draw_for_every_module_and_every_seed_of_a_run() -> None:
     assert chosen_by("random") == chosen_by("random") != chosen_by("random", Module(name="layers.1.o_proj"))
     assert chosen_by("random") != chosen_by("top")
+    drawn = {tuple(select("random", replace(Module().stats, seed=seed), R).tolist()) for seed in range(5)}
+    assert len(drawn) == 5
 
 
 def test_dhs_takes_the_largest_mean_output_differences() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,10 +75,31 @@ def test_every_combination_is_trained_once_and_summed_up_over_seeds(tmp_path: Pa
     # Gains are lr * 100 + seed at either pole: 0.1, 1.1, 2.1 against 0.3, 1.3, 2.3, each of variance 1.
     assert [float(row["worse_gain_mean"]) for row in summary] == pytest.approx([1.1, 1.3])
     assert [float(row["worse_gain_sd"]) for row in summary] == pytest.approx([1, 1])
-    assert summary[0]["t_against_first"] == ""
-    assert float(summary[1]["t_against_first"]) == pytest.approx(0.2 / (2 / 3) ** 0.5, abs=0.01)
-    assert float(summary[1]["p_against_first"]) == pytest.approx(0.819, abs=0.001)  # two-sided, 4 degrees of freedom
+    assert summary[0]["against"] == summary[0]["t"] == ""
+    assert summary[1]["against"] == '{"lr": 0.001}'
+    assert float(summary[1]["t"]) == pytest.approx(0.2 / (2 / 3) ** 0.5, abs=0.01)
+    assert float(summary[1]["p"]) == pytest.approx(0.819, abs=0.001)  # two-sided, 4 degrees of freedom
     assert {float(row["symmetry"]) for row in rows} == {0.5}  # 0.2 at +1, -0.4 at -1
+
+
+def test_a_combination_is_compared_with_the_first_that_differs_in_one_setting_on_its_model(tmp_path: Path) -> None:
+    grid = """
+base: {positive: kind, negative: angry}
+grid:
+  - {lr: [0.001], rank: [8, 16], seed: [0, 1]}
+  - {lr: [0.003], rank: [16], seed: [0, 1]}
+  - {model: [other], lr: [0.001, 0.005], rank: [8], seed: [0, 1]}
+"""
+    run_sweep(configs(tmp_path, grid), tmp_path / "out", Trainer())
+    found = [row["against"] and json.loads(row["against"]) for row in read(tmp_path / "out" / "summary.csv")]
+    demo = TrainConfig("kind", "angry").model
+    assert found == [
+        "",
+        {"model": demo, "lr": 0.001, "rank": 8},
+        {"model": demo, "lr": 0.001, "rank": 16},
+        "",  # nothing before it is on its model
+        {"model": "other", "lr": 0.001, "rank": 8},
+    ]
 
 
 def test_a_sweep_begun_again_trains_only_what_is_missing(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ipissa.data.personas import Trait
 from ipissa.errors import ConfigError, TrainingError
 from ipissa.evaluate.baselines.tuners import TUNERS, lora_like
 from ipissa.train import TrainConfig
-from ipissa.train.fit import History, fit, hold_back, newest_checkpoint
+from ipissa.train.fit import CHECKPOINTS, FITTED, History, fit, hold_back, newest_checkpoint
 from ipissa.train.objectives.base import WeightedSum
 from ipissa.train.objectives.distill import Distillation, Target, build_targets, distillation_loss, pole_weights
 from ipissa.train.trainer import checked_output
@@ -336,7 +336,7 @@ STOPPING = {"epochs": 10, "batch_size": 4, "validation": 0.2, "patience": 2, "ch
 def test_training_stops_when_validation_worsens_and_keeps_the_best(tokenizer: Any, tmp_path: Path) -> None:
     def weights_after(steps: int | None) -> tuple[list[torch.Tensor], History]:
         peft_model = untrained(tokenizer)
-        settings = STOPPING if steps is None else STOPPING | {"validation": 0.0}
+        settings = STOPPING if steps is None else STOPPING | {"validation": 0.0, "patience": 4}
         callbacks = [] if steps is None else [KillAt(steps)]
         objective = Drifting() if steps is None else Sixteen()
         try:
@@ -407,6 +407,32 @@ def test_a_loss_that_is_not_finite_ends_training_with_what_to_do(tokenizer: Any,
         fit(untrained(tokenizer), Broken(), TrainConfig("kind", "angry", **SETTINGS), tmp_path)
 
 
+class BrokenGradient(Worsening):
+    """Of which the loss of every step is finite, and the gradient of the last is not."""
+
+    def loss(self, model: Any, batch: dict[str, Any], progress: float) -> tuple[torch.Tensor, dict]:
+        loss, figures = super().loss(model, batch, progress)
+        return (loss + 0 * (loss - loss.detach()).sqrt() if progress > 0.94 else loss), figures
+
+
+def test_weights_that_are_not_finite_are_not_what_was_learnt(tokenizer: Any, tmp_path: Path) -> None:
+    config = TrainConfig("kind", "angry", **SETTINGS | {"epochs": 4})  # 20 steps
+    with pytest.raises(TrainingError, match=r"not finite after the last step; use a lower --lr than 0\.01"):
+        fit(untrained(tokenizer), BrokenGradient(), config, tmp_path)
+    assert not (tmp_path / CHECKPOINTS / FITTED).exists()
+
+
+def test_a_damaged_checkpoint_is_named_and_not_called_a_full_disk(tokenizer: Any, tmp_path: Path) -> None:
+    config = TrainConfig("kind", "angry", **STOPPING)
+    with pytest.raises(KilledError):
+        fit(untrained(tokenizer), Drifting(), config, tmp_path, callbacks=[KillAt(13)])
+    newest = newest_checkpoint(tmp_path)
+    assert newest is not None
+    (newest / "adapter_model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(TrainingError, match=f"The checkpoint {newest} cannot be read: .*; remove it, and go on"):
+        fit(untrained(tokenizer), Drifting(), config, tmp_path, resume=True)
+
+
 def test_a_weighted_sum_adds_losses_and_names_figures(tokenizer: Any, targets: list[Target]) -> None:
     part = distill(tokenizer, targets)
     both = WeightedSum({"a": (2.0, part), "b": (0.5, distill(tokenizer, targets[::2]))})
@@ -434,6 +460,8 @@ def test_a_weighted_sum_adds_losses_and_names_figures(tokenizer: Any, targets: l
         ({"objective": "guided=1,guided=2"}, "names guided twice"),
         ({"contrastive": {"dims": 4}}, r"contrastive .* is for objective contrastive, not 'guided'"),
         ({"objective": "contrastive", "antiparallel": {"rank": 2}}, "antiparallel .* is for objective antiparallel"),
+        ({"objective": "antiparallel", "contexts": "plain"}, "contexts plain is for persona distillation"),
+        ({"patience": 2}, "patience 2 needs validation"),
         ({"suffixes": "mine.txt"}, "suffixes 'mine.txt' are for pairs of texts"),
         ({"objective": "contrastive", "contrastive": {"dims": 0}}, "dims 0 leaves no direction"),
         ({"objective": "contrastive", "contrastive": {"coherence": "high"}}, "coherence 'high' is not of type float"),

@@ -14,6 +14,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+import typer
 import yaml
 from conftest import SHIPPED, KillAt, KilledError
 from transformers import AutoModelForCausalLM
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 import ipissa
 from ipissa.adapter import Adapter, checkpoint
 from ipissa.cli import app
+from ipissa.cli_errors import run_cli
 from ipissa.errors import AdapterFileError, ConfigError, IpissaError
 from ipissa.scaling import SCALE_MODES
 from ipissa.train import TrainConfig, answers, train, trainer
@@ -218,6 +220,7 @@ def test_a_full_disk_at_the_end_loses_nothing(
         monkeypatch.setattr(module, name, full)
     killed_at(1)  # nor learnt
     assert train(config, output, resume=True).adapter.digest
+    assert "| midway |" in (tmp_path / "kind.run" / "samples.md").read_text()
 
 
 def test_other_objectives_and_selections_run_to_the_end(config: TrainConfig, tmp_path: Path) -> None:
@@ -374,6 +377,41 @@ def test_the_command_line_puts_options_over_the_file_and_the_file_over_the_prese
     assert (config.max_prompts, config.epochs, config.rank) == (PRESETS["quick"]["max_prompts"], 7, 16)
     assert (config.rotation, config.strengths) == ("matrix_exp", (0.5, 1.0))
     assert (config.model, config.lr) == ("Qwen/Qwen3-4B-Instruct-2507", PRESETS["quick"]["lr"])
+
+
+def test_an_adapter_that_does_not_work_ends_the_command_with_a_status_of_its_own(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = train(config, tmp_path / "kind.safetensors")
+    arguments = ["train", "--positive", "kind", "--negative", "angry", "--output", str(tmp_path / "kind.safetensors")]
+    for said, status in ((["It only breaks text."], 3), ([], 0)):
+        monkeypatch.setattr(type(made), "shortcomings", lambda self, said=said: said)
+        monkeypatch.setattr("ipissa.cli.run_training", lambda *args, **settings: made)
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == status
+        assert result.stderr == "".join(f"Warning: {sentence}\n" for sentence in said)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore"),
+            "Tried to allocate 2 GiB. Use a",
+        ),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"), "9 bytes. Use a smaller"),
+    ],
+)
+def test_memory_that_is_full_gets_a_sentence(error: Exception, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = typer.Typer()
+
+    @command.command()
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(SystemExit):
+        run_cli(command, [])
+    assert says in capsys.readouterr().err
 
 
 def test_a_setting_that_is_no_yaml_gets_a_sentence() -> None:

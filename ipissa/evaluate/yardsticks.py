@@ -79,12 +79,28 @@ class Yardsticks:
 
         return cls(values["alpha"], values["prompts"], positive=pole("positive"), negative=pole("negative"))
 
-    def shortcomings(self) -> list[str]:
-        """What a user must know before relying on the adapter, one sentence each; empty if it works."""
+    def shortcomings(self, alpha_range: tuple[float, float]) -> list[str]:
+        """What a user must know before relying on the adapter, one sentence each; empty if it works.
+
+        Args:
+            alpha_range: The adapter's, in which text holds together.
+        """
         found = []
         poles = {"+": self.positive, "-": self.negative}
-        if all(pole.plain_gain.value <= 0 for pole in poles.values()):
+        low, high = alpha_range
+        if low > -self.alpha or high < self.alpha:
+            found.append(
+                f"Text holds together from {low:+g} to {high:+g} only, and what follows was measured at "
+                f"|α| = {self.alpha:g}, where it does not at both poles."
+            )
+        losing = [sign for sign, pole in poles.items() if pole.plain_gain.value <= 0]
+        if len(losing) == 2:
             found.append("Both poles make their own texts less likely than no steering does: it only breaks text.")
+        elif losing:
+            found.append(
+                f"At α = {losing[0]}{self.alpha:g} the pole's own texts are less likely than without steering, for "
+                "users who give the model no persona."
+            )
         for sign, pole in poles.items():
             gain = pole.trait_gain
             if gain.value <= 0 or gain.t < MIN_T:

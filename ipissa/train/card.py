@@ -18,7 +18,7 @@ from ipissa.train.samples import samples_table
 
 GAIN_AIMED_AT = 0.6
 # Options whose values are always worth showing in the training command.
-ALWAYS_SHOWN = ("positive", "negative", "model", "selection", "rank")  # the last two as defaults have changed
+ALWAYS_SHOWN = ("positive", "negative", "model", "selection", "rank", "lr", "epochs")  # defaults change
 
 
 def write_card(result: TrainResult, output: str | os.PathLike[str]) -> Path:
@@ -27,7 +27,7 @@ def write_card(result: TrainResult, output: str | os.PathLike[str]) -> Path:
     card = path.with_suffix(".md")
     parts = [
         f"# {path.stem}",
-        *(f"**{sentence}**" for sentence in result.yardsticks.shortcomings()),
+        *(f"**{sentence}**" for sentence in result.shortcomings()),
         describe(result.adapter),
         _command(result.adapter, path),
         samples_table({"before training": result.samples_before, "after": result.samples_after}),
@@ -172,4 +172,6 @@ def _command(adapter: Adapter, path: Path) -> str:
             )
     command = " \\\n    ".join(["ipissa train", *options, f"--output {path.name}"])
     since = " since it was resumed, what came before not counted" if training.get("resumed") else ""
-    return f"## How it was made\n\n```\n{command}\n```\n\nThis took {training['seconds'] / 60:.0f} minutes{since}."
+    held = f", the base model in {training['computed_in']}" if "computed_in" in training else ""
+    took = f"This took {training['seconds'] / 60:.0f} minutes{since}{held}."
+    return f"## How it was made\n\n```\n{command}\n```\n\n{took}"

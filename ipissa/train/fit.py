@@ -59,7 +59,7 @@ def fit(
 
     Raises:
         ConfigError: no example is left to learn from, or to validate with.
-        TrainingError: the loss is not finite, or a checkpoint cannot be written.
+        TrainingError: the loss or what was learnt is not finite, or a checkpoint cannot be written or read.
     """
     fitted = folder / CHECKPOINTS / FITTED
     if resume and fitted.exists():  # what failed came after it
@@ -88,9 +88,13 @@ def fit(
         with _attention_with_quick_backward(model):
             trainer.train(resume_from_checkpoint=None if found is None else str(found))
     except WRITE_ERRORS as error:
+        if _is_of_reading(error):
+            raise TrainingError(f"The checkpoint {found} cannot be read: {error}; remove it, and go on.") from error
         if not _is_of_writing(error):
             raise
         raise TrainingError(f"A checkpoint cannot be written: {error}; make room, and go on with --resume.") from error
+    if not all(value.isfinite().all() for value in model.parameters() if value.requires_grad):
+        raise TrainingError(f"What was learnt is not finite after the last step; {trainer.remedy}")
     model.eval()
     history = [record for record in trainer.state.log_history if "loss" in record or "eval_loss" in record]
     if isinstance(model, PeftModel):
@@ -114,6 +118,11 @@ def _is_of_writing(error: Exception) -> bool:
         return error.errno in NO_ROOM
     of_torch = "inline_container" in str(error) or "iostream error" in str(error)
     return isinstance(error, SafetensorError) or (of_torch and "Reader" not in str(error))
+
+
+def _is_of_reading(error: Exception) -> bool:
+    """Whether a checkpoint that the run goes on from is damaged."""
+    return isinstance(error, SafetensorError) and "deserializ" in str(error)
 
 
 def has_learnt(folder: Path) -> bool:
@@ -167,15 +176,21 @@ class _SteeringTrainer(Trainer):
         if self.args.load_best_model_at_end:
             self.add_callback(EarlyStoppingCallback(config.patience))
 
+    @property
+    def remedy(self) -> str:
+        """What helps where numbers are not finite."""
+        return (
+            f"use a lower --lr than {self._config.lr:g} (with --resume, which keeps the sampled texts), or "
+            "--dtype float32 (after removing the run's folder)."
+        )
+
     def compute_loss(
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         loss, figures = self._objective.loss(model, inputs, self.state.global_step / max(self.state.max_steps, 1))
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"The loss is {float(loss.detach())} at step {self.state.global_step + 1}; use a lower --lr than "
-                f"{self._config.lr:g} (with --resume, which keeps the sampled texts), or --dtype float32 (after "
-                "removing the run's folder)."
+                f"The loss is {float(loss.detach())} at step {self.state.global_step + 1}; {self.remedy}"
             )
         if model.training:
             self._figures.append({name: value.detach() for name, value in figures.items()})

@@ -14,9 +14,19 @@ from ipissa.train.selection import TripleStatistics, select
 
 
 def select_triples(
-    peft_model: Any, tokenizer: Any, pairs: Sequence[ContrastivePair], *, rule: str, adapter_name: str = "default"
+    peft_model: Any,
+    tokenizer: Any,
+    pairs: Sequence[ContrastivePair],
+    *,
+    rule: str,
+    seed: int = 0,
+    adapter_name: str = "default",
 ) -> None:
-    """Give every adapted layer the triples that `rule` chooses on the pairs, in place, before training."""
+    """Give every adapted layer the triples that `rule` chooses on the pairs, in place, before training.
+
+    Args:
+        seed: Of the rule `random`.
+    """
     layers = {name: module for name, module in peft_model.named_modules() if isinstance(module, InnerPissaLayer)}
     with peft_model.disable_adapter():
         found = pair_activations(peft_model, tokenizer, pairs, {n: layer.base_linear() for n, layer in layers.items()})
@@ -26,5 +36,5 @@ def select_triples(
         own = found.inputs[name] @ v
         writes = name.endswith(tuple(RESIDUAL_WRITERS))
         stream = found.stream[block + 1] @ u if writes else found.stream[block] @ v
-        statistics = TripleStatistics(name, s, *own, *stream)
+        statistics = TripleStatistics(name, s, own[0], own[1], stream[0], stream[1], seed)
         layer.keep_triples(adapter_name, select(rule, statistics, layer.innerpissa_S[adapter_name].numel()))

@@ -18,7 +18,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "qwen-0.6b-24gb": {"model": "Qwen/Qwen3-0.6B", "batch_size": 32},
     "qwen-4b-24gb": {"model": "Qwen/Qwen3-4B-Instruct-2507", "batch_size": 6, "dtype": "bfloat16"},
     "qwen-4b-80gb": {"model": "Qwen/Qwen3-4B-Instruct-2507", "batch_size": 24, "dtype": "bfloat16"},
-    "qwen-4b-base-80gb": {"model": "Qwen/Qwen3-4B", "batch_size": 24, "dtype": "bfloat16"},
+    "qwen-4b-v1-80gb": {"model": "Qwen/Qwen3-4B", "batch_size": 24, "dtype": "bfloat16"},
     "qwen-14b-80gb": {"model": "Qwen/Qwen3-14B", "batch_size": 12, "dtype": "bfloat16"},
     "qwen-32b-80gb": {"model": "Qwen/Qwen3-32B", "batch_size": 8, "dtype": "bfloat16"},
     "llama-8b-80gb": {"model": "meta-llama/Llama-3.1-8B-Instruct", "batch_size": 24, "dtype": "bfloat16"},

@@ -22,3 +22,7 @@ class TrainResult:
     samples_after: Samples
     history: History
     seconds: float
+
+    def shortcomings(self) -> list[str]:
+        """Why the adapter is not to be relied on, one sentence each; empty if it works."""
+        return self.yardsticks.shortcomings(self.adapter.alpha_range)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import generate_ids
 from ipissa.data.personas import Trait
 from ipissa.evaluate.side_by_side import cell
+from ipissa.files import write_text
 
 ALPHAS = [-1.0, 0.0, 1.0]
 SAMPLE_PROMPTS = 4
@@ -58,16 +61,26 @@ def flipped_samples(samples: Samples) -> Samples:
 
 
 class MidwaySamples(TrainerCallback):
-    """Takes samples at half of the steps; none where a resumed run was past it."""
+    """Takes samples at half of the steps, and keeps them for a run that is resumed after it.
 
-    def __init__(self, tokenizer: Any, trait: Trait, prompts: Sequence[str]) -> None:
+    Args:
+        kept: File that they are kept in.
+    """
+
+    def __init__(self, tokenizer: Any, trait: Trait, prompts: Sequence[str], *, kept: Path) -> None:
         self._arguments = (tokenizer, trait, prompts)
-        self.samples: Samples = {}
+        self._kept = kept
+
+    @property
+    def samples(self) -> Samples:
+        """None where the run was never there."""
+        return json.loads(self._kept.read_text(encoding="utf-8")) if self._kept.exists() else {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step == max(1, state.max_steps // 2):
             model.eval()
-            self.samples = peft_samples(model, *self._arguments)
+            self._kept.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self._kept, json.dumps(peft_samples(model, *self._arguments)))
             model.train()
 
 

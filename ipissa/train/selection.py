@@ -30,7 +30,7 @@ class TripleStatistics:
     """What selection knows of one module.
 
     Args:
-        name: Full module name; seeds the random rule.
+        name: Full module name; with the seed, what the random rule draws by.
         S: Singular values, falling, (k,).
         chosen, rejected: Coordinates x V of the module's inputs, (rows, k), paired by row.
         stream_chosen, stream_rejected: The residual stream at the module in its basis on that side
@@ -43,6 +43,7 @@ class TripleStatistics:
     rejected: Tensor
     stream_chosen: Tensor
     stream_rejected: Tensor
+    seed: int = 0
 
     @property
     def difference(self) -> Tensor:
@@ -56,8 +57,9 @@ def top(stats: TripleStatistics, r: int) -> Tensor:
 
 
 def random(stats: TripleStatistics, r: int) -> Tensor:
-    """A permutation seeded by the module's name: the same for every run, another for every module."""
-    seed = int.from_bytes(hashlib.blake2b(stats.name.encode(), digest_size=8).digest(), "big") >> 1
+    """A permutation of its own for every module and seed of a run; a resumed run draws the same."""
+    drawn = hashlib.blake2b(f"{stats.seed}:{stats.name}".encode(), digest_size=8).digest()
+    seed = int.from_bytes(drawn, "big") >> 1
     return torch.randperm(stats.S.numel(), generator=torch.Generator().manual_seed(seed))[:r]
 
 

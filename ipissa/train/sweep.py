@@ -13,7 +13,8 @@ or several grids, one after the other, where some combinations are of no use:
 
 One seed proves nothing: identical settings differ from seed to seed by more than most choices matter.
 The summary therefore gives medians with their counts, marks what rests on fewer than three seeds, and
-compares the trait gain of the worse pole with that of the first combination by Welch's t-test over seeds.
+compares the trait gain of the worse pole, by Welch's t-test over seeds, with the first combination on the same
+model that differs in one setting only, and says which that is.
 """
 
 from __future__ import annotations
@@ -129,19 +130,20 @@ _SUMMARY = (
     "symmetry",
     "worse_gain_mean",
     "worse_gain_sd",
-    "t_against_first",
-    "p_against_first",
+    "against",
+    "t",
+    "p",
 )
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
     """Medians over seeds for every combination of the other settings that vary."""
     found = []
-    first: list[Row] | None = None
+    gains: dict[str, list[float]] = {}  # of the worse pole, by combination
     for varied in dict.fromkeys(row["varied"] for row in rows):
         group = [row for row in rows if row["varied"] == varied]
         done = [row for row in group if not row["error"]]
-        first = done if first is None else first
+        gains[varied] = [float(row["worse_gain"]) for row in done]
         seeds = {row["seed"] for row in done}
         found.append(
             {
@@ -153,24 +155,33 @@ def summary(rows: Sequence[Row]) -> list[Row]:
                     figure: f"{statistics.median(float(row[figure]) for row in done):.4f}" if done else ""
                     for figure in (*FIGURES, "symmetry")
                 },
-                **_against(first, done),
+                **_over_seeds(gains, varied),
             }
         )
     return found
 
 
-def _against(first: Sequence[Row], done: Sequence[Row]) -> Row:
-    """Mean and deviation of the worse pole's gain over seeds, and its difference from the first combination."""
-    reference, gains = ([float(row["worse_gain"]) for row in rows] for rows in (first, done))
+def _over_seeds(gains: Mapping[str, Sequence[float]], varied: str) -> Row:
+    """Mean and deviation of the worse pole's gain over seeds, and its difference from a combination before."""
+    own = gains[varied]
     found = {}
-    if gains:
-        found["worse_gain_mean"] = f"{statistics.mean(gains):.4f}"
-    if len(gains) > 1:
-        found["worse_gain_sd"] = f"{statistics.stdev(gains):.4f}"
-    if gains != reference and min(len(gains), len(reference)) > 1:
-        test = ttest_ind(gains, reference, equal_var=False)
-        found |= {"t_against_first": f"{test.statistic:.2f}", "p_against_first": f"{test.pvalue:.3g}"}
+    if own:
+        found["worse_gain_mean"] = f"{statistics.mean(own):.4f}"
+    if len(own) > 1:
+        found["worse_gain_sd"] = f"{statistics.stdev(own):.4f}"
+        matched = (other for other in gains if len(gains[other]) > 1 and _differs_in_one(other, varied))
+        reference = next(matched, None)
+        if reference is not None:
+            test = ttest_ind(own, gains[reference], equal_var=False)
+            found |= {"against": reference, "t": f"{test.statistic:.2f}", "p": f"{test.pvalue:.3g}"}
     return found
+
+
+def _differs_in_one(one: str, other: str) -> bool:
+    """Whether two combinations, on one model, differ in a single setting."""
+    mine, its = json.loads(one), json.loads(other)
+    differing = [name for name in mine if mine[name] != its[name]]
+    return len(differing) == 1 and differing != ["model"]
 
 
 def _run(config: TrainConfig, name: str, folder: Path, train: Train) -> Row:

@@ -40,14 +40,14 @@ from ipissa.evaluate.yardsticks import (
     pole_preference,
     response_curve,
 )
-from ipissa.models import QUANTISED, load_model, resolve_device
+from ipissa.models import QUANTISED, dtype_name, load_model, resolve_device
 from ipissa.steering import attach
 from ipissa.train.answers import BaseAnswers, training_targets, training_texts
 from ipissa.train.calibration import Calibration, calibrate
 from ipissa.train.card import write_card
 from ipissa.train.config import TrainConfig
 from ipissa.train.elicitation import elicitation
-from ipissa.train.fit import History, check_trainer, fit
+from ipissa.train.fit import CHECKPOINTS, History, check_trainer, fit
 from ipissa.train.initialise import select_triples
 from ipissa.train.layers import layer_changes
 from ipissa.train.objectives.antiparallel import Antiparallel
@@ -73,6 +73,7 @@ REACH_PROMPTS = 40
 RESPONSE_PROMPTS = 40
 SELECTION_PAIRS = 256
 FINAL_STEPS = 10
+MIDWAY = "midway.json"  # beside the checkpoints: it goes when the learning begins anew
 
 
 def train(
@@ -112,6 +113,7 @@ def train(
     seconds = time.monotonic() - started
     training = {
         "seconds": round(seconds),
+        "computed_in": dtype_name(config.dtype, resolve_device(config.device)),
         "resumed": run.resumed,
         "final_loss": _final_loss(learnt.history),
         "flipped": flipped,
@@ -237,9 +239,9 @@ def _learn(
     objective = _objective(task, continuations, pairs, answers)
     peft_model = _wrap(task.model, task.adapter_config())
     if config.selection not in WITHOUT_PAIRS:
-        select_triples(peft_model, tokenizer, pairs[:SELECTION_PAIRS], rule=config.selection)
+        select_triples(peft_model, tokenizer, pairs[:SELECTION_PAIRS], rule=config.selection, seed=config.seed)
     samples_before = peft_samples(peft_model, tokenizer, trait, task.held_out)
-    midway = MidwaySamples(tokenizer, trait, task.held_out)
+    midway = MidwaySamples(tokenizer, trait, task.held_out, kept=run.path / CHECKPOINTS / MIDWAY)
     history = fit(peft_model, objective, config, run.path, resume=run.resumed, callbacks=[midway])
     adapter = from_peft_model(peft_model, base_model=base_model, trait=trait.to_metadata())
     task.model = peft_model.unload()

@@ -224,7 +224,7 @@ def _page(
     return environment.get_template("report.html.j2").render(
         adapter=findings.adapter,
         settings={name: _plain(value) for name, value in findings.settings.described().items()},
-        shortcomings=findings.measured[0].yardsticks.shortcomings(),
+        shortcomings=findings.measured[0].yardsticks.shortcomings(findings.adapter.alpha_range),
         prompts=findings.measured[0].yardsticks.prompts,
         yardsticks=shown(frames["yardsticks"], EQUAL),
         best=shown(frames["best"], BEST) if "best" in frames else None,

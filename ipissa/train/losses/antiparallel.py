@@ -1,6 +1,6 @@
 """The successor's loss: shifts at +1 and -1 must point against each other along the trait (arXiv 2601.07473).
 
-    d(c) = (chosen - rejected at c) - (chosen - rejected at reference), in units of the reference's spread
+    d(c) = (chosen - rejected at c) - (chosen - rejected at reference), in units of the references' spread
     q    = cos(d₊, ref) · cos(d₋, ref) · f₊ f₋,   f = (‖d in the subspace‖ / ‖d‖)^0.75
     L    = 30 q + relu(30 q)²
 
@@ -19,18 +19,18 @@ MIN_SPREAD = 0.05
 SPREAD_FLOOR = 0.1  # times the median spread
 
 
-def antiparallel_loss(positive: Tensor, negative: Tensor, reference: Tensor, basis: Tensor) -> Tensor:
+def antiparallel_loss(positive: Tensor, negative: Tensor, reference: Tensor, basis: Tensor, spread: Tensor) -> Tensor:
     """L per pair, at least -30 and negative when the poles move apart along the reference.
 
     Args:
         positive, negative, reference: chosen - rejected states at +1, -1 and off, token means, (pairs, d).
         basis: Orthonormal columns of the subspace that counts, (d, k).
+        spread: Of all references (`reference_spread`), (d,).
 
     Returns:
         (pairs,).
     """
-    spread = _spread(reference)
-    ref = (reference / spread).detach() @ basis
+    ref = (reference / spread) @ basis
     shifts = [(state - reference) / spread for state in (positive, negative)]
     inside = [shift @ basis for shift in shifts]
     q = cosine_similarity(inside[0], ref, dim=-1) * cosine_similarity(inside[1], ref, dim=-1)
@@ -39,7 +39,10 @@ def antiparallel_loss(positive: Tensor, negative: Tensor, reference: Tensor, bas
     return SCALE * q + torch.relu(SCALE * q) ** 2
 
 
-def _spread(reference: Tensor) -> Tensor:
-    """Standard deviation of every dimension over the batch, detached and floored, (d,)."""
-    spread = reference.detach().std(0, correction=0)
+def reference_spread(references: Tensor) -> Tensor:
+    """Standard deviation of every dimension over all pairs (pairs, d), floored, (d,).
+
+    The successor took that of a batch, which at a few pairs per batch is noise, and another at every step.
+    """
+    spread = references.std(0, correction=0)
     return spread.clamp(min=max(SPREAD_FLOOR * float(spread.median()), MIN_SPREAD))

@@ -1,8 +1,8 @@
 """The direction of a trait in a module's singular basis, from states of contrastive pairs.
 
 States are z = h B (pairs, k): last-token hidden states in a basis B of right singular vectors (what
-a module reads) or left ones (what it writes). Every method returns a unit vector u (k,), or several
-as rows (directions, k), that points from rejected to chosen.
+a module reads) or left ones (what it writes). Every method returns a unit vector u (k,) that points
+from rejected to chosen.
 """
 
 from __future__ import annotations

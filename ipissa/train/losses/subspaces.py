@@ -19,21 +19,37 @@ def task_subspace(difference: Tensor, k: int) -> Tensor:
 def suppressed_subspace(states: Tensor, unembedding: Tensor, k: int) -> Tensor:
     """Directions that blocks write and later blocks erase, outside what the unembedding reads most.
 
+    Along a direction u, steps Δ that go one way and back have Σ (u·Δ)² above (u·ΣΔ)². So what counts is the excess of
+    what is done, step by step, over the net change, summed over rows:
+
+        M = ½ Σ_rows (Σ_l Δ_l Δ_lᵀ - (Σ_l Δ_l) (Σ_l Δ_l)ᵀ) = -½ Σ_rows Σ_{l≠m} Δ_l Δ_mᵀ
+
+    whose leading eigenvectors are taken as far as their eigenvalues are positive. The successor's Σ relu(Δ) -
+    Σ relu(-Δ) is the net change itself, dimension by dimension of a basis that means nothing.
+
     What is read most is a share of the width: the successor's 256 directions are 36 at a width of 576,
     where 256 would be half of the stream and, with it, what the personas differ in.
-
-    Per row, Σ relu(Δ) - Σ relu(-Δ) over layer steps Δ cancels to the net change, so what counts is
-    written and erased amounts per dimension: the smaller of the two.
 
     Args:
         states: Residual stream after every block, (layers, rows, d).
         unembedding: (vocab, d).
+
+    Returns:
+        (d, ≤ k).
     """
-    steps = states.diff(dim=0)
-    suppressed = torch.minimum(torch.relu(steps).sum(0), torch.relu(-steps).sum(0))
     count = round(SPOKEN_SHARE * unembedding.shape[1])
-    said = torch.linalg.eigh(unembedding.T @ unembedding).eigenvectors.flip(1)[:, :count]  # largest first
-    return task_subspace(suppressed - suppressed @ said @ said.T, k)
+    said = _leading(unembedding.T @ unembedding, count)
+    steps = states.diff(dim=0)
+    steps = steps - steps @ said @ said.T
+    net, every = steps.sum(0), steps.flatten(0, 1)
+    return _leading((every.T @ every - net.T @ net) / 2, k)
+
+
+def _leading(symmetric: Tensor, k: int) -> Tensor:
+    """Eigenvectors of the k largest positive eigenvalues, the largest first, (d, ≤ k)."""
+    values, vectors = torch.linalg.eigh(symmetric)
+    largest = slice(max(len(values) - k, int((values <= 0).sum())), None)
+    return vectors[:, largest].flip(1)
 
 
 def writable_subspace(weights: Sequence[Tensor], k: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 The residual stream after one block in the middle is compared for persona pairs; adapters are below it.
 What counts is its part in a frozen subspace: where the personas differ, where blocks write what later
-blocks erase, and where the adapted modules can write (`losses/subspaces.py`). A barrier on the total
+blocks erase, and where blocks up to there can write (`losses/subspaces.py`). A barrier on the total
 variation of next-token distributions keeps text as it was where the model is sure, and a monotonic
 hinge orders the poles; both ramp up at the beginning.
 """
@@ -24,7 +24,7 @@ from ipissa.data.activations import output_of, pad_pairs
 from ipissa.data.pairs import ContrastivePair
 from ipissa.errors import ConfigError
 from ipissa.sequences import PaddedBatch, continuation_logprobs, target_logprobs
-from ipissa.train.losses.antiparallel import antiparallel_loss
+from ipissa.train.losses.antiparallel import antiparallel_loss, reference_spread
 from ipissa.train.losses.constraints import monotonic_hinge, ramp, total_variation_barrier
 from ipissa.train.losses.separation import masked_mean
 from ipissa.train.losses.subspaces import intersect, suppressed_subspace, task_subspace, writable_subspace
@@ -103,7 +103,9 @@ class Antiparallel:
         (block,) = site_blocks([config.depth], len(layers))
         self._layer: nn.Module = layers[block]
         self._examples, stream = self._reference(model, pairs, block)
-        self.basis = self._subspace(model, layers[: block + 1], stream)
+        references = torch.stack([example.reference for example in self._examples])
+        self.spread = reference_spread(references)
+        self.basis = self._subspace(model, layers[: block + 1], references, stream)
         self.prompts: Collection[str] = dict.fromkeys(pair.prompt for pair in pairs)
 
     def examples(self, prompts: Collection[str]) -> Sequence[Any]:
@@ -143,7 +145,9 @@ class Antiparallel:
         pairs, tokens = len(batch["reference"]), padded.targets.shape[1]
         states = last_tokens(seen[0], padded, config.last_tokens).mean(1).view(4, pairs, -1)
         positive, negative = states[0] - states[1], states[2] - states[3]
-        antiparallel = antiparallel_loss(positive, negative, batch["reference"], self.basis.to(states)).mean()
+        antiparallel = antiparallel_loss(
+            positive, negative, batch["reference"], self.basis.to(states), self.spread.to(states)
+        ).mean()
 
         mask = last_mask(padded, config.last_tokens - 1)
         top_ids, top_logprobs, entropy = (
@@ -199,10 +203,9 @@ class Antiparallel:
                 )
         return examples, torch.cat(streams, dim=1)
 
-    def _subspace(self, model: Any, layers: Sequence[nn.Module], stream: Tensor) -> Tensor:
-        differences = torch.stack([example.reference for example in self._examples])
-        width = differences.shape[1]
-        pool = min(BASIS_POOL, width // 2, len(differences))
+    def _subspace(self, model: Any, layers: Sequence[nn.Module], references: Tensor, stream: Tensor) -> Tensor:
+        width = references.shape[1]
+        pool = min(BASIS_POOL, width // 2, len(references))
         unembedding = model.get_output_embeddings().weight.detach().float().cpu()
         writers = [
             dense_weight(module).cpu()
@@ -210,7 +213,7 @@ class Antiparallel:
             for name, module in layer.named_modules()
             if name.endswith(tuple(RESIDUAL_WRITERS))
         ]
-        both = intersect(task_subspace(differences, pool), suppressed_subspace(stream, unembedding, pool))
+        both = intersect(task_subspace(references, pool), suppressed_subspace(stream, unembedding, pool))
         basis = intersect(both, writable_subspace(writers, width // 2)) if both.shape[1] else both
         if not basis.shape[1]:
             raise ConfigError(
