@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ipissa.evaluate.baselines.tuners import lora_like
 from ipissa.models import load_model
 from ipissa.sequences import PaddedBatch, continuation_logprobs, target_logprobs
 from ipissa.train.config import TrainConfig
+from ipissa.train.fit import attention_for
 from ipissa.train.objectives.base import Batch
 from ipissa.train.objectives.contrastive import Contrastive, ContrastiveConfig
 from ipissa.train.objectives.distill import Distillation, build_targets
@@ -84,7 +86,8 @@ class _Rows:
             return _Step(
                 peft.get_peft_model(model, lora_like(_adapter_config(model))), _LanguageModelling(), plain or batch
             )
-        return _Step(peft.get_peft_model(model, _adapter_config(model)), objective, batch)
+        ours = peft.get_peft_model(model, _adapter_config(model))
+        return _Step(ours, objective, batch, around=lambda: attention_for(objective, ours))  # as in training
 
 
 class _LanguageModelling:
@@ -99,15 +102,24 @@ class _LanguageModelling:
 class _Step:
     """One optimiser step, again and again on the same batch."""
 
-    def __init__(self, model: Any, objective: Any, batch: Batch) -> None:
+    def __init__(
+        self,
+        model: Any,
+        objective: Any,
+        batch: Batch,
+        *,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._around = around
         device = next(model.parameters()).device
         self._model, self._objective = model, objective
         self._batch = {name: value.to(device) for name, value in batch.items()}
         self._optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
 
     def take(self) -> None:
-        loss, _ = self._objective.loss(self._model, self._batch, 0.5)
-        loss.backward()
+        with self._around():
+            loss, _ = self._objective.loss(self._model, self._batch, 0.5)
+            loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
         float(loss.detach())  # waits for the device

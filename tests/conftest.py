@@ -41,15 +41,17 @@ TRAIT = {
 }
 
 
-def tiny_model(family: str, *, seed: int = 0, vocab_size: int = 97, sliding_window: int | None = None) -> Any:
-    """A random float32 model with 4 blocks; weights large enough that logits differ by more than rounding."""
+def tiny_model(
+    family: str, *, seed: int = 0, vocab_size: int = 97, sliding_window: int | None = None, blocks: int = 4
+) -> Any:
+    """A random float32 model of a few blocks; weights large enough that logits differ by more than rounding."""
     torch.manual_seed(seed)
     model_class, config_class = FAMILIES[family]
     config = config_class(
         vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=4,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,

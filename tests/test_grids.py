@@ -48,8 +48,13 @@ def _size(grid: Any) -> int:
     return sum(math.prod(len(options) for options in each.values()) for each in _grids(grid))
 
 
+def _few(options: list[Any]) -> int:
+    """Two, and four where a setting is a cell of several: with and without either of two constraints."""
+    return 4 if isinstance(options[0], dict) else 2
+
+
 def _shrunk(path: Path, tiny: Path, prompts: Path, folder: Path) -> Path:
-    """The same comparison with seconds of training: two values of each setting, one seed, tiny models."""
+    """The same comparison with seconds of training: a few values of each setting, one seed, tiny models."""
     values = yaml.safe_load(path.read_text())
     grids = _grids(values["grid"])
     models = {name: _model(tiny, folder, i) for i, name in enumerate(grids[0].get("model", ["the only one"]))}
@@ -58,14 +63,15 @@ def _shrunk(path: Path, tiny: Path, prompts: Path, folder: Path) -> Path:
         "prompts": str(prompts),
         "rank": 4,
         "max_new_tokens": 5,
-        "teacher_top_k": 32,
         "batch_size": 8,
         "held_out": 3,
         "device": "cpu",
         "dtype": "float32",
         "trainer": {"max_steps": 2},
     }
-    values["grid"] = [{name: options[:2] for name, options in each.items()} | {"seed": [0]} for each in grids]
+    values["grid"] = [
+        {name: options[: _few(options)] for name, options in each.items()} | {"seed": [0]} for each in grids
+    ]
     for each in values["grid"]:
         if "model" in each:
             each["model"] = [models[name] for name in each["model"]]

@@ -355,6 +355,13 @@ def test_a_users_suffixes_are_read_from_text_or_json(name: str, tokenizer: Any, 
     assert read_suffixes(path) == ["I think", "Well,"]
     openings = openings_from_suffixes(tokenizer, read_suffixes(path), ["Why?"], seed=0)
     assert openings == [Opening("Why?", tokenizer.encode(text)) for text in ("I think", "Well,")]
+    prompts = [f"Prompt {i}" for i in range(20)]
+
+    def drawn(seed: int) -> list[Opening]:
+        return openings_from_suffixes(tokenizer, read_suffixes(path), prompts, seed=seed)
+
+    assert drawn(0) == drawn(0)
+    assert any(drawn(seed) != drawn(0) for seed in range(1, 6))
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", b'{"a": 1}', b"[1, 2]", b"[]", None])

@@ -461,6 +461,7 @@ def test_a_weighted_sum_adds_losses_and_names_figures(tokenizer: Any, targets: l
         ({"contrastive": {"dims": 4}}, r"contrastive .* is for objective contrastive, not 'guided'"),
         ({"objective": "contrastive", "antiparallel": {"rank": 2}}, "antiparallel .* is for objective antiparallel"),
         ({"objective": "antiparallel", "contexts": "plain"}, "contexts plain is for persona distillation"),
+        ({"depth_count": 0}, "depth_count 0 adapts nothing"),
         ({"patience": 2}, "patience 2 needs validation"),
         ({"suffixes": "mine.txt"}, "suffixes 'mine.txt' are for pairs of texts"),
         ({"objective": "contrastive", "contrastive": {"dims": 0}}, "dims 0 leaves no direction"),

@@ -250,15 +250,35 @@ def test_lora_and_dora_have_the_same_dial(dora: bool) -> None:
     assert all(g is not None and g.isfinite().all() for g in gradients)
 
 
+ATTENTION, MLP = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
+
+
 @pytest.mark.parametrize(
-    ("modules", "per_block"), [(("residual",), 2), (("attention",), 4), (("mlp",), 3), (("all",), 7), (("q_proj",), 1)]
+    ("modules", "names"),
+    [
+        (("residual",), {"o_proj", "down_proj"}),
+        (("attention",), ATTENTION),
+        (("mlp",), MLP),
+        (("all",), ATTENTION | MLP),
+        (("q_proj", "mlp"), {"q_proj"} | MLP),
+    ],
 )
-def test_module_sets_name_the_layers_they_say(modules: tuple[str, ...], per_block: int) -> None:
-    """The example of the sources: 30 blocks, depth 0.3 to 27, one loss block: 18 blocks, 36 residual writers."""
-    config = TrainConfig("a", "b", target_modules=modules, depth_start=0.3, objective="contrastive")
-    adapted = config.adapter_config(30)
-    assert adapted.layers_to_transform == [block for block in range(9, 27) if block != 24]
-    assert len(adapted.target_modules) == per_block
+def test_module_sets_name_the_layers_they_say(modules: tuple[str, ...], names: set[str]) -> None:
+    config = TrainConfig("a", "b", target_modules=modules, depth_start=0.3)
+    found = config.adapter_config(30)
+    assert set(found.target_modules) == names
+    model = peft.get_peft_model(tiny_model("llama", blocks=30).requires_grad_(False), found)
+    adapted = [name for name, module in model.named_modules() if isinstance(module, InnerPissaLayer)]
+    assert {name.rpartition(".")[2] for name in adapted} == names
+    assert len(adapted) == 18 * len(names)  # the example of the sources: of 30 blocks 9 to 26, 36 residual writers
+
+
+def test_blocks_of_a_range_may_be_fewer_and_leave_out_those_of_the_loss() -> None:
+    config = TrainConfig("a", "b", depth_start=0.3, objective="contrastive")
+    assert config.adapter_config(30).layers_to_transform == [block for block in range(9, 27) if block != 24]
+    some = TrainConfig("a", "b", depth_start=0.3, depth_count=3).adapter_config(30).layers_to_transform
+    assert some == [9, 15, 21]
+    assert TrainConfig("a", "b", depth_count=99).adapter_config(30).layers_to_transform == list(range(6, 27))
 
 
 def test_the_adapter_has_a_square_per_rotated_side_and_a_vector_for_scaling() -> None:
@@ -290,7 +310,7 @@ def test_what_both_poles_share_is_of_second_order_and_grows_with_the_clamp() -> 
             expected = alpha**2 * inverse @ (A @ A * s + 2 * A * d)
             assert (poles.sum(0) - expected).abs().max() < 1e-10
         shares.append((float(poles.sum(0).norm() / s.norm()), float(poles.sum(0).norm() / poles[0].norm())))
-    assert shares == sorted(shares)
+    assert all(list(column) == sorted(column) for column in zip(*shares, strict=True))
     assert shares[0][1] < 0.5 < shares[2][1]
 
 

@@ -6,9 +6,11 @@ import hashlib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeVar
 
 from ipissa.errors import ConfigError
 
+T = TypeVar("T")
 HELD_OUT_EVERY = 4
 MIN_PROMPTS = 8
 
@@ -62,7 +64,7 @@ def digest_of(texts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
-def spread(prompts: Sequence[str], count: int) -> list[str]:
-    """At most `count` prompts at even distances, so that every part of a list is seen."""
-    count = min(count, len(prompts))
-    return [prompts[i * len(prompts) // count] for i in range(count)]
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` of them at even distances, so that every part of a list is seen."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]

@@ -15,7 +15,7 @@ from ipissa.adapter.model import MODULE_SETS
 from ipissa.data.continuations import Sampling
 from ipissa.data.pairs import read_suffixes
 from ipissa.data.personas import TEMPLATE, Trait
-from ipissa.data.prompts import digest_of, prompts_digest
+from ipissa.data.prompts import digest_of, prompts_digest, spread
 from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
 from ipissa.plain import typed
@@ -64,6 +64,7 @@ LEARNING = (
     "target_modules",
     "depth_start",
     "depth_end",
+    "depth_count",
     "epochs",
     "batch_size",
     "accumulation",
@@ -146,6 +147,7 @@ class TrainConfig:
             for `none` of learnt directions, which have neither.
         target_modules: Names of linear layers, or of sets of them: residual, attention, mlp, all.
         depth_start, depth_end: Adapted blocks as fractions of the depth, [start, end).
+        depth_count: How many of these blocks, evenly spread; None for all.
         continuations: Sampled continuations per prompt and pole.
         max_new_tokens: Length of a continuation in tokens.
         teacher_top_k: Teacher probabilities kept per token; the rest is one tail class.
@@ -187,6 +189,7 @@ class TrainConfig:
     target_modules: tuple[str, ...] = ("residual",)
     depth_start: float = 0.2
     depth_end: float = 0.9
+    depth_count: int | None = None
     continuations: int = 1
     max_new_tokens: int = 32
     temperature: float = 0.8
@@ -240,6 +243,8 @@ class TrainConfig:
             raise ConfigError(f"batch_size {self.batch_size} is odd; both poles share a batch, so use an even number.")
         if not 0 <= self.depth_start < self.depth_end <= 1:
             raise ConfigError(f"depth_start {self.depth_start} and depth_end {self.depth_end} are not 0 <= a < b <= 1.")
+        if self.depth_count is not None and self.depth_count < 1:
+            raise ConfigError(f"depth_count {self.depth_count} adapts nothing; give at least 1.")
         if not 0 <= self.validation < 1:
             raise ConfigError(f"validation {self.validation} is not a fraction from 0 to below 1.")
         if not 0 < self.warmup < 1:
@@ -318,7 +323,7 @@ class TrainConfig:
         return InnerPissaConfig(
             r=self.rank,
             target_modules=[module for name in self.target_modules for module in MODULE_SETS.get(name, [name])],
-            layers_to_transform=blocks,
+            layers_to_transform=blocks if self.depth_count is None else spread(blocks, self.depth_count),
             rotation=self.rotation,
             directions="learnt" if learnt else "triples",
             scale_mode=self.scale_mode or ("none" if learnt else "add2"),

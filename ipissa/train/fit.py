@@ -32,6 +32,7 @@ from ipissa.train.config import TrainConfig
 from ipissa.train.objectives.base import Batch, Objective
 
 MIN_SCHEDULE = 10  # steps; one-cycle has no shape below
+ROWS_WITH_ROOM = 2
 SHOWN = 20  # steps whose mean the progress bar shows
 CHECKPOINTS = "checkpoints"
 OBJECTIVE_STATE = "objective.json"
@@ -85,7 +86,7 @@ def fit(
     if found is not None:
         objective.load_state_dict(json.loads((found / OBJECTIVE_STATE).read_text()))
     try:
-        with _attention_with_quick_backward(model):
+        with attention_for(objective, model):
             trainer.train(resume_from_checkpoint=None if found is None else str(found))
     except WRITE_ERRORS as error:
         if _is_of_reading(error):
@@ -138,11 +139,15 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 @contextmanager
-def _attention_with_quick_backward(model: Any) -> Iterator[None]:
-    """On a CPU, attention by its definition: torch's fused one spends a sixth of a step in its backward."""
+def attention_for(objective: Objective, model: Any) -> Iterator[None]:
+    """On a CPU, attention by its definition: torch's fused one spends a sixth of a step in its backward.
+
+    It holds the weights of all heads, so objectives that read an example in four rows, which have the most to hold,
+    stay with the fused one.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     before = base.config._attn_implementation
-    if base.device.type == "cpu":
+    if base.device.type == "cpu" and objective.rows_per_example <= ROWS_WITH_ROOM:
         base.set_attn_implementation("eager")
     try:
         yield
