@@ -63,6 +63,7 @@ def _shrunk(path: Path, tiny: Path, prompts: Path, folder: Path) -> Path:
         "prompts": str(prompts),
         "rank": 4,
         "max_new_tokens": 5,
+        "teacher_top_k": 32,
         "batch_size": 8,
         "held_out": 3,
         "device": "cpu",

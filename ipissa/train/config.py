@@ -20,7 +20,7 @@ from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
 from ipissa.plain import typed
 from ipissa.train.objectives.build import antiparallel_config, contrastive_config, objective_weights
-from ipissa.train.objectives.distill import CONTEXTS, KINDS
+from ipissa.train.objectives.distill import CONTEXTS
 from ipissa.train.objectives.sites import site_blocks
 from ipissa.train.selection import LEARNT, SELECTIONS, WITHOUT_PAIRS
 
@@ -102,7 +102,6 @@ OF_THE_TRAINER = {
     "remove_unused_columns": "examples have no columns",
     "use_cpu": "set device",
 }
-OF_DISTILLATION = ("strengths", "contexts", "teacher_top_k")
 MANY_LAYERS = 1000  # of a model that nothing is known of yet
 ABOVE_ZERO = (
     "continuations",
@@ -263,15 +262,6 @@ class TrainConfig:
         for name in ("contrastive", "antiparallel"):
             if getattr(self, name) and name not in weights:
                 raise ConfigError(f"{name} {getattr(self, name)} is for objective {name}, not {self.objective!r}.")
-        defaults = {each.name: each.default for each in fields(self)}
-        for name in OF_DISTILLATION:
-            if getattr(self, name) != defaults[name] and not set(KINDS) & weights.keys():
-                raise ConfigError(
-                    f"{name} {getattr(self, name)} is for persona distillation ({', '.join(KINDS)}), not for objective "
-                    f"{self.objective!r}."
-                )
-        if self.patience != defaults["patience"] and not self.validation:
-            raise ConfigError(f"patience {self.patience} needs validation, a fraction of the prompts; it is 0.")
         pairs = {"contrastive", "antiparallel"} & weights.keys() or self.selection not in WITHOUT_PAIRS
         if self.suffixes is not None and not pairs:
             raise ConfigError(
