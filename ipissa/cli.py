@@ -97,9 +97,10 @@ def train(
     card = output.with_suffix(".md")
     typer.echo(card.read_text(encoding="utf-8"))
     typer.echo(f"Wrote {output} and {card} in {result.seconds / 60:.1f} minutes.")
-    for sentence in result.shortcomings():
+    shortcomings = result.shortcomings()
+    for sentence in shortcomings:
         typer.echo(f"Warning: {sentence}", err=True)
-    if result.shortcomings():
+    if shortcomings:
         raise typer.Exit(DOES_NOT_WORK)
 
 
