@@ -57,7 +57,7 @@ def section(name: str, medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
         "|-" * (1 + len(SHOWN)) + "|",
         *(_row(name, method, figures, facts["seeds"]) for method, figures in medians.groupby("method", sort=False)),
         "",
-        f"{_rank(name, medians)} {_dilemmas(medians, facts)}",
+        " ".join(filter(None, [_rank(name, medians), _dilemmas(medians, facts), facts.get("computed_in")])),
     ]
     return "\n".join(lines)
 

@@ -110,6 +110,15 @@ def test_adapters_of_one_recipe_are_summed_up_one_per_seed(tmp_path: Path) -> No
         summarise_seeds(unknown, tmp_path)
 
 
+def test_seeds_may_be_computed_on_different_machines_which_is_said(tmp_path: Path) -> None:
+    dtypes = ("float32", "bfloat16", "bfloat16")
+    folders = [evaluation(tmp_path / f"{seed}", seed, 0.1, dtype=dtype) for seed, dtype in enumerate(dtypes)]
+    said = "Computed in float32 at seed 0, bfloat16 at seed 1, bfloat16 at seed 2."
+    assert said in summarise_seeds(folders, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "medians.json").read_text())["computed_in"] == said
+    assert "Computed in" not in summarise_seeds(folders[1:], tmp_path / "same")
+
+
 def test_evaluations_that_differ_in_more_than_the_seed_are_not_summed_up(tmp_path: Path) -> None:
     one = evaluation(tmp_path / "1", 0, 0.1)
     with pytest.raises(ConfigError, match=r"differs from .* in held_out; only seeds may differ"):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ipissa.evaluate.report.parts import SETTINGS
 from ipissa.files import write_text
 
 ENOUGH_SEEDS = 3
+MACHINE = ("device", "dtype")  # settings that a machine chooses
 WORSE = "trait_gain worse"  # of the two poles
 AT_BEST = " at best"
 FIGURES = {
@@ -36,7 +38,8 @@ def summarise_seeds(folders: Sequence[Path], output: Path) -> str:
     """Write `medians.csv`, `medians.json` and `medians.md` to `output`; returns the Markdown.
 
     Args:
-        folders: Of `ipissa eval`, with the same settings but for the seed, of one adapter or of one recipe.
+        folders: Of `ipissa eval`, with the same settings but for the seed, of one adapter or of one recipe. They may
+            come from several machines, which is said: a figure is of what was measured beside it, in one dtype.
 
     Raises:
         ConfigError: one is no evaluation, or they differ in more than the seed.
@@ -55,7 +58,13 @@ def summarise_seeds(folders: Sequence[Path], output: Path) -> str:
         )
         .reset_index()
     )
-    facts = {"seeds": len(folders), "adapters": adapters, **_asked(folders[0]), **_chance(folders, each, adapters)}
+    facts = {
+        "seeds": len(folders),
+        "adapters": adapters,
+        **_asked(folders[0]),
+        **_computed_in(folders),
+        **_chance(folders, each, adapters),
+    }
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / "medians.csv", medians.to_csv(index=False))
     write_text(output / "medians.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
@@ -75,6 +84,8 @@ def _check_same(folders: Sequence[Path]) -> int:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{folder} is not a folder that `ipissa eval` wrote ({error}).") from error
     seeds = [each.pop("seed") for each in settings]
+    for each, name in product(settings, MACHINE):
+        each.pop(name, None)
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"The evaluations have the seeds {seeds}; give one folder per seed.")
     adapters = {each["adapter"] for each in settings}
@@ -101,6 +112,15 @@ def _asked(folder: Path) -> dict[str, Any]:
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     name = settings["dataset"].split(" (sha256")[0]
     return {"dataset": name, "target": pd.read_csv(path)["name"].iloc[0]}  # the target comes first
+
+
+def _computed_in(folders: Sequence[Path]) -> dict[str, Any]:
+    """The dtype of each seed's evaluation in words, where they differ."""
+    settings = [json.loads((folder / SETTINGS).read_text(encoding="utf-8")) for folder in folders]
+    if len({each.get("dtype") for each in settings}) == 1:
+        return {}
+    each = ", ".join(f"{own.get('dtype')} at seed {own['seed']}" for own in settings)
+    return {"computed_in": f"Computed in {each}."}
 
 
 def _chance(folders: Sequence[Path], figures: Sequence[pd.DataFrame], adapters: int) -> dict[str, Any]:
@@ -174,8 +194,7 @@ def _markdown(medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
     seeds, adapters = facts["seeds"], facts["adapters"]
     of = "of one adapter, whose own training was not repeated" if adapters == 1 else "each of an adapter of its own"
     about = f" Dilemmas: {facts['dataset']}, about {facts['target']!r}." if "target" in facts else ""
-    if "chance" in facts:
-        about += f" {facts['chance']}"
+    about += "".join(f" {facts[name]}" for name in ("computed_in", "chance") if name in facts)
     few = "" if seeds >= ENOUGH_SEEDS else f" Fewer than {ENOUGH_SEEDS} seeds: claim nothing from them."
     figures = list(dict.fromkeys(medians["figure"]))
     cell = {
