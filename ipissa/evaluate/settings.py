@@ -17,6 +17,7 @@ from ipissa.models import dtype_name, resolve_device
 
 ALPHAS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 MIN_NULL = 5
+DIGEST = " (sha256 "  # between a file's name and what says that its content is the same
 
 
 @dataclass(frozen=True)
@@ -91,4 +92,9 @@ def _named(source: str | None) -> str | None:
     if source is None or not Path(source).is_file():
         return source
     with Path(source).open("rb") as file:
-        return f"{Path(source).name} (sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:12]})"
+        return f"{Path(source).name}{DIGEST}{hashlib.file_digest(file, 'sha256').hexdigest()[:12]})"
+
+
+def dataset_name(described: str) -> str:
+    """The name alone of a data set in `EvalSettings.described`."""
+    return described.split(DIGEST)[0]

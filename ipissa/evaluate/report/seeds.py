@@ -19,6 +19,7 @@ from ipissa.errors import ConfigError
 from ipissa.evaluate.methods import ADAPTER
 from ipissa.evaluate.null import comparable, median_p, null_check
 from ipissa.evaluate.report.parts import SETTINGS
+from ipissa.evaluate.settings import dataset_name
 from ipissa.files import write_text
 
 ENOUGH_SEEDS = 3
@@ -110,8 +111,8 @@ def _asked(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    name = settings["dataset"].split(" (sha256")[0]
-    return {"dataset": name, "target": pd.read_csv(path)["name"].iloc[0]}  # the target comes first
+    target = pd.read_csv(path)["name"].iloc[0]  # it comes first
+    return {"dataset": dataset_name(settings["dataset"]), "target": target}
 
 
 def _computed_in(folders: Sequence[Path]) -> dict[str, Any]:
