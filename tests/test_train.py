@@ -371,6 +371,25 @@ def test_a_resumed_run_stops_when_an_unbroken_one_does(tokenizer: Any, tmp_path:
     assert max(record["step"] for record in history) == 15
 
 
+def test_a_run_killed_as_it_stopped_early_does_not_learn_on(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig("kind", "angry", **STOPPING)
+    whole, resumed = untrained(tokenizer), untrained(tokenizer)
+
+    def killed(*_: Any) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as at_the_end:
+        at_the_end.setattr("ipissa.train.fit.write_whole", killed)
+        with pytest.raises(KilledError):
+            fit(whole, Drifting(), config, tmp_path)
+    history = fit(resumed, Drifting(), config, tmp_path, resume=True)
+    assert max(record["step"] for record in history) == 16  # of 80
+    for one, other in zip(parameters(whole), parameters(resumed), strict=True):
+        assert (one - other).abs().max() < 1e-6
+
+
 def test_learning_that_is_complete_is_not_begun_again(tokenizer: Any, tmp_path: Path) -> None:
     config = TrainConfig("kind", "angry", **STOPPING)
     first, second = untrained(tokenizer), untrained(tokenizer)

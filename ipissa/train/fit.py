@@ -179,7 +179,7 @@ class _SteeringTrainer(Trainer):
         self.add_callback(_Progress())
         self.add_callback(_KeepObjective(self._objective))
         if self.args.load_best_model_at_end:
-            self.add_callback(EarlyStoppingCallback(config.patience))
+            self.add_callback(_EarlyStopping(config.patience))
 
     @property
     def remedy(self) -> str:
@@ -238,6 +238,18 @@ class _KeepObjective(TrainerCallback):
         if state.is_world_process_zero:
             path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / OBJECTIVE_STATE
             write_text(path, json.dumps(self._objective.state_dict()))
+
+
+class _EarlyStopping(EarlyStoppingCallback):
+    """The Trainer forgets that it was to stop where a run goes on from the checkpoint of its last step.
+
+    It looks again after a step, one more than the run had; the best checkpoint is taken then as before.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
 
 
 class _Progress(ProgressCallback):
