@@ -85,15 +85,8 @@ def fit(
     found = newest_checkpoint(folder) if resume else None
     if found is not None:
         objective.load_state_dict(json.loads((found / OBJECTIVE_STATE).read_text()))
-    try:
-        with attention_for(objective, model):
-            trainer.train(resume_from_checkpoint=None if found is None else str(found))
-    except WRITE_ERRORS as error:
-        if _is_of_reading(error):
-            raise TrainingError(f"The checkpoint {found} cannot be read: {error}; remove it, and go on.") from error
-        if not _is_of_writing(error):
-            raise
-        raise TrainingError(f"A checkpoint cannot be written: {error}; make room, and go on with --resume.") from error
+    with attention_for(objective, model), _checkpoint_errors(found):
+        trainer.train(resume_from_checkpoint=None if found is None else str(found))
     if not all(value.isfinite().all() for value in model.parameters() if value.requires_grad):
         raise TrainingError(f"What was learnt is not finite after the last step; {trainer.remedy}")
     model.eval()
@@ -104,6 +97,19 @@ def fit(
         fitted.parent.mkdir(parents=True, exist_ok=True)
         write_whole(fitted, lambda partial: torch.save(learnt, partial))
     return history
+
+
+@contextmanager
+def _checkpoint_errors(found: Path | None) -> Iterator[None]:
+    """Sentences for a checkpoint that cannot be read or written; whatever else fails does so as it is."""
+    try:
+        yield
+    except WRITE_ERRORS as error:
+        if _is_of_reading(error):
+            raise TrainingError(f"The checkpoint {found} cannot be read: {error}; remove it, and go on.") from error
+        if not _is_of_writing(error):
+            raise
+        raise TrainingError(f"A checkpoint cannot be written: {error}; make room, and go on with --resume.") from error
 
 
 def _load_fitted(model: PeftModel, path: Path) -> History:
