@@ -26,7 +26,10 @@ VARIANTS = [
 
 
 def assert_equals_edited_weights(model: Any, adapter: Any, ids: torch.Tensor) -> None:
-    """In float32, against the definition in float64: an edited float32 model has rounding errors of its own."""
+    """In float32, against the definition in float64, within 1e-4 or twice the rounding of edited float32 weights.
+
+    Those are off by more than 1e-4 themselves where a first token's hidden states are huge.
+    """
     base = logits_of(model, ids)
     exact = copy.deepcopy(model).double()
     steered = ipissa.attach(model, adapter)
@@ -36,8 +39,10 @@ def assert_equals_edited_weights(model: Any, adapter: Any, ids: torch.Tensor) ->
         if alpha == 0:
             assert torch.equal(found, base)
         else:
-            expected = logits_of(edited_model(exact, [(adapter, alpha)]), ids)
-            assert (found - expected).abs().max() <= 1e-4
+            edited = edited_model(exact, [(adapter, alpha)])
+            expected = logits_of(edited, ids)
+            rounding = float((logits_of(edited.float(), ids) - expected).abs().max())
+            assert (found - expected).abs().max() <= max(1e-4, 2 * rounding)
             assert (found - base).abs().max() > 1e-3  # otherwise the test proves nothing
     steered.detach()
 
