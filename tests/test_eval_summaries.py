@@ -96,6 +96,8 @@ def test_adapters_of_one_recipe_are_summed_up_one_per_seed(tmp_path: Path) -> No
     assert json.loads((tmp_path / "out" / "medians.json").read_text()) == {
         "seeds": 3, "adapters": 3, "dataset": "dilemmas.csv", "target": "candour"
     }  # fmt: skip
+    later = evaluation(tmp_path / "later", 4, 0.1, adapter="sha 4", recipe={"lr": 1, "depth_count": None})
+    summarise_seeds([*folders, later], tmp_path / "later" / "out")  # a setting that was added, at its default
     again = evaluation(tmp_path / "again", 4, 0.1, adapter="sha 1")
     with pytest.raises(ConfigError, match="The 4 evaluations are of 3 adapters; use one, or one per seed"):
         summarise_seeds([*folders, again], tmp_path)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from ipissa.evaluate.null import comparable, median_p, null_check
 from ipissa.evaluate.report.parts import SETTINGS
 from ipissa.evaluate.settings import dataset_name
 from ipissa.files import write_text
+from ipissa.train.config import TrainConfig
 
 ENOUGH_SEEDS = 3
 MACHINE = ("device", "dtype")  # settings that a machine chooses
@@ -85,8 +85,11 @@ def _check_same(folders: Sequence[Path]) -> int:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{folder} is not a folder that `ipissa eval` wrote ({error}).") from error
     seeds = [each.pop("seed") for each in settings]
-    for each, name in product(settings, MACHINE):
-        each.pop(name, None)
+    for each in settings:
+        for name in MACHINE:
+            each.pop(name, None)
+        if each["recipe"] is not None:  # one from before a setting existed has what is its default
+            each["recipe"] = TrainConfig("more", "less").to_dict() | each["recipe"]
     if len(set(seeds)) < len(seeds):
         raise ConfigError(f"The evaluations have the seeds {seeds}; give one folder per seed.")
     adapters = {each["adapter"] for each in settings}
