@@ -114,8 +114,8 @@ def _dilemmas(medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
         return "No dilemmas were asked."
     slope = slopes.loc[ADAPTER]
     p = medians[medians["figure"] == "balanced_p"].set_index("method").loc[ADAPTER]
-    one_way = p["highest"] < SURE_P and slope["lowest"] * slope["highest"] > 0
-    sure = one_way and facts.get("chance_p", 0) < SURE_P
+    everywhere = slope["seeds"] == facts["seeds"] and p["highest"] < SURE_P and slope["lowest"] * slope["highest"] > 0
+    sure = everywhere and facts.get("chance_p", 1) < SURE_P  # without random adapters there is nothing to tell it from
     text = (
         f"Its effect on choices about *{facts['target']}* ({slope['median']:.3f} nats per α, {_way(slope['median'])} "
         f"what the rule asks; over dilemmas p from {p['lowest']:.2g} to {p['highest']:.2g}) "

@@ -1,4 +1,4 @@
-"""`ipissa`: train, export, inspect, serve."""
+"""`ipissa`: choose words, train, sweep, evaluate, inspect, import, export and serve."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ipissa.train import train as run_training
 from ipissa.train.card import describe
 from ipissa.train.config import OPTIONS, read_settings
 from ipissa.train.presets import preset_settings
+from ipissa.train.run_folder import check_unfinished
 from ipissa.train.sweep import read_grid, run_sweep
 from ipissa.train.words import HEADER, compare_words, split_pair
 
@@ -93,6 +94,8 @@ def train(
         **given,
         **assignments("--set", set or []),
     }
+    if resume:
+        check_unfinished(output)
     result = run_training(TrainConfig.from_dict(settings), output, resume=resume, shared=shared)
     card = output.with_suffix(".md")
     typer.echo(card.read_text(encoding="utf-8"))

@@ -28,8 +28,10 @@ def typed(name: str, value: Any, annotation: Any) -> Any:
             return dict(value)
         if kind == "bool" and not isinstance(value, bool):
             raise ValueError
+        if kind == "str" and not isinstance(value, str):  # YAML reads no, on and 1e3 as something else
+            raise ConfigError(f"{name} {value!r} is not text; put it in quotes.")
         if kind == "int" and (isinstance(value, bool) or float(value) != int(value)):
             raise ValueError
         return {"str": str, "int": int, "float": float, "bool": bool}[kind](value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{name} {value!r} is not of type {kind}.") from None

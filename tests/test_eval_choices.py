@@ -227,6 +227,8 @@ def test_items_without_an_answer_at_some_alpha_are_left_out_at_all_of_them(
     assert sorted(rows[~rows["valid"]]["item"].unique()) == [8, 9]
     assert sorted(complete(rows)["item"].unique()) == [i for i in range(20) if i not in (8, 9)]
     assert complete(rows)["log_odds"].notna().all()
+    one_side = rows.assign(valid=rows["valid"] | (rows["item"] == 9))
+    assert complete(one_side).equals(complete(rows))  # no side of a dilemma without the other
     dial.detach()
 
 

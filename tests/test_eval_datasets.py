@@ -13,6 +13,7 @@ from conftest import ROOT
 from ipissa.data import dilemmas
 from ipissa.data.datasets import load_items
 from ipissa.data.items import CHOICES, PREFIX, Item
+from ipissa.data.jsonl import read_jsonl
 from ipissa.errors import ConfigError
 
 DATA = ROOT.parent / "shared" / "data"
@@ -167,3 +168,15 @@ def test_the_published_files_are_read() -> None:
     assert daily[0].labels["Value/honesty"] == 1
     assert daily[0].labels["Virtue/Truthfulness"] == 1
     assert "Value/trust" not in daily[0].labels  # held by the superior, not by the one who decides
+
+
+def test_fields_that_are_null_are_absent(tmp_path: Path) -> None:
+    lines = [
+        {"situation": f"Matter {i}", "action": "Do it.", "label": label, "dilemma": None, "value": None, "topic": None}
+        for i, label in enumerate((1, -1, 1, -1))
+    ]
+    path = tmp_path / "items.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    items, _ = read_jsonl(path)
+    assert [item.dilemma for item in items] == [f"Matter {i}" for i in range(4)]
+    assert {(*item.labels, item.topic) for item in items} == {("target", "")}

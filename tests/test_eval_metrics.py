@@ -10,6 +10,7 @@ from scipy import stats
 
 from ipissa.errors import ConfigError
 from ipissa.evaluate import published
+from ipissa.evaluate.analysis import value_means
 from ipissa.evaluate.response import Flips, Symmetry, flips, monotonic_share, symmetry
 from ipissa.evaluate.slopes import balanced_slope, corrected, plain_slope, value_slopes
 
@@ -54,7 +55,8 @@ def test_a_pure_taste_for_yes_scores_nothing_on_the_balanced_score() -> None:
 
 def test_what_cannot_be_balanced_has_no_slope() -> None:
     rows = made_rows(honest=0, yes=2)
-    for few in (rows[rows["label"] == 1], rows[rows["dilemma"].isin(rows["dilemma"].unique()[:2])], rows[:0]):
+    rare = made_rows(honest=0, yes=2, dilemmas=20, first_share=0.9, paired=False)  # two dilemmas of the other label
+    for few in (rows[rows["label"] == 1], rows[rows["dilemma"].isin(rows["dilemma"].unique()[:2])], rare, rows[:0]):
         with pytest.raises(ConfigError, match="use more items"):
             balanced_slope(few)
 
@@ -102,6 +104,25 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
         slope = balanced_slope(rows).trait
         hits += slope.low <= 0.4 <= slope.high
     assert 178 <= hits <= 199
+
+
+def test_intervals_cover_the_truth_where_one_label_is_rare() -> None:
+    rng = np.random.default_rng(4)
+    hits = 0
+    for _ in range(200):
+        rows = made_rows(honest=0, yes=0, dilemmas=20, first_share=0.85, paired=False)  # three of the other label
+        shift = dict(zip(rows["dilemma"].unique(), rng.normal(0.4, 1, 20), strict=True))
+        rows["log_odds"] += rows["label"] * rows["alpha"] * rows["dilemma"].map(shift)
+        slope = balanced_slope(rows).trait
+        hits += slope.low <= 0.4 <= slope.high
+    assert hits >= 185  # with a degree of freedom per dilemma it is about 174
+
+
+def test_a_taste_for_yes_has_no_shape_however_labels_are_shared_out() -> None:
+    rows = made_rows(honest=0, yes=2, dilemmas=20, first_share=0.8, paired=False)
+    means = value_means(rows, {"honesty": dict(zip(rows["item"], rows["label"], strict=True)), "none": {}})
+    assert list(means.columns) == ["honesty"]
+    assert means.loc[1.0, "honesty"] == pytest.approx(means.loc[-1.0, "honesty"])
 
 
 def test_values_are_corrected_for_testing_many() -> None:

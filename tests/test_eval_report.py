@@ -25,14 +25,14 @@ from ipissa.data.items import CHOICES, Dataset
 from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError
 from ipissa.evaluate import bench
-from ipissa.evaluate.analysis import Analysis, analyse, base_differences, ranked, why_unranked
+from ipissa.evaluate.analysis import Analysis, analyse, base_differences, label_overlap, ranked, why_unranked
 from ipissa.evaluate.baselines.tuners import distillation_targets as targets
 from ipissa.evaluate.choices import measure_choices
 from ipissa.evaluate.compare import Degradation, Measured
 from ipissa.evaluate.methods import ADAPTER
 from ipissa.evaluate.null import null_check
 from ipissa.evaluate.report.page import Findings, summary, verdict, write_report
-from ipissa.evaluate.report.parts import measured_from_json
+from ipissa.evaluate.report.parts import Parts, measured_from_json
 from ipissa.evaluate.report.tables import pareto_table
 from ipissa.evaluate.run import evaluate
 from ipissa.evaluate.scoring import find_choices
@@ -274,9 +274,40 @@ def test_methods_at_another_cost_are_named_and_not_ranked(measured: list[Measure
     some = [replace(each, equal=False) if each.method == "caa" else each for each in measured]
     analyses = [analyse(each, dataset) for each in some]
     assert set(ranked(analyses, base_differences(some))) == {"adapter", "random"}
-    left = {each.method: each.cost() / measured[0].cost() for each in some if each.method in ("prompt", "caa")}
-    said = ", ".join(f"{method} (costs text {times:.1f} times as much)" for method, times in left.items())
+    left = {each.method: each.cost() for each in some if each.method in ("prompt", "caa")}
+    own = f"the adapter {measured[0].cost():.3f}"
+    said = ", ".join(f"{method} (costs text {cost:.3f} nats per token, {own})" for method, cost in left.items())
     assert f"Not ranked, at another degradation: {said}." in verdict(some, analyses)
+
+
+def test_a_folder_takes_other_settings_until_something_was_measured_in_it(tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+    Parts(folder, {"seed": 0})  # and then something was refused
+    Parts(folder, {"seed": 1}).save("adapter", 1)
+    with pytest.raises(ConfigError, match="holds an evaluation with another seed; choose another --output"):
+        Parts(folder, {"seed": 0})
+    assert Parts(folder, {"seed": 1}).load("adapter") == 1
+
+
+def test_methods_that_lost_dilemmas_are_named_and_not_ranked(measured: list[Measured], dataset: Dataset) -> None:
+    some = [replace(each, equal=True) for each in measured]
+    rows = some[2].rows
+    assert rows is not None
+    of_one = rows["dilemma"] == dataset.items[0].dilemma
+    some[2] = replace(some[2], rows=rows.assign(valid=rows["valid"] & ~of_one))
+    analyses = [analyse(each, dataset) for each in some]
+    kept = analyses[2].figures["kept"]
+    assert kept == analyses[2].figures["items"] / analyses[0].figures["items"] < 0.9
+    assert set(ranked(analyses, base_differences(measured))) == {each.method for each in some} - {some[2].method}
+    assert f"Not ranked, as other dilemmas lost their answers: {some[2].method} ({kept:.0%})" in verdict(
+        [each if each is not some[2] else replace(measured[2], equal=True) for each in some], analyses
+    )
+
+
+def test_an_adapter_that_costs_nothing_has_a_verdict(measured: list[Measured], dataset: Dataset) -> None:
+    free = [Degradation(each.alpha, 0.0, None) for each in measured[0].degradation]
+    some = [replace(measured[0], degradation=free), *measured[1:]]
+    assert "nats per token, the adapter 0.000)" in verdict(some, [analyse(each, dataset) for each in some])
 
 
 def test_the_front_holds_what_neither_another_point_nor_doing_nothing_beats(
@@ -318,6 +349,39 @@ def test_control_items_are_among_the_values_that_are_reported(report: Path) -> N
     values = pd.read_csv(report / "tables" / "values.csv")
     assert set(values["name"]) == {"honesty", "kindness", "maths", "preference"}
     assert {"p_holm", "p_bh", "low", "high"} <= set(values.columns)
+
+
+def test_values_say_how_far_they_are_the_target_under_another_name(report: Path, dataset: Dataset) -> None:
+    values = pd.read_csv(report / "tables" / "values.csv").groupby("name").first()
+    assert list(values.loc["honesty", ["shared", "agree"]]) == [12, 1.0]
+    assert values.loc["maths", "shared"] == 0
+    labels = {"candour": {0: 1, 1: -1, 2: 1, 3: -1}, "care": {1: 1, 2: 1, 3: 1, 9: -1}}
+    found = label_overlap(labels, "candour").set_index("name")
+    assert list(found.loc["care"]) == [3, pytest.approx(1 / 3)]
+
+
+def test_every_value_is_placed_among_what_random_adapters_do_to_it(report: Path) -> None:
+    values = pd.read_csv(report / "tables" / "values.csv")
+    random = pd.read_csv(report / "tables" / "null.csv")
+    own = values[values["method"] == "adapter"].set_index("name")
+    for name, slope in own["value"].items():
+        others = random[(random["name"] == name) & random["equal"]]["value"].abs()
+        as_large = sum(other >= abs(slope) for other in others)
+        assert own.loc[name, "p_chance"] == pytest.approx((1 + as_large) / (1 + len(others)))
+    assert values.loc[values["method"] != "adapter", "p_chance"].isna().all()
+
+
+def test_the_report_has_paired_differences_to_every_other_method(report: Path) -> None:
+    for name in ("yardsticks", "best"):
+        table = pd.read_csv(report / "tables" / f"{name}.csv").set_index(["method", "pole"])
+        equal = pd.read_csv(report / "tables" / "yardsticks.csv").set_index(["method", "pole"])
+        for (method, pole), row in table.iterrows():
+            if method == "adapter":
+                assert pd.isna(row["adapter_more"])
+            else:
+                apart = equal.loc[("adapter", pole), "trait_gain"] - row["trait_gain"]
+                assert row["adapter_more"] == pytest.approx(apart, abs=2e-3)
+                assert row["adapter_more_low"] <= row["adapter_more"] <= row["adapter_more_high"]
 
 
 def test_a_slope_is_placed_among_those_of_random_adapters() -> None:

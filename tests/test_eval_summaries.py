@@ -57,13 +57,31 @@ def test_seeds_are_summed_up_by_medians_with_range_and_count(tmp_path: Path) -> 
     assert table.loc[("caa", "trait_gain +"), "ahead"] == 2
     assert table.loc[("caa", "trait_gain worse at best"), "ahead"] == 2
     assert table.loc[("adapter", "trait_gain worse"), "ahead"] == 0
+    assert table["ahead"].isna().loc[[("adapter", "balanced_p"), ("adapter", "transfer")]].all()  # more is not better
     assert "Fewer than 3 seeds" in summarise_seeds(folders[:2], tmp_path / "two")
+
+
+def test_folders_of_which_there_is_no_median_are_named(tmp_path: Path) -> None:
+    whole, broken, other = (evaluation(tmp_path / name, seed, 0.1) for seed, name in enumerate("abc"))
+    (broken / "tables" / "yardsticks.csv").unlink()
+    with pytest.raises(ConfigError, match=r"evaluation in .*b is not complete; run it again"):
+        summarise_seeds([whole, broken], tmp_path / "out")
+    (other / "settings.json").write_text('{"lr": 1}')
+    with pytest.raises(ConfigError, match=r"is not of `ipissa eval`: it lacks adapter, recipe, seed"):
+        summarise_seeds([whole, other], tmp_path / "out")
 
 
 def test_random_adapters_of_all_seeds_are_compared_with_the_median_slope(tmp_path: Path) -> None:
     folders = [evaluation(tmp_path / f"{seed}", seed, gain) for seed, gain in enumerate((0.1, 0.5, 0.2))]
     for folder in folders:  # the median slope is 0.4
-        random = {"seed": [1, 2, 3], "scale": 1.0, "equal": True, "value": [-0.5, 0.1, 0.2], "t": [1.0, 1.0, 1.0]}
+        random = {
+            "seed": [1, 2, 3],
+            "name": "candour",
+            "scale": 1.0,
+            "equal": True,
+            "value": [-0.5, 0.1, 0.2],
+            "t": [1.0, 1.0, 1.0],
+        }
         pd.DataFrame(random).to_csv(folder / "tables" / "null.csv", index=False)
     text = summarise_seeds(folders, tmp_path / "out")
     assert "Of 9 random adapters that cost text as much, 67% move the balanced score less" in text
@@ -76,7 +94,14 @@ def test_random_adapters_of_all_seeds_are_compared_with_the_median_slope(tmp_pat
 def test_adapters_of_their_own_are_compared_with_medians_of_one_random_adapter_per_seed(tmp_path: Path) -> None:
     folders = [evaluation(tmp_path / f"{i}", i, gain, adapter=f"sha {i}") for i, gain in enumerate((0.1, 0.5, 0.2))]
     for folder in folders:
-        random = {"seed": [1, 2, 3], "scale": 1.0, "equal": [True, True, False], "value": [-0.5, 0.1, 9], "t": 1.0}
+        random = {
+            "seed": [1, 2, 3],
+            "name": "candour",
+            "scale": 1.0,
+            "equal": [True, True, False],
+            "value": [-0.5, 0.1, 9],
+            "t": 1.0,
+        }
         pd.DataFrame(random).to_csv(folder / "tables" / "null.csv", index=False)
     text = summarise_seeds(folders, tmp_path / "out")
     facts = json.loads((tmp_path / "out" / "medians.json").read_text())
@@ -88,6 +113,8 @@ def test_adapters_of_their_own_are_compared_with_medians_of_one_random_adapter_p
     assert facts["chance_p"] == pytest.approx(sum(as_large) / 27, abs=0.02)
     pd.DataFrame(random).assign(equal=False).to_csv(folders[1] / "tables" / "null.csv", index=False)
     assert "nothing is said of chance" in summarise_seeds(folders, tmp_path / "out")
+    (folders[1] / "tables" / "null.csv").unlink()
+    assert f"nothing was compared with it in {folders[1]}." in summarise_seeds(folders, tmp_path / "out")
 
 
 def test_adapters_of_one_recipe_are_summed_up_one_per_seed(tmp_path: Path) -> None:

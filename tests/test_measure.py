@@ -20,11 +20,13 @@ from ipissa.evaluate.scoring import choice_scores, find_choices, score_choices
 from ipissa.evaluate.yardsticks import (
     Estimate,
     PoleYardsticks,
+    TraitSums,
     Yardsticks,
     bootstrap_ratio,
     measure_yardsticks,
     pole_preference,
     response_curve,
+    trait_gain_above,
 )
 from ipissa.train.calibration import calibrate, distinct_share
 
@@ -200,6 +202,28 @@ def test_a_dial_that_only_makes_the_model_surer_has_no_trait_gain(tokenizer: Any
     found = measure_yardsticks(dial, HeldOut(tokenizer, TRAIT, texts), alpha=0.5)
     assert found.positive.trait_gain.value < 0
     assert found.negative.trait_gain.value < 0
+
+
+def test_a_difference_is_surer_than_the_gains_where_prompts_are_hard_for_both() -> None:
+    rng = np.random.default_rng(2)
+    prompts, told = tuple("abcdefghij" * 6), rng.uniform(0.5, 1.5, 60)
+    hard = rng.normal(0.6, 0.5, 60)
+    ours, theirs = hard + 0.10 + rng.normal(0, 0.02, 60), hard + rng.normal(0, 0.02, 60)
+
+    def side(steered: np.ndarray) -> PoleYardsticks:
+        gain = bootstrap_ratio(steered, told, seed=0)
+        return PoleYardsticks(gain, gain, gain, TraitSums(prompts, tuple(steered), tuple(told)))
+
+    one, other = side(ours), side(theirs)
+    found = trait_gain_above(one, other)
+    assert found.value == pytest.approx(one.trait_gain.value - other.trait_gain.value)
+    assert found.low > 0  # though the intervals of the gains overlap
+    assert one.trait_gain.low < other.trait_gain.high
+    with pytest.raises(ValueError, match="only where both were measured on the same ones"):
+        trait_gain_above(one, PoleYardsticks(one.trait_gain, one.plain_gain, one.contrast))
+    read = Yardsticks(1.0, 60, one, other)
+    assert Yardsticks.from_dict(read.to_dict(by_prompt=True)) == read
+    assert "by_prompt" not in read.to_dict()["positive"]
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:

@@ -28,10 +28,11 @@ from ipissa.errors import ConfigError
 from ipissa.train import TrainConfig
 from ipissa.train.fit import fit
 from ipissa.train.initialise import select_triples
+from ipissa.train.losses.antiparallel import antiparallel_loss
 from ipissa.train.losses.separation import separation_loss, symlog
 from ipissa.train.objectives.antiparallel import Antiparallel, AntiparallelConfig
 from ipissa.train.objectives.base import WeightedSum
-from ipissa.train.objectives.build import objective_weights
+from ipissa.train.objectives.build import contrastive_config, objective_weights
 from ipissa.train.objectives.contrastive import Contrastive, ContrastiveConfig
 from ipissa.train.objectives.distill import Distillation, Target
 from ipissa.train.selection import SELECTIONS
@@ -68,13 +69,17 @@ def seen_alone(model: Any, alpha: float, context: list[int], opening: list[int],
     return states[0][0, -N:], logp
 
 
-@pytest.mark.parametrize("side", ["V", "U"])
-@pytest.mark.parametrize("loss", ["raw", "tanh_sym"])
+@pytest.mark.parametrize(
+    ("side", "loss", "divided"),
+    [("V", "raw", False), ("U", "raw", False), ("V", "tanh_sym", False), ("U", "tanh_sym", False), ("U", "raw", True)],
+)
 def test_the_contrastive_loss_equals_its_definition_pair_by_pair(
-    side: str, loss: str, tokenizer: Any, pairs: list[ContrastivePair]
+    side: str, loss: str, divided: bool, tokenizer: Any, pairs: list[ContrastivePair]
 ) -> None:
     model, wrap = fresh(tokenizer)
-    settings = ContrastiveConfig(loss=loss, direction="mean", side=side, depths=(0.5,), last_tokens=N, flip="none")
+    settings = ContrastiveConfig(
+        loss=loss, direction="mean", side=side, depths=(0.5,), last_tokens=N, flip="none", snorm=divided
+    )
     objective = Contrastive(model, pairs, settings, pad_id=tokenizer.pad_token_id)
     (site,) = objective.sites
     assert site.name == SITE
@@ -82,17 +87,17 @@ def test_the_contrastive_loss_equals_its_definition_pair_by_pair(
     with torch.no_grad():
         _, figures = objective.loss(wrapped, objective.collate(objective.examples(objective.prompts)), 0.5)
 
+    units = site.S.clamp(min=0.1 * site.S.median().item()) if divided else torch.ones_like(site.S)
+    basis = site.basis / units
+
     # The definition, one row at a time. All tokens of the persona contexts are real, so nothing is padded.
     def p(alpha: float, pair: ContrastivePair) -> tuple[Tensor, Tensor, Tensor]:
         chosen, logp_c = seen_alone(wrapped, alpha, pair.chosen, pair.opening, SITE, side)
         rejected, logp_r = seen_alone(wrapped, alpha, pair.rejected, pair.opening, SITE, side)
-        return ((chosen - rejected) @ site.basis @ u).mean(), logp_c, logp_r
+        return ((chosen - rejected) @ basis @ u).mean(), logp_c, logp_r
 
     last = [
-        [
-            seen_alone(wrapped, 0.0, c, pair.opening, SITE, side)[0][-1] @ site.basis
-            for c in (pair.chosen, pair.rejected)
-        ]
+        [seen_alone(wrapped, 0.0, c, pair.opening, SITE, side)[0][-1] @ basis for c in (pair.chosen, pair.rejected)]
         for pair in pairs
     ]
     difference = torch.stack([c - r for c, r in last]).mean(0)
@@ -113,9 +118,29 @@ def test_the_contrastive_loss_equals_its_definition_pair_by_pair(
             torch.stack(expected["coherence_positive"]).mean().item(), abs=1e-3
         )
     down, up = torch.stack(expected["gap"]).T
-    forward = (torch.relu(down + 0.05) + torch.relu(0.05 - up)).mean()
-    backward = (torch.relu(0.05 - down) + torch.relu(up + 0.05)).mean()
-    assert figures["order"].item() == pytest.approx(100 * min(forward, backward).item(), abs=1e-2)
+    forward = (torch.relu(down + 0.05) + torch.relu(0.05 - up)).mean()  # the poles may not change places
+    assert figures["order"].item() == pytest.approx(100 * forward.item(), abs=1e-2)
+
+
+def test_adaptive_coherence_is_that_of_the_pole_that_lags_relaxed(tokenizer: Any, pairs: list[ContrastivePair]) -> None:
+    model, wrap = fresh(tokenizer, init_std=0.5)
+    wrapped = wrap().eval()
+    found = {}
+    for adaptive in (False, True):
+        settings = ContrastiveConfig(
+            direction="mean", depths=(0.5,), adaptive=adaptive, coherence_threshold=0.0, flip="none"
+        )
+        objective = Contrastive(model, pairs, settings, pad_id=tokenizer.pad_token_id)
+        with torch.no_grad():
+            found[adaptive] = objective.loss(wrapped, objective.collate(objective.examples(objective.prompts)), 0.5)
+    parts = found[False][1]
+    separations = torch.stack([parts["separation_positive"], parts["separation_negative"]])
+    coherence = torch.stack([parts["coherence_positive"], parts["coherence_negative"]])
+    shares = torch.exp(-separations / 4) / torch.exp(-separations / 4).sum()
+    assert coherence.min() > 0.1
+    expected = separations.sum() + parts["order"] + (coherence * (2 * shares).clamp(max=1)).sum()
+    assert found[True][0].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert found[False][0].item() > expected.item() + 1e-3
 
 
 def test_where_the_poles_are_swapped_each_still_keeps_its_own_side_likely(
@@ -233,6 +258,79 @@ def test_a_step_has_as_many_rows_under_every_objective(tokenizer: Any, pairs: li
         assert len(batch["alpha"]) == objective.rows_per_example
     both = WeightedSum({"a": (1.0, distillation), "b": (1.0, contrastive)})
     assert both.rows_per_example == 6
+
+
+def test_the_antiparallel_loss_equals_its_definition_pair_by_pair(tokenizer: Any, pairs: list[ContrastivePair]) -> None:
+    model, wrap = fresh(tokenizer, init_std=0.5)
+    model.get_output_embeddings().weight.data *= 60  # so sure of the next token that the barrier holds something
+    config = AntiparallelConfig(rank=2, last_tokens=N, teacher_top_k=len(tokenizer))
+    objective = Antiparallel(model, pairs, config, pad_id=tokenizer.pad_token_id)
+    wrapped = wrap().eval()
+    with torch.no_grad():
+        _, figures = objective.loss(wrapped, objective.collate(objective.examples(objective.prompts)), 1.0)
+
+    def alone(alpha: float, context: list[int], opening: list[int]) -> tuple[Tensor, Tensor]:
+        """(mean state of the last tokens, predictions of all but the first of them), one row, no padding."""
+        states, _ = seen_alone(wrapped, alpha, context, opening, "model.layers.2", "U")
+        with layer_alpha(wrapped, alpha), torch.no_grad():
+            logits = wrapped(input_ids=torch.tensor([context + opening])).logits[0].log_softmax(-1)
+        before = range(len(context) + len(opening) - N, len(context) + len(opening) - 1)
+        return states.mean(0), torch.stack([logits[i] for i in before if i >= len(context) - 1])
+
+    found = [
+        {a: [alone(a, c, pair.opening) for c in (pair.chosen, pair.rejected)] for a in (0.0, 1.0, -1.0)}
+        for pair in pairs
+    ]
+    apart = [{a: rows[0][0] - rows[1][0] for a, rows in of_pair.items()} for of_pair in found]
+    references = torch.stack([of_pair[0.0] for of_pair in apart])
+    spread = references.var(0, correction=0).sqrt()
+    spread = spread.clamp(min=max(0.1 * spread.median().item(), 0.05))
+    losses, barriers, gaps, margins = [], [], {1.0: [], -1.0: []}, []
+    for pair, of_pair, states in zip(pairs, found, apart, strict=True):
+        q = torch.tensor(1.0)
+        for a in (1.0, -1.0):
+            d = (states[a] - states[0.0]) / spread
+            inside, ref = objective.basis.T @ d, objective.basis.T @ (states[0.0] / spread)
+            q = q * (inside @ ref) / (inside.norm() * ref.norm()) * (inside.norm() / d.norm()) ** 0.75
+        losses.append(30 * q + torch.relu(30 * q) ** 2)
+        kept = pair.opening[-(N - 1) :]
+        entropies = [-(logp.exp() * logp).sum(-1) for _, logp in of_pair[0.0]]
+        margins.append(0.5 * torch.stack(entropies).mean().sqrt() + 0.04)
+        for a in (1.0, -1.0):
+            gains = []
+            for side in (0, 1):
+                on, off = of_pair[a][side][1], of_pair[0.0][side][1]
+                v = torch.relu((on.exp() - off.exp()).abs().sum(-1) / 2 - 0.9 * (entropies[side] + 0.02).sqrt())
+                barriers.append(((1 + 10 * v).log() ** 2 + v).mean())
+                taken = range(len(kept) - len(on), len(kept))
+                gains.append(torch.stack([(on - off)[i, kept[t]] for i, t in enumerate(taken)]).mean())
+            gaps[a].append(gains[0] - gains[1])
+    down, up, margin = torch.stack(gaps[-1.0]), torch.stack(gaps[1.0]), torch.stack(margins)
+    forward = (torch.relu(down + margin) + torch.relu(margin - up)).mean()
+    backward = (torch.relu(margin - down) + torch.relu(up + margin)).mean()
+    assert figures["antiparallel"].item() == pytest.approx(torch.stack(losses).mean().item(), rel=1e-3)
+    assert figures["barrier"].item() == pytest.approx(torch.stack(barriers).mean().item(), rel=1e-2)
+    assert figures["barrier"].item() > 0.01
+    assert figures["order"].item() == pytest.approx(30 * min(forward, backward).item(), rel=1e-3)
+
+
+def test_what_lies_along_the_references_is_inside_the_subspace_that_they_span(
+    tokenizer: Any, pairs: list[ContrastivePair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ipissa.train.objectives.antiparallel.intersect", lambda task, other: task)
+    model, _ = fresh(tokenizer)
+    objective = Antiparallel(model, pairs, AntiparallelConfig(rank=len(pairs)), pad_id=tokenizer.pad_token_id)
+    assert objective.spread.max() > 2 * objective.spread.min()  # so that units matter
+    ref = torch.stack([example.reference for example in objective.examples(objective.prompts)])
+    found = antiparallel_loss(1.1 * ref, 0.9 * ref, ref, objective.basis, objective.spread)
+    assert found.tolist() == pytest.approx([-30.0] * len(pairs), abs=1e-2)
+
+
+def test_beside_distillation_the_contrastive_part_does_not_choose_the_poles() -> None:
+    assert contrastive_config({}).flip == "global"
+    assert contrastive_config({}, beside=["guided", "contrastive"]).flip == "none"
+    assert contrastive_config({"flip": "per_layer"}, beside=["guided", "contrastive"]).flip == "per_layer"
+    assert contrastive_config({}, beside=["contrastive", "antiparallel"]).flip == "global"
 
 
 def test_the_antiparallel_constraints_weigh_the_same_in_every_validation(

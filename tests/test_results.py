@@ -12,7 +12,7 @@ from benchmarks.objectives import DOCUMENT, SWEEPS, table, with_objectives
 from benchmarks.results import SHOWN, section, with_results
 from benchmarks.written import marks
 
-FACTS = {"seeds": 3, "adapters": 3, "dataset": "dilemmas.csv", "target": "candour"}
+FACTS = {"seeds": 3, "adapters": 3, "dataset": "dilemmas.csv", "target": "candour", "chance_p": 0.01}
 BEGIN, END = marks("results")
 README = f"# ipissa\n\n{BEGIN}\n\nof last year\n\n{END}\n\nRead on."
 
@@ -84,6 +84,14 @@ def test_an_effect_on_choices_is_claimed_only_if_every_seed_has_it(
     text = section("kind", medians(p, adapter=slope), FACTS)
     found = f"{slope:.3f} nats per α, {way} what the rule asks; over dilemmas p from {p[0]:.2g} to {p[2]:.2g}"
     assert f"choices about *candour* ({found}) {says} from nothing." in text
+
+
+def test_without_random_adapters_or_with_a_seed_that_lost_its_answers_no_effect_is_claimed() -> None:
+    found = medians(SURE, adapter=0.3)
+    assert "is told from nothing" in section("kind", found, FACTS)
+    assert "is not told from nothing" in section("kind", found, {k: v for k, v in FACTS.items() if k != "chance_p"})
+    found.loc[found["figure"] == "balanced_value", "seeds"] = 2
+    assert "is not told from nothing" in section("kind", found, FACTS)
 
 
 def test_what_chance_does_is_said_beside_the_effect_on_choices() -> None:

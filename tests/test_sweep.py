@@ -121,16 +121,13 @@ def test_a_run_that_fails_has_a_row_that_says_so_and_does_not_count(tmp_path: Pa
     assert [config.seed for config in again.trained] == [1, 1]
 
 
-def test_an_error_of_the_libraries_below_is_a_row_too(tmp_path: Path) -> None:
-    def full(config: TrainConfig, *args: Any, **settings: Any) -> Any:
-        raise MemoryFullError("no memory is left")
+@pytest.mark.parametrize("kind", [RuntimeError, AttributeError, KeyError, OSError])
+def test_an_error_of_the_libraries_below_is_a_row_too(kind: type[Exception], tmp_path: Path) -> None:
+    def failing(config: TrainConfig, *args: Any, **settings: Any) -> Any:
+        raise kind("no memory is left")
 
-    rows = read(run_sweep(configs(tmp_path)[:2], tmp_path / "out", full))
-    assert [row["error"] for row in rows] == ["MemoryFullError: no memory is left"] * 2
-
-
-class MemoryFullError(RuntimeError):
-    """As torch's is."""
+    rows = read(run_sweep(configs(tmp_path)[:2], tmp_path / "out", failing))
+    assert [row["error"] for row in rows] == [f"{kind.__name__}: {kind('no memory is left')}"] * 2
 
 
 def test_rows_of_before_say_what_a_grid_that_has_grown_varies(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import errno
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -23,15 +24,17 @@ from typer.testing import CliRunner
 import ipissa
 from ipissa.adapter import Adapter, checkpoint
 from ipissa.cli import app
-from ipissa.cli_errors import run_cli
-from ipissa.errors import AdapterFileError, ConfigError, IpissaError
+from ipissa.cli_errors import assignments, run_cli
+from ipissa.errors import AdapterFileError, ConfigError, IpissaError, TrainingError
+from ipissa.models import load_model
 from ipissa.scaling import SCALE_MODES
 from ipissa.train import TrainConfig, answers, train, trainer
-from ipissa.train.card import describe
+from ipissa.train.card import _option, describe
 from ipissa.train.config import OPTIONS
 from ipissa.train.fit import fit
 from ipissa.train.layers import layer_changes
 from ipissa.train.presets import PRESETS, preset_settings
+from ipissa.train.run_folder import RunFolder, check_unfinished
 
 
 @pytest.fixture
@@ -148,6 +151,50 @@ def test_a_broken_run_goes_on_with_another_rate_on_the_texts_it_had(
     assert difference(expected, train(slower, output, resume=True).adapter) < 1e-5
 
 
+def test_what_a_run_keeps_is_named_where_it_is_damaged(config: TrainConfig, tmp_path: Path, killed_at: Any) -> None:
+    output = tmp_path / "broken.safetensors"
+    killed_at(6)
+    with pytest.raises(KilledError):
+        train(config, output)
+    (texts,) = (tmp_path / "broken.run" / "state").glob("continuations-*.pt")
+    texts.write_bytes(texts.read_bytes()[:100])
+    with pytest.raises(TrainingError, match=f"{texts} cannot be read: .*; remove it, and it is computed again"):
+        train(config, output, resume=True)
+
+
+def test_how_often_checkpoints_are_written_is_no_reason_to_begin_anew(
+    config: TrainConfig, tmp_path: Path, killed_at: Any
+) -> None:
+    output = tmp_path / "broken.safetensors"
+    killed_at(6)
+    with pytest.raises(KilledError):
+        train(config, output)
+    learnt = sorted((tmp_path / "broken.run" / "checkpoints").glob("*"))
+    RunFolder(output, replace(config, checkpoint_every=1), resume=True).begin(load_model(config.model)[0])
+    assert sorted((tmp_path / "broken.run" / "checkpoints").glob("*")) == learnt
+    RunFolder(output, replace(config, lr=0.1), resume=True).begin(load_model(config.model)[0])
+    assert not (tmp_path / "broken.run" / "checkpoints").exists()
+
+
+def test_an_adapter_that_is_complete_is_not_resumed(tmp_path: Path) -> None:
+    (tmp_path / "done.safetensors").write_bytes(b"an adapter")
+    with pytest.raises(ConfigError, match=r"done.safetensors is complete, so there is nothing to resume"):
+        check_unfinished(tmp_path / "done.safetensors")
+    (tmp_path / "done.run" / "state").mkdir(parents=True)
+    (tmp_path / "done.run" / "state" / "asked").touch()
+    check_unfinished(tmp_path / "done.safetensors")
+    check_unfinished(tmp_path / "new.safetensors")
+
+
+@pytest.mark.parametrize(
+    "template", ["Be {persona} #1", "{persona}, answer.", "Say: {persona}", "Du bist {persona}, très!"]
+)
+def test_the_cards_command_gives_settings_as_they_were(template: str) -> None:
+    said = shlex.split(_option("template", template))
+    assert said[0] == "--set"
+    assert assignments("--set", said[1:]) == {"template": template}
+
+
 def test_a_setting_that_is_of_no_use_costs_a_broken_run_nothing(
     config: TrainConfig, tmp_path: Path, killed_at: Any
 ) -> None:
@@ -169,6 +216,7 @@ def test_a_setting_that_is_of_no_use_costs_a_broken_run_nothing(
     ("wrong", "says"),
     [
         ({"model": "no/such/folder"}, "cannot be"),
+        ({"device": "cuda:1"}, "device 'cuda:1' cannot be trained on; set CUDA_VISIBLE_DEVICES=1 and use cuda"),
         ({"report_to": "no_such_tracker"}, "report_to 'no_such_tracker' cannot be used"),
         ({"trainer": {"no_such": 1}}, "do not fit transformers' TrainingArguments"),
         (
@@ -308,6 +356,10 @@ def test_a_broken_run_that_learnt_nothing_gives_way_to_one_that_asks_something_e
     killed_at(0)
     with pytest.raises(ConfigError, match="holds an unfinished run"):
         train(config, output)
+    texts = sorted((tmp_path / "kind.run" / "state").iterdir())
+    with pytest.raises(ConfigError, match="do not fit transformers' TrainingArguments"):
+        train(replace(other, trainer={"no_such": 1}), output)
+    assert sorted((tmp_path / "kind.run" / "state").iterdir()) == texts  # kept until the new settings are of use
     assert difference(expected, train(other, output).adapter) == 0
 
 
@@ -339,6 +391,16 @@ def test_every_preset_makes_a_config() -> None:
         ({"rank": 2.5}, "rank 2.5 is not of type int"),
         ({"rotate_u": "yes"}, "rotate_u 'yes' is not of type bool"),
         ({"positive": None}, "positive"),
+        ({"positive": False}, "positive False is not text; put it in quotes"),
+        ({"positive": ["kind", "loving"]}, r"positive \['kind', 'loving'\] is not text; put it in quotes"),
+        ({"max_prompts": float("inf")}, "max_prompts inf is not of type int"),
+        (
+            {"objective": "antiparallel", "antiparallel": {"teacher_top_k": 0}},
+            "teacher_top_k 0 leaves the barrier nothing",
+        ),
+        ({"objective": "antiparallel", "antiparallel": {"barrier": -1}}, "barrier -1.0 is negative or not finite"),
+        ({"objective": "contrastive", "contrastive": {"coherence": float("nan")}}, "coherence nan is negative or not"),
+        ({"trainer": {"gradient_checkpointing": True}}, "blocks would be computed again at another α"),
         ({"contrastive": {"losss": "raw"}}, "contrastive setting 'losss' is unknown"),
         ({"strengths": [0.5], "objective": "told"}, "strengths other than 1"),
         ({"rank": 1}, "a rotation needs a plane"),

@@ -67,6 +67,18 @@ def test_registering_leaves_pefts_enum_alone() -> None:
     assert peft.PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] is InnerPissaConfig
 
 
+def test_the_triples_are_those_of_the_largest_singular_values_and_rebuild_the_best_approximation() -> None:
+    model = tiny_model("llama").requires_grad_(False)
+    weight = model.model.layers[0].self_attn.o_proj.weight.double().clone()
+    U, S, Vh = torch.linalg.svd(weight)
+    best = U[:, :8] * S[:8] @ Vh[:8]
+    adapted = peft.get_peft_model(model, InnerPissaConfig(r=8, target_modules=["o_proj"]))
+    layer = adapted.base_model.model.model.layers[0].self_attn.o_proj
+    assert layer.S.double() == pytest.approx(S[:8], rel=1e-4)
+    rebuilt = layer.U.double() * layer.S.double() @ layer.V.double().T
+    assert (rebuilt - best).abs().max() < 1e-4 * weight.abs().max()
+
+
 def test_the_layer_equals_weights_edited_by_the_definition(peft_model: Any) -> None:
     base = tiny_model("llama")
     adapter = from_peft_model(peft_model, base_model=describe_base(base, "tiny"), trait=TRAIT)
@@ -270,7 +282,14 @@ def test_module_sets_name_the_layers_they_say(modules: tuple[str, ...], names: s
     model = peft.get_peft_model(tiny_model("llama", blocks=30).requires_grad_(False), found)
     adapted = [name for name, module in model.named_modules() if isinstance(module, InnerPissaLayer)]
     assert {name.rpartition(".")[2] for name in adapted} == names
-    assert len(adapted) == 18 * len(names)  # the example of the sources: of 30 blocks 9 to 26, 36 residual writers
+    assert len(adapted) == 18 * len(names)  # of 30 blocks 9 to 26
+
+
+def test_the_example_of_the_sources_adapts_36_residual_writers() -> None:
+    config = TrainConfig("a", "b", depth_start=0.3, depth_end=0.95, objective="contrastive").adapter_config(30)
+    assert config.layers_to_transform == [block for block in range(9, 28) if block != 24]
+    model = peft.get_peft_model(tiny_model("llama", blocks=30).requires_grad_(False), config)
+    assert sum(isinstance(module, InnerPissaLayer) for module in model.modules()) == 36
 
 
 def test_blocks_of_a_range_may_be_fewer_and_leave_out_those_of_the_loss() -> None:

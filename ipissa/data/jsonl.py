@@ -41,6 +41,7 @@ def _parsed(line: str, where: str, seen: Mapping[str, int]) -> Item:
         raise ConfigError(f"{where} is not JSON: {error}.") from error
     if not isinstance(record, dict):
         raise ConfigError(f"{where} is not an object with situation, action and label.")
+    record = {key: value for key, value in record.items() if value is not None}  # pandas writes absent fields so
     for key in ("situation", "action"):
         if not isinstance(record.get(key), str) or not record[key].strip():
             raise ConfigError(f"{where} has no {key}; give a text.")

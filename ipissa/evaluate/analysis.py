@@ -20,6 +20,7 @@ from ipissa.evaluate.response import flips, monotonic_share, symmetry
 from ipissa.evaluate.slopes import balanced_slope, can_be_balanced, plain_slope, value_slopes, with_labels
 
 POLES = (-1.0, 0.0, 1.0)
+MIN_KEPT = 0.9  # of the target's items; methods that lost more of them answer other questions than the rest
 SAME_BASE_NATS = 0.1  # log-odds at α = 0; in bfloat16, batches of another size round by as much as half of it
 WARN_NATS = 0.5
 
@@ -36,7 +37,7 @@ class Analysis:
         figures: One row of the table of methods.
         dose: Per α: change of the balanced score since α = 0 with its interval (NaN where too few answers are left),
             choice mass, valid share.
-        values: Per value: slope and interval, p corrected.
+        values: Per value: slope and interval, p corrected, and how far its labels are the target's.
         clusters: Slope less 1 per cluster, ranked, and the target's own slope that they are measured by; none where
             that slope cannot be told from 0.
     """
@@ -64,13 +65,14 @@ def analyse(measured: Measured, dataset: Dataset) -> Analysis:
             f"With {measured.method} only {target['dilemma'].nunique()} dilemmas about {dataset.target!r} have an "
             "answer at α = -1, 0 and 1; use more items."
         )
-    values = value_slopes(rows, labels)
+    values = value_slopes(rows, labels).merge(label_overlap(labels, dataset.target), on="name")
     means = value_means(rows, labels)
     figures = {
         "method": measured.method,
         "scale": measured.scale,
         "equal": measured.equal,
         "items": int(target["item"].nunique()),
+        "kept": target["item"].nunique() / len(labels[dataset.target]),
         **_slopes(target),
         **_published(target, means, rows, measured, dataset),
         **_shape(target, means, dataset.target),
@@ -106,14 +108,29 @@ def item_labels(dataset: Dataset) -> dict[str, dict[int, int]]:
     }
 
 
+def label_overlap(labels: Mapping[str, Mapping[int, int]], target: str) -> pd.DataFrame:
+    """Per value, how many items it shares with the target, and on which part of them it has the target's label.
+
+    A value that agrees everywhere moves with the target by its labels alone, one that agrees nowhere against it.
+    """
+    found = []
+    for value, own in labels.items():
+        same = [label == labels[target][item] for item, label in own.items() if item in labels[target]]
+        found.append({"name": value, "shared": len(same), "agree": sum(same) / len(same) if same else math.nan})
+    return pd.DataFrame(found)
+
+
 def value_means(rows: pd.DataFrame, labels: Mapping[str, Mapping[int, int]]) -> pd.DataFrame:
-    """Mean of l y per value, (α, value), negated once."""
+    """Mean of l y per value that has labels of either kind, (α, value), negated once.
+
+    Either kind weighs half, however many items it has: otherwise a taste for Yes would pass for the commoner one.
+    """
     scored = {value: with_labels(rows, by_item) for value, by_item in labels.items()}
     return pd.DataFrame(
         {
-            value: (own["log_odds"] * own["label"]).groupby(own["alpha"]).mean()
+            value: (own["log_odds"] * own["label"]).groupby([own["alpha"], own["label"]]).mean().unstack().mean(axis=1)
             for value, own in scored.items()
-            if not own.empty
+            if own["label"].nunique() == 2
         }
     )
 
@@ -218,8 +235,13 @@ def why_unranked(differences: Mapping[str, float]) -> str | None:
     )
 
 
+def asked_as_the_adapter(analysis: Analysis) -> bool:
+    """Whether so many dilemmas kept an answer that a method can be compared with another over all of them."""
+    return analysis.figures["kept"] >= MIN_KEPT
+
+
 def ranked(analyses: Sequence[Analysis], differences: Mapping[str, float]) -> list[str]:
-    """Methods that cost text what the adapter costs, by their balanced slope, largest first.
+    """Methods that cost text what the adapter costs and answer what it was asked, by balanced slope, largest first.
 
     Raises:
         ConfigError: they do not start from the same model.
@@ -227,5 +249,5 @@ def ranked(analyses: Sequence[Analysis], differences: Mapping[str, float]) -> li
     reason = why_unranked(differences)
     if reason:
         raise ConfigError(reason)
-    matched = [each for each in analyses if each.figures["equal"] is True]
+    matched = [each for each in analyses if each.figures["equal"] is True and asked_as_the_adapter(each)]
     return [each.method for each in sorted(matched, key=lambda each: -each.figures["balanced_value"])]

@@ -87,5 +87,5 @@ def _check_answers(rows: pd.DataFrame) -> None:
 
 
 def complete(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of items that are valid at every α, so that every α is measured on the same items."""
-    return rows[rows.groupby("item")["valid"].transform("all").astype(bool)]
+    """The rows of dilemmas whose items are all valid at every α: the same ones at each, no side without the other."""
+    return rows[rows.groupby("dilemma")["valid"].transform("all").astype(bool)]

@@ -1,4 +1,7 @@
-"""Which cluster a value belongs to: what is asked of an agent, of an assistant, or of one's conscience."""
+"""Which cluster a value belongs to: what is asked of an agent, of an assistant, or of one's conscience.
+
+The published work names the clusters; which word is of which is our own list.
+"""
 
 from __future__ import annotations
 

@@ -152,6 +152,19 @@ METHODS: dict[str, Method] = {
     **{name: partial(_trained, partial(trained_tuner, name)) for name in TUNERS},
     "reft": partial(_trained, trained_reft),
 }
+DESCRIPTIONS = {
+    ADAPTER: "what is evaluated",
+    "prompt": "the persona line that the adapter's texts were told by",
+    "engineered": "a longer prompt that also says how such a person speaks",
+    "caa": "difference of mean hidden states of contrastive pairs, added after the middle third of the blocks",
+    "repeng": "first principal component of those differences, in the same blocks",
+    "module_pca": "the same at the output of every linear layer of those blocks",
+    "sspace": "singular values of the adapter's modules moved by the mean difference, nothing turned",
+    "random": "random rotations of the adapter's shape",
+    "lora": "LoRA under the adapter's objective, on its texts",
+    "dora": "DoRA under the adapter's objective, on its texts",
+    "reft": "LoReFT under the adapter's objective, on its texts",
+}
 TRAINED = (*TUNERS, "reft")
 LIKE_THE_ADAPTER = (*TRAINED, "sspace", "random")  # need its modules and rank
 QUICK_METHODS = tuple(name for name in METHODS if name not in TRAINED)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 from ipissa.data.items import Dataset
 from ipissa.evaluate.analysis import item_labels
@@ -18,7 +17,7 @@ from ipissa.evaluate.choices import complete, measure_choices
 from ipissa.evaluate.compare import scale_to
 from ipissa.evaluate.dial import ScaledDial
 from ipissa.evaluate.methods import Materials, attached
-from ipissa.evaluate.slopes import Slope, balanced_slope, can_be_balanced, with_labels
+from ipissa.evaluate.slopes import Slope, value_slopes
 from ipissa.evaluate.steerer import Steerer
 
 ALPHAS = (-1.0, 0.0, 1.0)
@@ -48,25 +47,30 @@ class NullCheck:
         )
 
 
-def null_slopes(m: Materials, dataset: Dataset, *, degradation: float, seeds: Sequence[int]) -> pd.DataFrame:
-    """The balanced slope of a random adapter per seed, each brought to `degradation`, over α in -1, 0 and 1.
+def null_slopes(
+    m: Materials, dataset: Dataset, *, degradation: float, seed: int, start: float = 1.0
+) -> list[dict[str, Any]]:
+    """The balanced slopes of one random adapter, brought to `degradation`, over α in -1, 0 and 1; a row per value.
 
-    `equal` says whether it was brought there and could still be measured.
+    `equal` says whether it was brought there and the target could still be measured, which has a row even if not.
+
+    Args:
+        start: A scale to begin the search for its own with.
     """
-    own = [item for item in dataset.items if dataset.target in item.labels]
-    some = Dataset(dataset.name, own, dataset.target)
-    labels = item_labels(some)[dataset.target]
-    found: list[dict[str, Any]] = []
-    scale = 1.0
-    for seed in tqdm(seeds, desc="random adapters"):
-        with attached(m.model, random_like(m.innerpissa(), m.model, seed=seed)) as steerer:
-            match = scale_to(degradation, steerer, m, start=scale)
-            scale = match.scale  # where the next one begins: it is nearly that
-            rows = measure_choices(Steerer(ScaledDial(steerer.dial, scale)), m.tokenizer, some, ALPHAS)
-        answered = with_labels(complete(rows), labels)
-        slope = asdict(balanced_slope(answered).trait) if can_be_balanced(answered) else {}
-        found.append({"seed": seed, "scale": scale, "equal": match.equal and bool(slope), **slope})
-    return pd.DataFrame(found, columns=["seed", "scale", "equal", *(field.name for field in fields(Slope))])
+    with attached(m.model, random_like(m.innerpissa(), m.model, seed=seed)) as steerer:
+        match = scale_to(degradation, steerer, m, start=start)
+        rows = measure_choices(Steerer(ScaledDial(steerer.dial, match.scale)), m.tokenizer, dataset, ALPHAS)
+    slopes = {each["name"]: each for each in value_slopes(complete(rows), item_labels(dataset)).to_dict("records")}
+    own = {"seed": seed, "scale": match.scale, "equal": match.equal and dataset.target in slopes}
+    return [
+        own | {"name": value} | {field.name: slopes[value][field.name] for field in fields(Slope) if value in slopes}
+        for value in dict.fromkeys([dataset.target, *slopes])
+    ]
+
+
+def chance_p(measured: float, random: Sequence[float] | pd.Series) -> float:
+    """How often chance does as much, whatever its sign: the measured slope is one of those that it is compared with."""
+    return float((1 + (np.abs(random) >= abs(measured)).sum()) / (1 + len(random)))
 
 
 def comparable(random: pd.DataFrame) -> pd.DataFrame:
@@ -87,7 +91,7 @@ def null_check(measured: float, random: pd.DataFrame) -> NullCheck:
         median_t=float(np.median(alike["t"].abs())),
         largest_slope=float(slopes.max()),
         share_below=float((slopes < value).mean()),
-        p=float((1 + (slopes >= value).sum()) / (1 + len(slopes))),
+        p=chance_p(value, slopes),
     )
 
 

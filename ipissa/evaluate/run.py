@@ -16,19 +16,17 @@ from ipissa.adapter.checkpoint import Adapter, AnyAdapter, load_adapter, save_ad
 from ipissa.data.datasets import load_items
 from ipissa.data.items import Dataset
 from ipissa.errors import ConfigError
-from ipissa.evaluate.analysis import at_poles, item_labels
+from ipissa.evaluate.analysis import TooFewAnswersError, analyse
 from ipissa.evaluate.baselines.tuners import training_config
 from ipissa.evaluate.bench import Bench
 from ipissa.evaluate.best_scale import SCALABLE, Best, measure_at_best
-from ipissa.evaluate.choices import complete
 from ipissa.evaluate.compare import Measured, measure_method
 from ipissa.evaluate.methods import ADAPTER, LIKE_THE_ADAPTER, TRAINED, VECTORS, vector_adapter
 from ipissa.evaluate.null import NullCheck, null_check, null_slopes
 from ipissa.evaluate.published import loss_gap
 from ipissa.evaluate.report.page import Findings, write_report
-from ipissa.evaluate.report.parts import Parts, measured_from_json, measured_to_json, records
+from ipissa.evaluate.report.parts import Parts, measured_from_json, measured_to_json
 from ipissa.evaluate.settings import EvalSettings
-from ipissa.evaluate.slopes import balanced_slope, can_be_balanced, with_labels
 from ipissa.train.config import TrainConfig
 
 NULL_SEEDS = 1000  # more than any null check draws
@@ -132,23 +130,30 @@ def _best(bench: Bench, measured: Sequence[Measured]) -> list[Best]:
 def _null(
     bench: Bench, dataset: Dataset | None, measured: Sequence[Measured]
 ) -> tuple[NullCheck, pd.DataFrame, float] | None:
-    """The null check with the random slopes and the adapter's own, over α in -1, 0 and 1."""
+    """The null check with the random slopes of every value and the adapter's own, over α in -1, 0 and 1."""
     if dataset is None or not bench.settings.null:
         return None
-
-    def slopes() -> list[dict[str, Any]]:
-        first = NULL_SEEDS * (1 + bench.settings.seed)  # none that another evaluation or its `random` has
-        seeds = range(first, first + bench.settings.null)
-        return records(null_slopes(bench.materials, dataset, degradation=bench.degradation, seeds=seeds))
-
-    random = pd.DataFrame(bench.parts.once("null", slopes))
-    rows = measured[0].rows
-    assert rows is not None
-    answered = with_labels(complete(at_poles(rows)), item_labels(dataset)[dataset.target])
-    if not can_be_balanced(answered):  # the report says so
+    random = _random_slopes(bench, dataset)
+    try:
+        own = analyse(measured[0], dataset).figures["balanced_value"]
+    except TooFewAnswersError:  # the report says so
         return None
-    own = balanced_slope(answered).trait.value
-    return null_check(own, random), random, own
+    return null_check(own, random[random["name"] == dataset.target]), random, own
+
+
+def _random_slopes(bench: Bench, dataset: Dataset) -> pd.DataFrame:
+    """`null_slopes` of every random adapter."""
+
+    def slopes(seed: int, start: float) -> list[dict[str, Any]]:
+        return null_slopes(bench.materials, dataset, degradation=bench.degradation, seed=seed, start=start)
+
+    first = NULL_SEEDS * (1 + bench.settings.seed)  # none that another evaluation or its `random` has
+    found: list[dict[str, Any]] = []
+    scale = 1.0
+    for seed in tqdm(range(first, first + bench.settings.null), desc="random adapters"):
+        found += bench.parts.once(f"null-{seed}", partial(slopes, seed, scale))
+        scale = found[-1]["scale"]  # where the next one begins: it is nearly that
+    return pd.DataFrame(found)
 
 
 def _loss_gap(path: Path) -> float | None:

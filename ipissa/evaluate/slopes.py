@@ -9,8 +9,9 @@ Every item is asked at every α. With y the log-odds of Yes in nats and l = ±1 
                model cancels and a taste for Yes does not; kept for comparison only
 
 Standard errors: `paired`, every item against itself, from the spread of the items' own slopes; `clustered`,
-the sandwich estimator with dilemmas as clusters (Liang and Zeger 1986), with t on one degree of freedom per
-dilemma but one. Intervals and p are of the clustered one.
+the sandwich estimator with dilemmas as clusters (Liang and Zeger 1986). Intervals and p are of the clustered one, with
+t on one degree of freedom per dilemma but one; where labels are not in every dilemma, per dilemma of the rarer label,
+whose few dilemmas decide how well the error is known.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from statsmodels.stats.multitest import multipletests
 
 from ipissa.errors import ConfigError
 
-MIN_CLUSTERS = 3
+MIN_CLUSTERS = 3  # dilemmas of either label
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,14 @@ def plain_slope(rows: pd.DataFrame, *, published: bool = False) -> Slope:
 
 
 def can_be_balanced(rows: pd.DataFrame) -> bool:
-    """Whether trait and acquiescence can be told apart: items of either label, and dilemmas enough for an error."""
-    return rows["label"].nunique() == 2 and rows["dilemma"].nunique() >= MIN_CLUSTERS
+    """Whether trait and acquiescence can be told apart: dilemmas of either label, enough of them for an error."""
+    return _dilemmas_of_the_rarer(rows) >= MIN_CLUSTERS
+
+
+def _dilemmas_of_the_rarer(rows: pd.DataFrame) -> int:
+    """Dilemmas that have an action of the label that fewer of them have."""
+    counts = rows.groupby("label")["dilemma"].nunique()
+    return int(counts.min()) if len(counts) == 2 else 0
 
 
 def balanced_slope(rows: pd.DataFrame) -> BalancedSlope:
@@ -73,8 +80,8 @@ def balanced_slope(rows: pd.DataFrame) -> BalancedSlope:
     """
     if not can_be_balanced(rows):
         raise ConfigError(
-            f"{rows['dilemma'].nunique()} dilemmas with {rows['label'].nunique()} kinds of labels have an answer at "
-            f"every α; a slope needs {MIN_CLUSTERS} dilemmas and both kinds, so use more items."
+            f"{rows['dilemma'].nunique()} dilemmas have an answer at every α, {_dilemmas_of_the_rarer(rows)} of them "
+            f"of the rarer label; a slope needs {MIN_CLUSTERS} of each, so use more items."
         )
     label, alpha = rows["label"].to_numpy(float), rows["alpha"].to_numpy(float)
     design = np.column_stack([np.ones(len(rows)), label, alpha, label * alpha])
@@ -84,24 +91,28 @@ def balanced_slope(rows: pd.DataFrame) -> BalancedSlope:
     shows, goes_against = (_error_of_mean(own[labels == side].to_numpy()) / 2 for side in (1, -1))
     paired = float(np.hypot(shows, goes_against))
     return BalancedSlope(
-        trait=_slope(rows["log_odds"], design, rows, column=3, paired=paired),
-        acquiescence=_slope(rows["log_odds"], design, rows, column=2, paired=paired),
+        trait=_slope(rows["log_odds"], design, rows, column=3, paired=paired, sure=_dilemmas_of_the_rarer(rows)),
+        acquiescence=_slope(rows["log_odds"], design, rows, column=2, paired=paired, sure=_dilemmas_of_the_rarer(rows)),
     )
 
 
-def _slope(y: pd.Series, design: np.ndarray, rows: pd.DataFrame, *, column: int, paired: float) -> Slope:
+def _slope(
+    y: pd.Series, design: np.ndarray, rows: pd.DataFrame, *, column: int, paired: float, sure: int | None = None
+) -> Slope:
+    """A coefficient of the fit; `sure` dilemmas say how well its error is known, all of them by default."""
     clusters = pd.factorize(rows["dilemma"])[0]
     fit = sm.OLS(y.to_numpy(float), design).fit(cov_type="cluster", cov_kwds={"groups": clusters})
     count = int(clusters.max()) + 1
+    freedom = (sure or count) - 1
     value, error = float(fit.params[column]), float(np.sqrt(max(fit.cov_params()[column, column], 0.0)))
     t = value / error if error > 0 else 0.0
-    reach = float(stats.t.ppf(0.975, count - 1)) * error
+    reach = float(stats.t.ppf(0.975, freedom)) * error
     return Slope(
         value=value,
         low=value - reach,
         high=value + reach,
         t=t,
-        p=float(2 * stats.t.sf(abs(t), count - 1)),
+        p=float(2 * stats.t.sf(abs(t), freedom)),
         clustered=error,
         paired=paired,
         items=rows["item"].nunique(),

@@ -55,6 +55,22 @@ class PoleYardsticks:
     trait_gain: Estimate
     plain_gain: Estimate
     contrast: Estimate
+    by_prompt: TraitSums | None = None  # None where they were not kept
+
+
+@dataclass(frozen=True)
+class TraitSums:
+    """What the trait gain of a pole is the ratio of, per held-out prompt, in nats.
+
+    Args:
+        prompts: Those that have a text of this pole.
+        steered: What steering adds to the log-likelihood of the prompt's texts.
+        told: What the persona prompt adds; the same for every method, but for rounding.
+    """
+
+    prompts: tuple[str, ...]
+    steered: tuple[float, ...]
+    told: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -66,16 +82,25 @@ class Yardsticks:
     positive: PoleYardsticks
     negative: PoleYardsticks
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
+    def to_dict(self, *, by_prompt: bool = False) -> dict[str, Any]:
+        """Plain values, for JSON; what each prompt contributes on demand only."""
+        values = asdict(self)
+        if not by_prompt:
+            for pole in ("positive", "negative"):
+                del values[pole]["by_prompt"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Yardsticks:
         """What `to_dict` gave."""
 
         def pole(name: str) -> PoleYardsticks:
-            return PoleYardsticks(**{figure: Estimate(**each) for figure, each in values[name].items()})
+            figures = dict(values[name])
+            sums = figures.pop("by_prompt", None)
+            return PoleYardsticks(
+                **{figure: Estimate(**each) for figure, each in figures.items()},
+                by_prompt=None if sums is None else TraitSums(**{side: tuple(each) for side, each in sums.items()}),
+            )
 
         return cls(values["alpha"], values["prompts"], positive=pole("positive"), negative=pole("negative"))
 
@@ -221,7 +246,7 @@ def pole_preference(dial: Dial, held_out: HeldOut) -> float:
 
 def _pole_yardsticks(lp: dict[str, np.ndarray], held_out: HeldOut, pole: int) -> PoleYardsticks:
     # A prompt without a text of this pole (it was too short) says nothing about it; as a 0 it would lower t.
-    _, cluster = np.unique([text.prompt for text in held_out.texts[pole]], return_inverse=True)
+    prompts, cluster = np.unique([text.prompt for text in held_out.texts[pole]], return_inverse=True)
 
     def per_prompt(values: np.ndarray) -> np.ndarray:
         return np.bincount(cluster, weights=values)
@@ -231,11 +256,29 @@ def _pole_yardsticks(lp: dict[str, np.ndarray], held_out: HeldOut, pole: int) ->
     def estimate(up: np.ndarray, over: np.ndarray | None) -> Estimate:
         return bootstrap_ratio(per_prompt(up), n if over is None else per_prompt(over), seed=0)
 
+    steered, told = lp["neutral_steered"] - lp["neutral"], lp["told"] - lp["neutral"]
     return PoleYardsticks(
-        trait_gain=estimate(lp["neutral_steered"] - lp["neutral"], lp["told"] - lp["neutral"]),
+        trait_gain=estimate(steered, told),
         plain_gain=estimate(lp["plain_steered"] - lp["plain"], None),
         contrast=estimate(lp["plain_steered"] - lp["plain_opposite"], lp["told"] - lp["told_opposite"]),
+        by_prompt=TraitSums(
+            tuple(prompts.tolist()), tuple(per_prompt(steered).tolist()), tuple(per_prompt(told).tolist())
+        ),
     )
+
+
+def trait_gain_above(one: PoleYardsticks, other: PoleYardsticks) -> Estimate:
+    """How much more trait gain one method has than another, both measured on the same texts of one pole.
+
+    Prompts are drawn once for both in every resample, so what makes a prompt hard for both leaves the interval alone.
+
+    Raises:
+        ValueError: they were measured on other prompts, or it was not kept what each of them contributes.
+    """
+    if one.by_prompt is None or other.by_prompt is None or one.by_prompt.prompts != other.by_prompt.prompts:
+        raise ValueError("Trait gains can be compared per prompt only where both were measured on the same ones.")
+    more = np.subtract(one.by_prompt.steered, other.by_prompt.steered)
+    return bootstrap_ratio(more, np.array(one.by_prompt.told), seed=0)
 
 
 def bootstrap_ratio(numerator: np.ndarray, denominator: np.ndarray, *, seed: int) -> Estimate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from ipissa.adapter.base_model import weights_digest
 from ipissa.data.continuations import Continuation, sample_continuations
 from ipissa.data.personas import Trait
+from ipissa.errors import TrainingError
 from ipissa.files import write_whole
 from ipissa.train.config import TrainConfig
 from ipissa.train.objectives.distill import Target, build_targets
@@ -43,8 +45,11 @@ class BaseAnswers:
             computed = compute()
             self._folder.mkdir(parents=True, exist_ok=True)
             write_whole(path, lambda partial: torch.save(computed, partial))
-        with torch.serialization.safe_globals(list(classes)):
-            return torch.load(path, weights_only=True)
+        try:
+            with torch.serialization.safe_globals(list(classes)):
+                return torch.load(path, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise TrainingError(f"{path} cannot be read: {error}; remove it, and it is computed again.") from error
 
 
 def training_texts(

@@ -90,7 +90,8 @@ def calibrate(
     low, high = _end_of_range(below), _end_of_range(above)
     if not low < 0 < high:
         raise TrainingError(
-            f"Text falls apart already at |α| = {min(grid)}; train with a lower --lr or more --continuations."
+            f"Text falls apart already at |α| = {min(grid)}; use a lower --lr (with --resume, which keeps the sampled "
+            "texts), or more --continuations (after removing the run's folder)."
         )
     return Calibration(low=low, high=high, points=[*reversed(below), at_zero, *above])
 

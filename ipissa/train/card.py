@@ -158,6 +158,13 @@ def _calibration(calibration: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _option(name: str, value: Any) -> str:
+    if name in OPTIONS:
+        return f"--{name.replace('_', '-')} {shlex.quote(str(value))}"
+    in_yaml = json.dumps(value, ensure_ascii=False)  # bare, `no` or `a: b` would be something else
+    return f"--set {shlex.quote(f'{name}={in_yaml}')}"
+
+
 def _command(adapter: Adapter, path: Path) -> str:
     """The command that makes this adapter: every setting that is not the default."""
     training = adapter.evaluation["training"]
@@ -165,11 +172,7 @@ def _command(adapter: Adapter, path: Path) -> str:
     options = [f"--{name} {shlex.quote(str(training[name]))}" for name in ALWAYS_SHOWN]
     for name, default in defaults.items():
         if name not in ALWAYS_SHOWN and training[name] != default:
-            value = str(training[name]) if isinstance(training[name], (str, int, float)) else json.dumps(training[name])
-            own = name in OPTIONS
-            options.append(
-                f"--{name.replace('_', '-')} {shlex.quote(value)}" if own else f"--set {shlex.quote(f'{name}={value}')}"
-            )
+            options.append(_option(name, training[name]))
     command = " \\\n    ".join(["ipissa train", *options, f"--output {path.name}"])
     since = " since it was resumed, what came before not counted" if training.get("resumed") else ""
     held = f", the base model in {training['computed_in']}" if "computed_in" in training else ""

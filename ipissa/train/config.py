@@ -80,6 +80,7 @@ LEARNING = (
 )
 # Names of transformers' TrainingArguments that would undo a setting, and what to do instead.
 OF_THE_TRAINER = {
+    "gradient_checkpointing": "blocks would be computed again at another α; use a smaller batch_size with accumulation",
     "output_dir": "checkpoints are in the run's folder",
     "num_train_epochs": "set epochs",
     "per_device_train_batch_size": "set batch_size, in rows",

@@ -1,7 +1,7 @@
 """Fit an adapter's parameters to an objective, on the transformers Trainer.
 
-Resuming, checkpoints, accumulation, mixed precision and experiment trackers are the Trainer's own; here are only
-the loss, the schedule and what is shown.
+Resuming, checkpoints, accumulation, mixed precision and experiment trackers are the Trainer's own; here are the loss,
+the schedule, what is shown, what is held back, and sentences for what goes wrong with a checkpoint.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import errno
 import json
 import math
 import os
+import pickle
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -25,7 +27,6 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
-from ipissa.data.prompts import spread
 from ipissa.errors import ConfigError, TrainingError
 from ipissa.files import WRITE_ERRORS, write_text, write_whole
 from ipissa.train.config import TrainConfig
@@ -65,7 +66,7 @@ def fit(
     fitted = folder / CHECKPOINTS / FITTED
     if resume and fitted.exists():  # what failed came after it
         return _load_fitted(model, fitted)
-    training, validation = hold_back(objective, config.validation)
+    training, validation = hold_back(objective, config.validation, seed=config.seed)
     trainer = _SteeringTrainer(
         objective,
         config,
@@ -83,9 +84,9 @@ def fit(
         callbacks=list(callbacks),
     )
     found = newest_checkpoint(folder) if resume else None
-    if found is not None:
-        objective.load_state_dict(json.loads((found / OBJECTIVE_STATE).read_text()))
     with attention_for(objective, model), _checkpoint_errors(found):
+        if found is not None:
+            objective.load_state_dict(json.loads((found / OBJECTIVE_STATE).read_text()))
         trainer.train(resume_from_checkpoint=None if found is None else str(found))
     if not all(value.isfinite().all() for value in model.parameters() if value.requires_grad):
         raise TrainingError(f"What was learnt is not finite after the last step; {trainer.remedy}")
@@ -104,8 +105,8 @@ def _checkpoint_errors(found: Path | None) -> Iterator[None]:
     """Sentences for a checkpoint that cannot be read or written; whatever else fails does so as it is."""
     try:
         yield
-    except WRITE_ERRORS as error:
-        if _is_of_reading(error):
+    except (*WRITE_ERRORS, EOFError, pickle.UnpicklingError, json.JSONDecodeError) as error:
+        if found is not None and _is_of_reading(error):
             raise TrainingError(f"The checkpoint {found} cannot be read: {error}; remove it, and go on.") from error
         if not _is_of_writing(error):
             raise
@@ -113,7 +114,10 @@ def _checkpoint_errors(found: Path | None) -> Iterator[None]:
 
 
 def _load_fitted(model: PeftModel, path: Path) -> History:
-    found = torch.load(path, weights_only=True)
+    try:
+        found = torch.load(path, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise TrainingError(f"{path} cannot be read: {error}; remove it, and go on with --resume.") from error
     set_peft_model_state_dict(model, found["weights"])
     model.eval()
     return found["history"]
@@ -129,7 +133,9 @@ def _is_of_writing(error: Exception) -> bool:
 
 def _is_of_reading(error: Exception) -> bool:
     """Whether a checkpoint that the run goes on from is damaged."""
-    return isinstance(error, SafetensorError) and "deserializ" in str(error)
+    if isinstance(error, SafetensorError):
+        return "deserializ" in str(error)
+    return isinstance(error, (EOFError, pickle.UnpicklingError, json.JSONDecodeError)) or "Reader" in str(error)
 
 
 def has_learnt(folder: Path) -> bool:
@@ -281,15 +287,18 @@ class _Progress(ProgressCallback):
         )
 
 
-def hold_back(objective: Objective, share: float) -> tuple[Sequence[Any], Sequence[Any]]:
+def hold_back(objective: Objective, share: float, *, seed: int) -> tuple[Sequence[Any], Sequence[Any]]:
     """(training, validation) examples, which have no prompt in common.
+
+    Prompts are drawn: contexts alternate along them, so evenly spread ones could all have the same.
 
     Raises:
         ConfigError: one of them is empty, unless that is what share 0 says.
     """
     prompts = set(objective.prompts)
     whole = [prompt for prompt in objective.prompts if objective.examples({prompt})] if share else []
-    held = set(spread(whole, math.ceil(share * len(whole))))
+    drawn = np.random.default_rng(seed).permutation(len(whole))[: math.ceil(share * len(whole))]
+    held = {whole[i] for i in drawn}
     training, validation = objective.examples(prompts - held), objective.examples(held)
     if not training or (share and not validation):
         raise ConfigError(

@@ -2,7 +2,7 @@
 
     honest.run/
       config.yaml        the settings, and all it takes to train again
-      state/             what was computed once: sampled texts, the objective's examples
+      state/             what was computed once: sampled texts, teachers' targets
       checkpoints/       written by the Trainer
       history.csv        figures per step          losses.png    the same, drawn
       layers.csv         what changed per layer    samples.md    texts before, midway and after
@@ -50,14 +50,14 @@ class RunFolder:
         self._config = TrainConfig.from_dict(config.to_dict())  # as a file gives it back: 3 epochs are 3.0
         self._shared = shared
         self.resumed = self.unfinished
-        self._learns_anew = False
+        self._learns_anew = self._asks_anew = False
         if self.unfinished:
             self._look_at_the_broken_run(resume)
 
     @property
     def unfinished(self) -> bool:
         """Whether a run was begun here and not completed."""
-        return any((self.path / STATE).glob("*"))
+        return _is_unfinished(self.path)
 
     def begin(self, model: Any) -> BaseAnswers:
         """Create what is missing of the folder, once the base model is there; where its answers are kept.
@@ -73,7 +73,10 @@ class RunFolder:
                 f"The prompts, the suffixes or the base model have changed since the run in {self.path} began, "
                 "so it cannot go on; put them back, or remove the folder."
             )
-        if self._learns_anew:  # only now, when the new settings are known to be of use
+        # Only now, when the new settings are known to be of use.
+        if self._asks_anew:
+            shutil.rmtree(self.path / STATE)
+        if self._learns_anew:
             shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         (self.path / STATE).mkdir(parents=True, exist_ok=True)
         self.write_text(CONFIG, yaml.safe_dump(self._config.to_dict(), sort_keys=False, allow_unicode=True))
@@ -87,8 +90,7 @@ class RunFolder:
         asks_the_same = asked == self._config.asked_of_the_base()
         if not resume and not asks_the_same and not has_learnt(self.path):
             logger.warning("The broken run in %s had learnt nothing; its texts are dropped.", self.path)
-            shutil.rmtree(self.path / STATE)
-            self.resumed = False
+            self._asks_anew, self.resumed = True, False
         elif not resume:
             raise ConfigError(f"{self.path} holds an unfinished run; go on with --resume, or remove the folder.")
         elif not asks_the_same:
@@ -127,6 +129,21 @@ class RunFolder:
             shutil.rmtree(self.path / name, ignore_errors=True)
 
 
+def check_unfinished(output: Path) -> None:
+    """Refuse to go on with a run that is complete, as that would make its adapter anew.
+
+    Raises:
+        ConfigError: the adapter is there, and nothing that is left to do.
+    """
+    if output.exists() and not _is_unfinished(output.with_suffix(".run")):
+        raise ConfigError(f"{output} is complete, so there is nothing to resume; leave out --resume to train anew.")
+
+
+def _is_unfinished(folder: Path) -> bool:
+    return any((folder / STATE).glob("*"))
+
+
 def _learning(config: TrainConfig) -> str:
-    """Of all that decides what is learnt; how a file is spelt and who is told of it do not."""
-    return digest(config.to_dict() | config.contents() | {"report_to": ""})
+    """Of all that decides what is learnt; how a file is spelt, who is told of it and how often it is kept do not."""
+    told = {"report_to": ""} | ({} if config.validation else {"checkpoint_every": 0, "patience": 0})
+    return digest(config.to_dict() | config.contents() | told)

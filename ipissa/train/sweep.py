@@ -191,7 +191,7 @@ def _run(config: TrainConfig, name: str, folder: Path, train: Train) -> Row:
         result = train(config, folder / f"{name}.safetensors", resume=True, shared=folder / "shared")
     except IpissaError as error:  # this run's settings do not work; others may
         return row | {"error": str(error)}
-    except (RuntimeError, ValueError) as error:  # of the libraries below, such as no memory left
+    except Exception as error:  # of the libraries below, such as no memory left: it costs this run only
         logger.exception("A run failed: %s", row)
         return row | {"error": f"{type(error).__name__}: {error}"}
     return row | {key: str(value) for key, value in _figures(result).items()}

@@ -91,7 +91,12 @@ def train(
         shared: Folder for what runs over one base model can share: its texts and what it says of them.
     """
     output = checked_output(output)
-    if config.dtype in QUANTISED and resolve_device(config.device).type == "cpu":
+    device = resolve_device(config.device)
+    if device.index:  # the Trainer takes the first that it sees, whatever the model is on
+        raise ConfigError(
+            f"device {config.device!r} cannot be trained on; set CUDA_VISIBLE_DEVICES={device.index} and use cuda."
+        )
+    if config.dtype in QUANTISED and device.type == "cpu":
         raise ConfigError(f"dtype {config.dtype!r} can be trained on CUDA only; use float32 on the CPU.")
     run = RunFolder(output, config, resume=resume, shared=shared)
     started = time.monotonic()
@@ -295,16 +300,18 @@ def _objective(
 ) -> Objective:
     """What the settings ask for, with everything the base model has to say computed now."""
     config, model, pad_id = task.config, task.model, task.tokenizer.pad_token_id
+    weights = objective_weights(config.objective)
+    contrastive = contrastive_config(config.contrastive, beside=weights)
 
     def distillation(kind: str) -> Distillation:
         targets = training_targets(model, task.tokenizer, task.trait, config, continuations, kind, answers)
         return Distillation(targets, pad_id=pad_id)
 
     return build_objective(
-        objective_weights(config.objective),
+        weights,
         {
             **{kind: partial(distillation, kind) for kind in KINDS},
-            "contrastive": lambda: Contrastive(model, pairs, contrastive_config(config.contrastive), pad_id=pad_id),
+            "contrastive": lambda: Contrastive(model, pairs, contrastive, pad_id=pad_id),
             "antiparallel": lambda: Antiparallel(model, pairs, antiparallel_config(config.antiparallel), pad_id=pad_id),
         },
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -21,18 +22,20 @@ from ipissa.evaluate.analysis import (
     Analysis,
     TooFewAnswersError,
     analyse,
+    asked_as_the_adapter,
     base_differences,
     ranked,
     way,
     why_unranked,
 )
-from ipissa.evaluate.best_scale import Best
+from ipissa.evaluate.bench import PLAIN_PROMPTS, TUNING_PROMPTS
+from ipissa.evaluate.best_scale import STEPS, Best
 from ipissa.evaluate.compare import Measured, markdown
-from ipissa.evaluate.methods import ADAPTER, TRAINED
-from ipissa.evaluate.null import NullCheck, comparable
+from ipissa.evaluate.methods import ADAPTER, DESCRIPTIONS, TRAINED
+from ipissa.evaluate.null import NullCheck, chance_p, comparable
 from ipissa.evaluate.report import figures, tables
 from ipissa.evaluate.report.parts import records
-from ipissa.evaluate.report.shown import BEST, DEGRADATION, EQUAL, METHODS, PUBLISHED, VALUES, shown
+from ipissa.evaluate.report.shown import BEST, CLUSTERS, DEGRADATION, EQUAL, METHODS, PUBLISHED, VALUES, shown
 from ipissa.evaluate.settings import EvalSettings
 from ipissa.evaluate.side_by_side import ToldAndSteered, by_prompt, texts_markdown
 from ipissa.files import write_text
@@ -124,6 +127,8 @@ def verdict(measured: Sequence[Measured], analyses: Sequence[Analysis]) -> str:
     reason = why_unranked(differences)
     if reason:
         return reason + left_out
+    few = [f"{each.method} ({each.figures['kept']:.0%})" for each in analyses if not asked_as_the_adapter(each)]
+    left_out += f" Not ranked, as other dilemmas lost their answers: {', '.join(few)} of them kept one." if few else ""
     return f"{_ranking(measured, ranked(analyses, differences))} {_signs(analyses)}{left_out}"
 
 
@@ -134,7 +139,9 @@ def _ranking(measured: Sequence[Measured], order: Sequence[str]) -> str:
     )  # fmt: skip
     own = next(each.cost() for each in measured if each.method == ADAPTER)
     unequal = [
-        f"{each.method} (costs text {each.cost() / own:.1f} times as much)" for each in measured if not each.equal
+        f"{each.method} (costs text {each.cost():.3f} nats per token, the adapter {own:.3f})"
+        for each in measured
+        if not each.equal
     ]
     return text + (f" Not ranked, at another degradation: {', '.join(unequal)}." if unequal else "")
 
@@ -157,15 +164,27 @@ def _frames(findings: Findings, analyses: Sequence[Analysis]) -> dict[str, pd.Da
         found |= {
             "methods": tables.method_table(analyses),
             "dose": tables.stacked(analyses, "dose"),
-            "values": tables.stacked(analyses, "values"),
+            "values": _with_chance(tables.stacked(analyses, "values"), findings),
             "clusters": tables.stacked(analyses, "clusters"),
             "pareto": tables.pareto_table(analyses, findings.measured),
         }
     if findings.best:
-        found["best"] = tables.best_table(findings.best)
+        found["best"] = tables.best_table(findings.best, findings.measured[0].yardsticks)
     if findings.null:
         found["null"] = findings.null[1]
     return found
+
+
+def _with_chance(values: pd.DataFrame, findings: Findings) -> pd.DataFrame:
+    """With a column `p_chance`: for the adapter, how often a random one moves a value as far."""
+    if findings.null is None:
+        return values
+    random = {name: own["value"] for name, own in comparable(findings.null[1]).groupby("name")}
+    p = [
+        chance_p(row.value, random[row.name]) if row.method == ADAPTER and row.name in random else math.nan
+        for row in values[["method", "name", "value"]].itertuples(index=False)
+    ]
+    return values.assign(p_chance=p)
 
 
 def _draw(findings: Findings, frames: dict[str, pd.DataFrame]) -> dict[str, Figure]:
@@ -179,7 +198,8 @@ def _draw(findings: Findings, frames: dict[str, pd.DataFrame]) -> dict[str, Figu
     if findings.null:
         check, random, own_slope = findings.null
         if check.seeds:
-            found["null"] = figures.null_figure(comparable(random), own_slope)
+            of_target = random[random["name"] == random["name"].iloc[0]]
+            found["null"] = figures.null_figure(comparable(of_target), own_slope)
     return found
 
 
@@ -223,7 +243,7 @@ def _page(
     )
     return environment.get_template("report.html.j2").render(
         adapter=findings.adapter,
-        settings={name: _plain(value) for name, value in findings.settings.described().items()},
+        settings={name: _plain(value) for name, value in _settings(findings).items()},
         shortcomings=findings.measured[0].yardsticks.shortcomings(findings.adapter.alpha_range),
         prompts=findings.measured[0].yardsticks.prompts,
         yardsticks=shown(frames["yardsticks"], EQUAL),
@@ -231,6 +251,12 @@ def _page(
         degradation=shown(frames["degradation"], DEGRADATION),
         dataset=findings.dataset,
         labelled=_labelled(findings.dataset),
+        first_shows=_first_shows(findings.dataset),
+        descriptions={each.method: DESCRIPTIONS[each.method] for each in findings.measured},
+        tuning=TUNING_PROMPTS,
+        plain=min(PLAIN_PROMPTS, findings.measured[0].yardsticks.prompts),
+        least=STEPS[0],
+        clusters=shown(frames["clusters"], CLUSTERS) if analyses and not frames["clusters"].empty else None,
         unanswered=findings.unanswered,
         fitted=_fitted(findings),
         dilemmas=shown(frames["methods"], METHODS, digits=4) if analyses else None,
@@ -249,6 +275,16 @@ def _labelled(dataset: Dataset | None) -> int:
     return 0 if dataset is None else sum(dataset.target in item.labels for item in dataset.items)
 
 
+def _first_shows(dataset: Dataset | None) -> float | None:
+    """The share of the target's dilemmas in which the action that is asked first is the one that shows it."""
+    if dataset is None:
+        return None
+    first = [
+        item.labels[dataset.target] == 1 for item in dataset.items if item.side == 1 and dataset.target in item.labels
+    ]
+    return sum(first) / len(first) if first else None
+
+
 def _fitted(findings: Findings) -> list[str]:
     """The methods that learnt to be what trait gain measures, on other prompts."""
     objective = findings.adapter.evaluation.get("training", {}).get("objective")
@@ -259,6 +295,14 @@ def _fitted(findings: Findings) -> list[str]:
 def _own_values(frames: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """What values move with the adapter itself."""
     return frames["values"][frames["values"]["method"] == ADAPTER]
+
+
+def _settings(findings: Findings) -> dict[str, Any]:
+    """As given, and what was measured where that was left open."""
+    found = findings.settings.described()
+    if findings.dataset is not None and found["target"] is None:
+        found["target"] = f"{findings.dataset.target} (the data set's own)"
+    return found
 
 
 def _plain(value: Any) -> str:

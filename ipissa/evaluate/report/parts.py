@@ -31,18 +31,16 @@ class Parts:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self._folder = folder / PARTS
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = folder / SETTINGS
-        wanted = json.loads(json.dumps(dict(settings)))  # as JSON gives it back
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
+        self._settings = folder / SETTINGS
+        self._wanted = json.loads(json.dumps(dict(settings)))  # as JSON gives it back
+        if self._settings.exists():
+            found, wanted = json.loads(self._settings.read_text(encoding="utf-8")), self._wanted
             differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
             if differing:
                 raise ConfigError(
                     f"{folder} holds an evaluation with another {', '.join(differing)}; choose another --output, or "
                     "delete the folder."
                 )
-        write_text(path, json.dumps(wanted, indent=2, ensure_ascii=False) + "\n")
 
     def load(self, name: str) -> Any:
         """A part, or None."""
@@ -50,7 +48,10 @@ class Parts:
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     def save(self, name: str, value: Any) -> None:
-        """Keep a part, whole or not at all."""
+        """Keep a part, whole or not at all; with the first one the folder is one of these settings."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if not self._settings.exists():
+            write_text(self._settings, json.dumps(self._wanted, indent=2, ensure_ascii=False) + "\n")
         write_text(self._folder / f"{name}.json", json.dumps(value, allow_nan=False) + "\n")
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
@@ -68,7 +69,7 @@ def measured_to_json(measured: Measured) -> dict[str, Any]:
         "method": measured.method,
         "scale": measured.scale,
         "equal": measured.equal,
-        "yardsticks": measured.yardsticks.to_dict(),
+        "yardsticks": measured.yardsticks.to_dict(by_prompt=True),
         "degradation": [asdict(each) for each in measured.degradation],
         "rows": None if measured.rows is None else records(measured.rows),
     }

@@ -26,6 +26,7 @@ ENOUGH_SEEDS = 3
 MACHINE = ("device", "dtype")  # settings that a machine chooses
 WORSE = "trait_gain worse"  # of the two poles
 AT_BEST = " at best"
+MORE = "adapter_more"  # by how much the adapter's trait gain is above
 FIGURES = {
     "yardsticks": ("trait_gain", "plain_gain", "contrast"),
     "methods": (
@@ -45,7 +46,8 @@ def summarise_seeds(folders: Sequence[Path], output: Path) -> str:
     Raises:
         ConfigError: one is no evaluation, or they differ in more than the seed.
     """
-    adapters = _check_same(folders)
+    settings = [_settings(folder) for folder in folders]
+    adapters = _check_same(folders, settings)
     each = [_figures(folder) for folder in folders]
     medians = (
         pd.concat([_beside_the_adapter(figures) for figures in each], ignore_index=True)
@@ -55,15 +57,15 @@ def summarise_seeds(folders: Sequence[Path], output: Path) -> str:
             lowest=("value", "min"),
             highest=("value", "max"),
             seeds=("value", "count"),
-            ahead=("ahead", "sum"),
+            ahead=("ahead", _count),
         )
         .reset_index()
     )
     facts = {
         "seeds": len(folders),
         "adapters": adapters,
-        **_asked(folders[0]),
-        **_computed_in(folders),
+        **_asked(folders[0], settings[0]),
+        **_computed_in(settings),
         **_chance(folders, each, adapters),
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -74,16 +76,25 @@ def summarise_seeds(folders: Sequence[Path], output: Path) -> str:
     return text
 
 
-def _check_same(folders: Sequence[Path]) -> int:
+def _settings(folder: Path) -> dict[str, Any]:
+    """What an evaluation that is complete was asked."""
+    try:
+        found = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{folder} is not a folder that `ipissa eval` wrote ({error}).") from error
+    missing = {"seed", "adapter", "recipe"} - found.keys() if isinstance(found, dict) else {"seed"}
+    if missing:
+        raise ConfigError(f"{folder / SETTINGS} is not of `ipissa eval`: it lacks {', '.join(sorted(missing))}.")
+    if not (folder / "tables" / "yardsticks.csv").exists():
+        raise ConfigError(f"The evaluation in {folder} is not complete; run it again, and it goes on where it was.")
+    return found
+
+
+def _check_same(folders: Sequence[Path], described: Sequence[Mapping[str, Any]]) -> int:
     """How many adapters the evaluations are of."""
     if len(folders) < 2:
         raise ConfigError(f"{len(folders)} evaluations have no median; give folders of at least two seeds.")
-    settings = []
-    for folder in folders:
-        try:
-            settings.append(json.loads((folder / SETTINGS).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{folder} is not a folder that `ipissa eval` wrote ({error}).") from error
+    settings = [dict(each) for each in described]
     seeds = [each.pop("seed") for each in settings]
     for each in settings:
         for name in MACHINE:
@@ -108,19 +119,17 @@ def _check_same(folders: Sequence[Path]) -> int:
     return len(adapters)
 
 
-def _asked(folder: Path) -> dict[str, Any]:
+def _asked(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Which dilemmas, and about what; nothing where there were none."""
     path = folder / "tables" / "values.csv"
     if not path.exists():
         return {}
-    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     target = pd.read_csv(path)["name"].iloc[0]  # it comes first
     return {"dataset": dataset_name(settings["dataset"]), "target": target}
 
 
-def _computed_in(folders: Sequence[Path]) -> dict[str, Any]:
+def _computed_in(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The dtype of each seed's evaluation in words, where they differ."""
-    settings = [json.loads((folder / SETTINGS).read_text(encoding="utf-8")) for folder in folders]
     if len({each.get("dtype") for each in settings}) == 1:
         return {}
     each = ", ".join(f"{own.get('dtype')} at seed {own['seed']}" for own in settings)
@@ -130,9 +139,12 @@ def _computed_in(folders: Sequence[Path]) -> dict[str, Any]:
 def _chance(folders: Sequence[Path], figures: Sequence[pd.DataFrame], adapters: int) -> dict[str, Any]:
     """How often random adapters do as much, in words and as p; nothing where none were measured."""
     paths = [folder / "tables" / "null.csv" for folder in folders]
-    if not all(path.exists() for path in paths):
+    if not any(path.exists() for path in paths):
         return {}
-    random = [pd.read_csv(path) for path in paths]
+    without = [str(folder) for folder, path in zip(folders, paths, strict=True) if not path.exists()]
+    if without:
+        return {"chance": f"Of chance nothing is said, as nothing was compared with it in {', '.join(without)}."}
+    random = [_of_target(pd.read_csv(path)) for path in paths]
     slopes = [_value(each, ADAPTER, "balanced_value") for each in figures]
     if adapters == 1:
         check = null_check(float(np.median(slopes)), pd.concat(random, ignore_index=True))
@@ -148,16 +160,29 @@ def _chance(folders: Sequence[Path], figures: Sequence[pd.DataFrame], adapters: 
     return {"chance": sentence, "chance_p": p}
 
 
+def _of_target(random: pd.DataFrame) -> pd.DataFrame:
+    """The slopes on the target, which comes first."""
+    return random[random["name"] == random["name"].iloc[0]]
+
+
 def _value(figures: pd.DataFrame, method: str, figure: str) -> float:
     own = figures[(figures["method"] == method) & (figures["figure"] == figure)]
     return float(own["value"].iloc[0])
 
 
 def _beside_the_adapter(figures: pd.DataFrame) -> pd.DataFrame:
-    """With a column `ahead`: whether a figure is above the adapter's at this seed, at its best scale or not."""
+    """With a column `ahead`: whether a trait gain is above the adapter's at this seed, at its best scale or not.
+
+    Of other figures more is not better, so they have none.
+    """
     adapter = figures[figures["method"] == ADAPTER].set_index("figure")["value"]
     own = figures["figure"].str.removesuffix(AT_BEST).map(adapter)
-    return figures.assign(ahead=figures["value"] > own)
+    gains = figures["figure"].str.startswith("trait_gain")
+    return figures.assign(ahead=(figures["value"] > own).astype(float).where(gains))
+
+
+def _count(of_seeds: pd.Series) -> float:
+    return of_seeds.sum(min_count=1)
 
 
 def _figures(folder: Path) -> pd.DataFrame:
@@ -176,6 +201,11 @@ def _figures(folder: Path) -> pd.DataFrame:
         parts += [
             best.assign(figure=f"trait_gain {pole}{AT_BEST}", value=best["trait_gain"])[best["pole"] == pole]
             for pole in ("+", "-")
+        ]
+        parts += [
+            best.assign(figure=f"{MORE} {pole}{AT_BEST}", value=best[MORE])[best["pole"] == pole]
+            for pole in ("+", "-")
+            if MORE in best
         ]
         parts.append(_worse_pole(best).assign(figure=WORSE + AT_BEST))
         one = best[best["pole"] == "+"]

@@ -8,7 +8,13 @@ import pandas as pd
 
 BOUNDS = ("low", "high")
 # What is shown of every table, and under which title; the CSV files have all.
-YARDSTICKS = {"pole": "pole", "trait_gain": "trait gain", "plain_gain": "plain gain (nats)", "contrast": "contrast"}
+YARDSTICKS = {
+    "pole": "pole",
+    "trait_gain": "trait gain",
+    "adapter_more": "the adapter has more by",
+    "plain_gain": "plain gain (nats)",
+    "contrast": "contrast",
+}
 EQUAL = {
     "method": "method",
     "scale": "scale",
@@ -25,8 +31,11 @@ VALUES = {
     "p": "p",
     "p_holm": "p, Holm",
     "p_bh": "p, Benjamini-Hochberg",
+    "p_chance": "p, random adapters",
     "items": "items",
     "dilemmas": "dilemmas",
+    "shared": "shared with the target",
+    "agree": "same label there",
     "acquiescence": "acquiescence",
 }
 METHODS = {
@@ -35,13 +44,26 @@ METHODS = {
     "items": "items",
     "balanced_value": "balanced slope",
     "balanced_t": "t",
+    "balanced_p": "p",
+    "balanced_clustered": "clustered error",
+    "balanced_paired": "paired error",
+    "plain_value": "plain slope",
     "acquiescence_value": "acquiescence",
-    "flips_towards_at_plus": "flips towards, +1",
+    "flips_towards_at_plus": "towards, +1",
     "flips_away_at_plus": "away, +1",
+    "flips_towards_at_minus": "towards, -1",
+    "flips_away_at_minus": "away, -1",
     "symmetry": "symmetry",
     "opposite": "opposite signs",
-    "dose_monotonic": "monotonic",
+    "dose_monotonic": "monotonic values",
     "valid": "valid",
+}
+CLUSTERS = {
+    "method": "method",
+    "cluster": "cluster",
+    "slope_less_1": "slope less 1",
+    "rank": "rank",
+    "values": "values",
 }
 PUBLISHED = {
     "method": "method",

@@ -24,7 +24,7 @@ def antiparallel_loss(positive: Tensor, negative: Tensor, reference: Tensor, bas
 
     Args:
         positive, negative, reference: chosen - rejected states at +1, -1 and off, token means, (pairs, d).
-        basis: Orthonormal columns of the subspace that counts, (d, k).
+        basis: Orthonormal columns of the subspace that counts, in units of the spread, (d, k).
         spread: Of all references (`reference_spread`), (d,).
 
     Returns:

@@ -49,12 +49,17 @@ def total_variation_barrier(
 
 
 def monotonic_hinge(
-    gap_negative: Tensor, gap_positive: Tensor, *, margin: float | Tensor = 0.05, weight: float = 100.0
+    gap_negative: Tensor,
+    gap_positive: Tensor,
+    *,
+    margin: float | Tensor = 0.05,
+    weight: float = 100.0,
+    either_way: bool = True,
 ) -> Tensor:
     """weight · min(F, B): the preference gap must lie on different sides of 0 at the two poles, either way round.
 
     F = mean[relu(g(-1) + m) + relu(m - g(+1))], B with the poles exchanged; g(0) = 0 by construction.
-    The smaller of the two counts, so that nothing decides in advance which pole is which.
+    The smaller of the two counts, so that nothing decides in advance which pole is which; F alone if not `either_way`.
 
     Args:
         gap_negative, gap_positive: g(-1) and g(+1), the change against α = 0 of
@@ -62,6 +67,8 @@ def monotonic_hinge(
         margin: In nats, one number or (pairs,).
     """
     forward = (torch.relu(gap_negative + margin) + torch.relu(margin - gap_positive)).mean()
+    if not either_way:
+        return weight * forward
     backward = (torch.relu(margin - gap_negative) + torch.relu(gap_positive + margin)).mean()
     return weight * torch.minimum(forward, backward)
 

@@ -28,7 +28,7 @@ from ipissa.train.losses.antiparallel import antiparallel_loss, reference_spread
 from ipissa.train.losses.constraints import monotonic_hinge, ramp, total_variation_barrier
 from ipissa.train.losses.separation import masked_mean
 from ipissa.train.losses.subspaces import intersect, suppressed_subspace, task_subspace, writable_subspace
-from ipissa.train.objectives.base import Batch
+from ipissa.train.objectives.base import Batch, check_weights
 from ipissa.train.objectives.sites import last_mask, last_tokens, site_blocks
 
 PAIRS_PER_BATCH = 16
@@ -64,6 +64,11 @@ class AntiparallelConfig:
             raise ConfigError(f"depth {self.depth} is not a fraction in [0, 1).")
         if self.rank < 1 or self.last_tokens < 2:
             raise ConfigError(f"rank {self.rank} and last_tokens {self.last_tokens} must be at least 1 and 2.")
+        if self.teacher_top_k < 1:
+            raise ConfigError(f"teacher_top_k {self.teacher_top_k} leaves the barrier nothing; keep at least 1.")
+        if not 0 <= self.ramp <= 1:
+            raise ConfigError(f"ramp {self.ramp} is not a fraction in [0, 1].")
+        check_weights(self, ("barrier", "monotonic"))
 
 
 @dataclass(frozen=True)
@@ -204,16 +209,20 @@ class Antiparallel:
         return examples, torch.cat(streams, dim=1)
 
     def _subspace(self, model: Any, layers: Sequence[nn.Module], references: Tensor, stream: Tensor) -> Tensor:
+        """In units of the references' spread, as the loss compares shifts: a subspace is another one in other units."""
         width = references.shape[1]
         pool = min(BASIS_POOL, width // 2, len(references))
-        unembedding = model.get_output_embeddings().weight.detach().float().cpu()
+        unembedding = model.get_output_embeddings().weight.detach().float().cpu() * self.spread  # reads x as h / spread
         writers = [
-            dense_weight(module).cpu()
+            dense_weight(module).cpu() / self.spread[:, None]
             for layer in layers
             for name, module in layer.named_modules()
             if name.endswith(tuple(RESIDUAL_WRITERS))
         ]
-        both = intersect(task_subspace(references, pool), suppressed_subspace(stream, unembedding, pool))
+        if not writers:
+            raise ConfigError(f"The blocks have none of {', '.join(RESIDUAL_WRITERS)}; use another objective.")
+        erased = suppressed_subspace(stream / self.spread, unembedding, pool)
+        both = intersect(task_subspace(references / self.spread, pool), erased)
         basis = intersect(both, writable_subspace(writers, width // 2)) if both.shape[1] else both
         if not basis.shape[1]:
             raise ConfigError(

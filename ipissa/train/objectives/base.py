@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
+
+from ipissa.errors import ConfigError
 
 Batch = dict[str, Any]  # of tensors, or of such batches by objective in a weighted sum
 
@@ -88,3 +91,14 @@ class WeightedSum:
         """Go on from `state_dict`."""
         for name, (_, objective) in self.parts.items():
             objective.load_state_dict(state[name])
+
+
+def check_weights(config: Any, names: Sequence[str]) -> None:
+    """Refuse weights and thresholds below 0 or without end.
+
+    Raises:
+        ConfigError: it names the first.
+    """
+    for name in names:
+        if not 0 <= getattr(config, name) < math.inf:
+            raise ConfigError(f"{name} {getattr(config, name)} is negative or not finite; 0 leaves it out.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -46,9 +46,13 @@ def build_objective(weights: Mapping[str, float], makers: Mapping[str, Callable[
     return WeightedSum({name: (weight, makers[name]()) for name, weight in weights.items()})
 
 
-def contrastive_config(values: Mapping[str, Any]) -> ContrastiveConfig:
-    """`ContrastiveConfig` from plain values."""
-    return _from_plain(ContrastiveConfig, values, "contrastive")
+def contrastive_config(values: Mapping[str, Any], *, beside: Collection[str] = ()) -> ContrastiveConfig:
+    """`ContrastiveConfig` from plain values, for a sum with the objectives `beside` it.
+
+    Distillation says which pole is which. Free to choose, the contrastive part could choose otherwise and fight it.
+    """
+    decided = {"flip": "none"} if set(beside) & set(KINDS) else {}
+    return _from_plain(ContrastiveConfig, decided | dict(values), "contrastive")
 
 
 def antiparallel_config(values: Mapping[str, Any]) -> AntiparallelConfig:

@@ -31,7 +31,7 @@ from ipissa.train.losses.separation import (
     separation,
     separation_loss,
 )
-from ipissa.train.objectives.base import Batch
+from ipissa.train.objectives.base import Batch, check_weights
 from ipissa.train.objectives.sites import SIDES, Site, find_sites, last_mask, last_tokens, recorded
 
 PAIRS_PER_BATCH = 16
@@ -51,7 +51,8 @@ class ContrastiveConfig:
         depths: Blocks they are in, as fractions; these blocks are not adapted.
         last_tokens: States and log-probabilities that count, from the end of every opening.
         snorm: Divide states by singular values.
-        flip: Whether the poles may change places: `global`, `per_layer` or `none`.
+        flip: Whether the poles may change places: `global`, `per_layer` or `none`, which is the default in a sum with
+            an objective that says which pole is which.
         coherence: Weight of the coherence term.
         coherence_threshold: Nats a token may lose for nothing.
         adaptive: Relax the coherence of the pole that lags.
@@ -87,6 +88,7 @@ class ContrastiveConfig:
             raise ConfigError(f"last_tokens {self.last_tokens} leaves no token to predict; use at least 2.")
         if not self.depths or any(not 0 <= depth < 1 for depth in self.depths):
             raise ConfigError(f"depths {list(self.depths)} are not fractions in [0, 1).")
+        check_weights(self, ("coherence", "coherence_threshold", "monotonic", "monotonic_margin"))
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,9 @@ class Contrastive:
             masked_mean(logp_by_row[i] - logp_by_row[i + 1] - batch["logp_chosen"] + batch["logp_rejected"], mask)
             for i in (2, 0)
         ]
-        order = monotonic_hinge(*gaps, margin=config.monotonic_margin, weight=config.monotonic)
+        order = monotonic_hinge(
+            *gaps, margin=config.monotonic_margin, weight=config.monotonic, either_way=config.flip != "none"
+        )
         total = losses[1] + losses[-1] + (weights.to(coherence) * coherence).sum() + order
         figures = {
             "separation_positive": losses[1],
