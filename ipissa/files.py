@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import pickle
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from ipissa.errors import ConfigError
 
 # What writers raise where there is no room: Python's own, torch's, safetensors'.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+READ_ERRORS = (OSError, RuntimeError, EOFError, pickle.UnpicklingError)  # of torch.load, where a file is cut off
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

@@ -18,6 +18,10 @@ def typed(name: str, value: Any, annotation: Any) -> Any:
     if value is None and "None" in annotation:
         return None
     kind = annotation.removesuffix(" | None")
+    if (
+        kind == "str" and value is not None and not isinstance(value, str)
+    ):  # YAML reads `no` as False, `2026` as a number
+        raise ConfigError(f"{name} {value!r} is not text; put it in quotes.")
     try:
         if value is None:
             raise ValueError
@@ -28,8 +32,6 @@ def typed(name: str, value: Any, annotation: Any) -> Any:
             return dict(value)
         if kind == "bool" and not isinstance(value, bool):
             raise ValueError
-        if kind == "str" and not isinstance(value, str):  # YAML reads no, on and 1e3 as something else
-            raise ConfigError(f"{name} {value!r} is not text; put it in quotes.")
         if kind == "int" and (isinstance(value, bool) or float(value) != int(value)):
             raise ValueError
         return {"str": str, "int": int, "float": float, "bool": bool}[kind](value)

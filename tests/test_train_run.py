@@ -216,7 +216,6 @@ def test_a_setting_that_is_of_no_use_costs_a_broken_run_nothing(
     ("wrong", "says"),
     [
         ({"model": "no/such/folder"}, "cannot be"),
-        ({"device": "cuda:1"}, "device 'cuda:1' cannot be trained on; set CUDA_VISIBLE_DEVICES=1 and use cuda"),
         ({"report_to": "no_such_tracker"}, "report_to 'no_such_tracker' cannot be used"),
         ({"trainer": {"no_such": 1}}, "do not fit transformers' TrainingArguments"),
         (
@@ -239,6 +238,12 @@ def test_what_cannot_be_used_is_refused_before_anything_is_sampled_and_leaves_no
         with pytest.raises(IpissaError, match=says):
             train(TrainConfig.from_dict(config.to_dict() | wrong), tmp_path / "kind.safetensors")
     assert not (tmp_path / "kind.run").exists()
+
+
+def test_training_is_on_the_first_device(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "resolve_device", torch.device)  # as where there are two
+    with pytest.raises(ConfigError, match="device 'cuda:1' cannot be trained on; set CUDA_VISIBLE_DEVICES=1 and use"):
+        train(replace(config, device="cuda:1"), tmp_path / "kind.safetensors")
 
 
 def test_training_is_of_one_process(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

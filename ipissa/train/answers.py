@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from ipissa.adapter.base_model import weights_digest
 from ipissa.data.continuations import Continuation, sample_continuations
 from ipissa.data.personas import Trait
 from ipissa.errors import TrainingError
-from ipissa.files import write_whole
+from ipissa.files import READ_ERRORS, write_whole
 from ipissa.train.config import TrainConfig
 from ipissa.train.objectives.distill import Target, build_targets
 
@@ -48,7 +47,7 @@ class BaseAnswers:
         try:
             with torch.serialization.safe_globals(list(classes)):
                 return torch.load(path, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except READ_ERRORS as error:
             raise TrainingError(f"{path} cannot be read: {error}; remove it, and it is computed again.") from error
 
 

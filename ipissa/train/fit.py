@@ -28,7 +28,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ipissa.errors import ConfigError, TrainingError
-from ipissa.files import WRITE_ERRORS, write_text, write_whole
+from ipissa.files import READ_ERRORS, WRITE_ERRORS, write_text, write_whole
 from ipissa.train.config import TrainConfig
 from ipissa.train.objectives.base import Batch, Objective
 
@@ -116,7 +116,7 @@ def _checkpoint_errors(found: Path | None) -> Iterator[None]:
 def _load_fitted(model: PeftModel, path: Path) -> History:
     try:
         found = torch.load(path, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except READ_ERRORS as error:
         raise TrainingError(f"{path} cannot be read: {error}; remove it, and go on with --resume.") from error
     set_peft_model_state_dict(model, found["weights"])
     model.eval()
@@ -135,6 +135,8 @@ def _is_of_reading(error: Exception) -> bool:
     """Whether a checkpoint that the run goes on from is damaged."""
     if isinstance(error, SafetensorError):
         return "deserializ" in str(error)
+    if isinstance(error, OSError):
+        return error.errno == errno.EINVAL  # a file of torch that is cut off
     return isinstance(error, (EOFError, pickle.UnpicklingError, json.JSONDecodeError)) or "Reader" in str(error)
 
 
