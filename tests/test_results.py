@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from benchmarks.objectives import DOCUMENT, SWEEPS, table, with_objectives
-from benchmarks.results import SHOWN, section, with_results
+from benchmarks.results import README as DOCUMENT_OF_RESULTS
+from benchmarks.results import RESULTS, SHOWN, section, with_results
 from benchmarks.written import marks
 
 FACTS = {"seeds": 3, "adapters": 3, "dataset": "dilemmas.csv", "target": "candour", "chance_p": 0.01}
@@ -147,6 +148,12 @@ def sweep_rows(objective: str, gains: tuple[str, ...], error: str = "") -> list[
         }
         for seed, gain in enumerate(gains)
     ]
+
+
+def test_the_results_in_the_readme_are_those_of_the_medians() -> None:
+    readme = DOCUMENT_OF_RESULTS.read_text(encoding="utf-8")
+    assert with_results(readme, RESULTS) == readme
+    assert readme.count("medians over") == len(list(RESULTS.glob("*/medians.csv")))
 
 
 def test_the_table_of_objectives_in_the_document_is_that_of_the_sweeps() -> None:
