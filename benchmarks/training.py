@@ -1,7 +1,8 @@
 """What a training step costs, against a plain LoRA fine-tuning step on the same rows, rank and modules.
 
-    guided       every row at its own α, -1 or +1
-    contrastive  every row at -1 and at +1, against what was recorded at 0: three α
+    guided        every row at its own α, -1 or +1
+    contrastive   every row at -1 and at +1, against what was recorded at 0: three α
+    antiparallel  the same, of whose next tokens the whole distribution counts
 
 Peak memory is that of a process of its own, the model included.
 """
@@ -30,6 +31,7 @@ from ipissa.models import load_model
 from ipissa.sequences import PaddedBatch, continuation_logprobs, target_logprobs
 from ipissa.train.config import TrainConfig
 from ipissa.train.fit import attention_for
+from ipissa.train.objectives.antiparallel import Antiparallel, AntiparallelConfig
 from ipissa.train.objectives.base import Batch
 from ipissa.train.objectives.contrastive import Contrastive, ContrastiveConfig
 from ipissa.train.objectives.distill import Distillation, build_targets
@@ -38,6 +40,12 @@ from .timing import Ratio, seconds, speed_ratios
 
 PROMPTS = 6  # with one text per pole: 12 rows
 STEPS_AT_PEAK = 3
+OF_PAIRS: dict[str, tuple[Any, Any]] = {
+    "contrastive": (Contrastive, ContrastiveConfig()),
+    "antiparallel": (Antiparallel, AntiparallelConfig()),
+}
+LORA_ON = "lora on "
+KINDS = ("guided", *OF_PAIRS)
 CONFIG = TrainConfig("kind, loving", "angry, hateful")
 TRAIT = Trait.from_words(CONFIG.positive, CONFIG.negative)
 
@@ -45,12 +53,12 @@ TRAIT = Trait.from_words(CONFIG.positive, CONFIG.negative)
 def training_table(dtype: str, rounds: int) -> Iterator[Ratio]:
     """All rows of the table, as they are measured."""
     rows = _Rows.sample(dtype)
-    for kind in ("guided", "contrastive"):
-        ours, lora = rows.step(kind, dtype), rows.step(f"lora on {kind}", dtype)
+    for kind in KINDS:
+        ours, lora = rows.step(kind, dtype), rows.step(f"{LORA_ON}{kind}", dtype)
         values = speed_ratios(lora.seconds, ours.seconds, rounds)
         yield Ratio(f"{kind} step / LoRA step, seconds", values, at_most=2.6)
-    for kind in ("guided", "contrastive"):
-        peaks = [_peak_of(name, dtype) for name in (kind, f"lora on {kind}")]
+    for kind in KINDS:
+        peaks = [_peak_of(name, dtype) for name in (kind, f"{LORA_ON}{kind}")]
         yield Ratio(f"{kind} step / LoRA step, peak memory", [peaks[0] / peaks[1]], at_most=1.6)
 
 
@@ -72,9 +80,11 @@ class _Rows:
 
     def step(self, kind: str, dtype: str) -> _Step:
         model, tokenizer = load_model(CONFIG.model, dtype=dtype)
-        if kind.endswith("contrastive"):
+        asked = OF_PAIRS.get(kind.removeprefix(LORA_ON))
+        if asked is not None:
             pairs = self.pairs[:PROMPTS]  # two rows each
-            objective: Any = Contrastive(model, pairs, ContrastiveConfig(), pad_id=self.pad_id)
+            make, config = asked
+            objective: Any = make(model, pairs, config, pad_id=self.pad_id)
             plain = vars(pad_pairs(pairs, pad_id=self.pad_id, device=torch.device("cpu")))
         else:
             targets = build_targets(model, tokenizer, TRAIT, self.continuations, **CONFIG.target_settings())
@@ -82,7 +92,7 @@ class _Rows:
             plain = {}
         batch = objective.collate(objective.examples(objective.prompts)[:PROMPTS])
         model.requires_grad_(False)
-        if kind.startswith("lora"):
+        if kind.startswith(LORA_ON):
             return _Step(
                 peft.get_peft_model(model, lora_like(_adapter_config(model))), _LanguageModelling(), plain or batch
             )

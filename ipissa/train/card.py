@@ -171,7 +171,7 @@ def _command(adapter: Adapter, path: Path) -> str:
     defaults = TrainConfig(training["positive"], training["negative"]).to_dict()
     options = [f"--{name} {shlex.quote(str(training[name]))}" for name in ALWAYS_SHOWN]
     for name, default in defaults.items():
-        if name not in ALWAYS_SHOWN and training[name] != default:
+        if name not in ALWAYS_SHOWN and training.get(name, default) != default:  # a setting may have come later
             options.append(_option(name, training[name]))
     command = " \\\n    ".join(["ipissa train", *options, f"--output {path.name}"])
     since = " since it was resumed, what came before not counted" if training.get("resumed") else ""
