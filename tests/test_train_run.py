@@ -105,6 +105,9 @@ def test_a_run_leaves_an_adapter_its_card_and_what_it_takes_to_train_again(confi
     card = (tmp_path / "kind.md").read_text()
     assert "## Yardsticks on 3 held-out prompts" in card
     assert "--set checkpoint_every=4" in card
+    y = {p["alpha"]: p["positive"] - p["negative"] for p in result.adapter.evaluation["response"]}
+    alike = min(abs(y[1]), abs(y[-1])) / max(abs(y[1]), abs(y[-1])) if y[1] * y[-1] < 0 else 0.0
+    assert f"over the larger: {alike:.2f}." in card
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 from ipissa.adapter.checkpoint import Adapter, AnyAdapter
 from ipissa.data.personas import TEMPLATE
+from ipissa.evaluate.yardsticks import ResponsePoint, response_symmetry
 from ipissa.files import write_text
 from ipissa.train.config import OPTIONS, TrainConfig
 from ipissa.train.result import TrainResult
@@ -138,8 +139,14 @@ def _response(points: Sequence[Mapping[str, float]]) -> str:
         "| α | texts of the positive pole | of the negative pole |",
         "|-|-|-|",
         *(f"| {p['alpha']:+g} | {p['positive']:+.4f} | {p['negative']:+.4f} |" for p in points),
+        "",
+        f"Symmetry, the smaller of what α = 1 and α = -1 do over the larger: {_symmetry(points):.2f}.",
     ]
     return "\n".join(lines)
+
+
+def _symmetry(points: Sequence[Mapping[str, float]]) -> float:
+    return response_symmetry([ResponsePoint(**point) for point in points])
 
 
 def _calibration(calibration: Mapping[str, Any]) -> str:
