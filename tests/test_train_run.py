@@ -7,6 +7,10 @@ import csv
 import errno
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +142,23 @@ def test_a_killed_run_goes_on_to_the_same_adapter(config: TrainConfig, tmp_path:
     assert difference(unbroken, resumed) < 1e-5
     assert "since it was resumed" in output.with_suffix(".md").read_text()
     assert "resumed" not in (tmp_path / "unbroken.md").read_text()
+
+
+def test_a_process_that_is_killed_goes_on_to_the_same_adapter(config: TrainConfig, tmp_path: Path) -> None:
+    longer = replace(config, epochs=40)
+    settings = tmp_path / "kind.yaml"
+    settings.write_text(yaml.safe_dump(longer.to_dict()))
+    output = tmp_path / "broken.safetensors"
+    command = ["-c", "from ipissa.cli import main; main()", "train", "--config", str(settings), "--output", str(output)]
+    checkpoints = tmp_path / "broken.run" / "checkpoints"
+    with subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not any(checkpoints.glob("checkpoint-*")):
+            time.sleep(0.01)
+        process.kill()  # at whatever it does: between the files of a checkpoint, or in some step after it
+    assert process.returncode == -signal.SIGKILL
+    assert not output.exists()
+    resumed = train(longer, output, resume=True).adapter
+    assert difference(train(longer, tmp_path / "unbroken.safetensors").adapter, resumed) < 1e-5
 
 
 def test_a_broken_run_goes_on_with_another_rate_on_the_texts_it_had(
