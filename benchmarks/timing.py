@@ -40,7 +40,7 @@ class Ratio:
         return f"| {self.name} | {goal} | {self.median:.3f} | {spread} | {verdict} |"
 
 
-HEADER = "| ratio | asked | median | rounds | reached |\n|-|-|-|-|-|"
+HEADER = "| ratio | target | median | rounds | reached |\n|-|-|-|-|-|"
 
 
 def seconds(work: Callable[[], Any]) -> float:

@@ -129,13 +129,13 @@ def test_adapters_of_one_recipe_are_summed_up_one_per_seed(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match="The 4 evaluations are of 3 adapters; use one, or one per seed"):
         summarise_seeds([*folders, again], tmp_path)
     other = evaluation(tmp_path / "other", 4, 0.1, adapter="sha 4", recipe={"lr": 2})
-    with pytest.raises(ConfigError, match=r"differs from .* in recipe; only seeds may differ"):
+    with pytest.raises(ConfigError, match=r"differs from .* in recipe; only seeds, device and dtype may differ"):
         summarise_seeds([*folders, other], tmp_path)
     twice = [evaluation(tmp_path / f"t{i}", i, 0.1, adapter=f"sha {i}", trained_with_seed=7) for i in range(2)]
     with pytest.raises(ConfigError, match=r"trained with the seeds \[7, 7\]; use one adapter, or one per seed"):
         summarise_seeds(twice, tmp_path)
     unknown = [evaluation(tmp_path / f"u{i}", i, 0.1, adapter=f"sha {i}", recipe=None) for i in range(2)]
-    with pytest.raises(ConfigError, match=r"differs from .* in adapter; only seeds may differ"):
+    with pytest.raises(ConfigError, match=r"differs from .* in adapter; only seeds, device and dtype may differ"):
         summarise_seeds(unknown, tmp_path)
 
 
@@ -150,7 +150,7 @@ def test_seeds_may_be_computed_on_different_machines_which_is_said(tmp_path: Pat
 
 def test_evaluations_that_differ_in_more_than_the_seed_are_not_summed_up(tmp_path: Path) -> None:
     one = evaluation(tmp_path / "1", 0, 0.1)
-    with pytest.raises(ConfigError, match=r"differs from .* in held_out; only seeds may differ"):
+    with pytest.raises(ConfigError, match=r"differs from .* in held_out; only seeds, device and dtype may differ"):
         summarise_seeds([one, evaluation(tmp_path / "2", 1, 0.1, held_out=8)], tmp_path)
     with pytest.raises(ConfigError, match=r"seeds \[0, 0\]; give one folder per seed"):
         summarise_seeds([one, evaluation(tmp_path / "3", 0, 0.1)], tmp_path)

@@ -90,7 +90,7 @@ def test_a_short_reach_is_said_and_a_long_one_is_not(caplog: pytest.LogCaptureFi
     assert not caplog.records
     check_reach(Reach(0.1, 0.1, 0.02), TRAIT)
     assert "'a kind' and 'an angry'" in caplog.text
-    assert "about 5 %" in caplog.text
+    assert "is low, 5 %" in caplog.text
 
 
 def test_personas_that_elicit_nothing_are_refused() -> None:

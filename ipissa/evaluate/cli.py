@@ -85,8 +85,10 @@ def _number(text: str) -> float:
 
 @app.command()
 def medians(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of `ipissa eval` that differ in the seed only.")],
-    output: Annotated[Path, typer.Option(help="Folder for medians.md and medians.csv.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="Folders of `ipissa eval` that differ in seeds, or in the machine, only.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for medians.md, medians.csv and medians.json.")],
 ) -> None:
     """Sum up evaluations over seeds: medians, the lowest and the highest."""
     typer.echo(summarise_seeds(folders, output))

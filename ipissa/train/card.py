@@ -13,6 +13,7 @@ from ipissa.adapter.checkpoint import Adapter, AnyAdapter
 from ipissa.data.personas import TEMPLATE
 from ipissa.evaluate.yardsticks import ResponsePoint, response_symmetry
 from ipissa.files import write_text
+from ipissa.train.calibration import MAX_EXCESS_NATS, MAX_VARIATION, MIN_DISTINCT
 from ipissa.train.config import OPTIONS, TrainConfig
 from ipissa.train.result import TrainResult
 from ipissa.train.samples import samples_table
@@ -105,7 +106,7 @@ def _yardsticks(yardsticks: Mapping[str, Any]) -> str:
         "",
         "Trait gain is the part of a persona prompt's own effect that steering recovers (1: as good as being told); "
         "plain gain is what a user without a persona line gets; contrast is easily gamed and never quoted alone. "
-        "Brackets are 95 % bootstrap intervals over prompts.",
+        "Brackets are 95 % bootstrap intervals over prompts, t is a figure over its standard error.",
         "",
         _against_the_aim(yardsticks),
     ]
@@ -125,8 +126,8 @@ def _reach(reach: Mapping[str, float]) -> str:
     return (
         f"Reach of these words on this model: {reach['odd']:.2f}. Told so, the model moves {reach['positive']:.3f} "
         f"(positive) and {reach['negative']:.3f} (negative) nats per token away from the neutral persona, partly in "
-        "the same direction. To second order a dial that is odd in α recovers so much of both at once, as trait gain; "
-        "real dials are not quite odd, and land on either side of it."
+        "the same direction. Reach is a forecast of the trait gain for a dial that does exactly the opposite at -1 of "
+        "what it does at +1; real dials do not, and may have much more."
     )
 
 
@@ -162,6 +163,13 @@ def _calibration(calibration: Mapping[str, Any]) -> str:
         lines.append(
             f"| {point['alpha']:+g} | {point['base_nats']:.2f} | {point['distinct']:.3f} | {shift} | {verdict} |"
         )
+    lines += [
+        "",
+        "Shift is the mean total variation between what the steered and the base model expect next. Text holds "
+        f"together while, against α = 0, it costs at most {MAX_EXCESS_NATS:g} nats per token more and its share of "
+        f"distinct 3-grams is at least {MIN_DISTINCT:.0%} of that there, and while the shift is at most "
+        f"{MAX_VARIATION:g}.",
+    ]
     return "\n".join(lines)
 
 

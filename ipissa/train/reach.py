@@ -11,7 +11,7 @@ the same part of either persona's effect lies on the line from T_+ to -T_-. That
 
 1 for opposite personas of equal strength, 1/2 for unrelated ones of equal strength, 0 for equal ones. It
 estimates what an odd dial can have as its smaller trait gain (`ipissa.evaluate.yardsticks`). It is no bound: a
-rotation also has a part that is even in α, and adapters whose words reach 0.23 have recovered 0.33 at both poles.
+rotation also has a part that is even in α, and adapters whose words reach 0.23 have recovered 0.68 at both poles.
 """
 
 from __future__ import annotations
@@ -95,8 +95,9 @@ def check_reach(reach: Reach, trait: Trait) -> None:
             )
     if reach.odd < MIN_REACH:
         logger.warning(
-            "%r and %r change this model's text mostly in the same way: a dial between them can recover about %.0f %% "
-            "of what either persona does. Words with opposite effects reach further; compare some with `ipissa words`.",
+            "%r and %r change this model's text mostly in the same way: the forecast for a dial between them is low, "
+            "%.0f %% of what either persona does. Words with opposite effects reach further; compare some with "
+            "`ipissa words`.",
             trait.positive,
             trait.negative,
             100 * max(reach.odd, 0),

@@ -115,7 +115,10 @@ def _check_same(folders: Sequence[Path], described: Sequence[Mapping[str, Any]])
     for folder, each in zip(folders, settings, strict=True):
         differing = sorted(key for key in each.keys() | settings[0].keys() if each.get(key) != settings[0].get(key))
         if differing:
-            raise ConfigError(f"{folder} differs from {folders[0]} in {', '.join(differing)}; only seeds may differ.")
+            raise ConfigError(
+                f"{folder} differs from {folders[0]} in {', '.join(differing)}; "
+                f"only seeds, {' and '.join(MACHINE)} may differ."
+            )
     return len(adapters)
 
 
