@@ -9,10 +9,17 @@ import shlex
 import zlib
 from collections.abc import AsyncGenerator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
+import gradio as gr
 import pytest
+from ipissa_ui.client import Score
+from ipissa_ui.controls import Controls
+from ipissa_ui.curve import Curve
 from ipissa_ui.dial import dial_value, dials_of, start
 from ipissa_ui.share import ANSWERS, CHOICE, snippet
+from ipissa_ui.tabs.compare import CompareTab
 from ipissa_ui.tokens import Answer, Piece, parting, pieces_of
 from ipissa_ui.turns import Turns, unless, until
 from ipissa_ui.view import OPPOSITE, OTHER, View, describe, from_link, to_link
@@ -165,6 +172,39 @@ def test_of_requests_that_wait_only_the_newest_goes_on_and_one_runs_at_a_time() 
         return ran
 
     assert asyncio.run(play()) == [0, 5, 10, 11]
+
+
+class SlowScores:
+    """A client whose server takes its time."""
+
+    async def score(self, key: str, question: str, prefix: str, choices: list[str], settings: list[Any]) -> list[Score]:
+        await asyncio.sleep(0.02)
+        return [Score(steer, {"Yes": -1.0, "No": -2.0}, 1.0, 0.9) for steer in settings]
+
+
+@pytest.mark.parametrize(("moved", "drawn"), [(3, 1), (4, 0)])
+def test_only_a_dial_that_has_moved_on_overtakes_a_curve_that_is_measured(moved: int, drawn: int) -> None:
+    """The browser asks for both, over two connections, as a dial is let go: what was sent first may come last."""
+
+    async def play() -> int:
+        with gr.Blocks():
+            controls = Controls(SlowScores())  # type: ignore[arg-type]
+            tab = CompareTab(controls)
+        dials = dials_of([about(-1, 1)])
+        request = SimpleNamespace(session_hash="somebody")
+
+        def values(moved: int) -> list[Any]:
+            dial = dial_value(dials, {"good": 0.5}, "good") | {"moved": moved}
+            view = controls.restored(View(), [about(-1, 1)])
+            return ["", [about(-1, 1)], dial, *view[1:2], dial | {"moved": 0}, *view[3:], Curve()]
+
+        curves = tab.measure(request, *values(3))
+        first = asyncio.create_task(anext(curves, None))
+        await asyncio.sleep(0.01)
+        await tab.score(request, *values(moved))
+        return int(await first is not None)
+
+    assert asyncio.run(play()) == drawn
 
 
 def test_users_do_not_wait_for_each_other() -> None:

@@ -29,6 +29,11 @@ class Asked:
     rest: tuple[Any, ...]  # the values of the tab's own components
 
     @property
+    def passing(self) -> float:
+        """The order of what only shows the position: whatever else is asked at it shows more, and is not overtaken."""
+        return self.moved - 0.5
+
+    @property
     def model(self) -> str:
         """The base model's name."""
         return self.adapters[0]["parent"]

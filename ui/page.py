@@ -98,8 +98,9 @@ def _open(
 
 
 def _restore(controls: Controls) -> Callable[..., Any]:
-    async def restore(key: str, address: str) -> list[Any]:
+    async def restore(request: gr.Request, key: str, address: str) -> list[Any]:
         """The view of the link in the address, over the adapters the server has loaded."""
+        controls.leave(request)  # moves of the dials are counted from 0 again
         unknown = [gr.skip()] * (2 + len(controls.settings))
         try:
             adapters = await controls.client.adapters(key)

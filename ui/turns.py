@@ -17,7 +17,7 @@ class _Line:
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     newest: asyncio.Event = field(default_factory=asyncio.Event)
-    order: int = 0
+    order: float = 0
 
 
 class Turns:
@@ -35,7 +35,7 @@ class Turns:
         self._lines: dict[str, _Line] = {}
 
     @asynccontextmanager
-    async def take(self, user: str, order: int | None = None) -> AsyncIterator[asyncio.Event]:
+    async def take(self, user: str, order: float | None = None) -> AsyncIterator[asyncio.Event]:
         """The user's next turn."""
         line = self._lines.setdefault(user, _Line())
         overtaken = asyncio.Event()

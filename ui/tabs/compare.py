@@ -74,7 +74,7 @@ class CompareTab:
         asked = self.controls.asked(request, values)
         if asked is None:
             return gr.skip(), gr.skip()
-        async with self.controls.scores.take(asked.user, asked.moved) as overtaken:
+        async with self.controls.scores.take(asked.user, asked.passing) as overtaken:
             if overtaken.is_set():
                 return gr.skip(), gr.skip()
             try:
