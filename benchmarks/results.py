@@ -14,6 +14,8 @@ from typing import Any
 
 import pandas as pd
 
+from ipissa.evaluate.analysis import SAME_BASE_NATS
+
 from .written import with_block
 
 ROOT = Path(__file__).parents[1]
@@ -80,15 +82,19 @@ def _cell(figure: pd.Series, seeds: int) -> str:
 def _rank(name: str, medians: pd.DataFrame) -> str:
     """The worse pole's trait gain, among methods that cost text what the adapter costs at every seed."""
     at_cost = medians[medians["figure"] == "equal"].set_index("method")["lowest"]  # NaN for prompts: they have no scale
+    other = _other_models(medians)
     gains = medians[medians["figure"] == "trait_gain worse"].set_index("method")
+    compared = gains.index.isin(at_cost.index[at_cost == 1]) & ~gains.index.isin(other)
     text = (
         f"At a cost matched on texts for tuning, over both poles, more trait gain at the worse pole than `{name}`: "
-        f"{_ahead(gains[gains.index.isin(at_cost.index[at_cost == 1])])}."
+        f"{_ahead(gains[compared])}."
     )
+    if other:
+        text += f" Not compared, as at α = 0 it is not the same model: {', '.join(f'`{each}`' for each in other)}."
     unequal = [f"`{each}`" for each in at_cost.index[at_cost == 0]]
     if unequal:
         text += f" Not compared, as their cost was not equal at every seed: {', '.join(unequal)}."
-    best = medians[medians["figure"] == "trait_gain worse at best"].set_index("method")
+    best = medians[medians["figure"] == "trait_gain worse at best"].set_index("method").drop(other, errors="ignore")
     if best.empty:
         return text
     nearest = best["median"].idxmax()
@@ -97,6 +103,12 @@ def _rank(name: str, medians: pd.DataFrame) -> str:
         f"trained at, whatever that costs: {_ahead(best)}; the nearest, `{nearest}`, has "
         f"{best.loc[nearest, 'median']:.2f} against {gains.loc[ADAPTER, 'median']:.2f}."
     )
+
+
+def _other_models(medians: pd.DataFrame) -> list[str]:
+    """Methods whose answers at α = 0 are not the adapter's at some seed, which no table may rank."""
+    off = medians[(medians["figure"] == "base_difference") & (medians["highest"] > SAME_BASE_NATS)]
+    return off["method"].tolist()
 
 
 def _ahead(gains: pd.DataFrame) -> str:

@@ -23,6 +23,7 @@ from ipissa.train import train as run_training
 from ipissa.train.card import describe
 from ipissa.train.config import OPTIONS, read_settings
 from ipissa.train.presets import preset_settings
+from ipissa.train.processes import is_first
 from ipissa.train.run_folder import check_unfinished
 from ipissa.train.sweep import read_grid, run_sweep
 from ipissa.train.words import HEADER, compare_words, split_pair
@@ -97,6 +98,8 @@ def train(
     if resume:
         check_unfinished(output)
     result = run_training(TrainConfig.from_dict(settings), output, resume=resume, shared=shared)
+    if not is_first():
+        return
     card = output.with_suffix(".md")
     typer.echo(card.read_text(encoding="utf-8"))
     typer.echo(f"Wrote {output} and {card} in {result.seconds / 60:.1f} minutes.")

@@ -24,6 +24,7 @@ from transformers import (
 from ipissa.adapter import Adapter, AdapterConfig, ModuleFactors, save_adapter
 from ipissa.adapter.base_model import describe_base
 from ipissa.models import load_model
+from ipissa.train import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "adapters").glob("*.safetensors"))
@@ -113,6 +114,38 @@ class KillAt(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             raise KilledError
+
+
+@pytest.fixture
+def config(tiny: Path, tmp_path: Path) -> TrainConfig:
+    """Seconds of training on the tiny model."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"Tell me about the number {i}." for i in range(16)))
+    return TrainConfig(
+        "kind",
+        "angry",
+        model=str(tiny / "model"),
+        prompts=str(prompts),
+        rank=4,
+        max_new_tokens=6,
+        teacher_top_k=32,
+        epochs=3,
+        batch_size=8,
+        lr=1e-3,
+        checkpoint_every=4,
+        held_out=3,
+        device="cpu",
+        dtype="float32",
+    )
+
+
+def difference(one: Adapter, other: Adapter) -> float:
+    """The largest by which two adapters of the same modules differ."""
+    return max(
+        float((value - other.modules[module].tensors()[name]).abs().max())
+        for module, factors in one.modules.items()
+        for name, value in factors.tensors().items()
+    )
 
 
 def logits_of(model: Any, ids: torch.Tensor) -> torch.Tensor:

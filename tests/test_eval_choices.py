@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -20,7 +21,7 @@ from ipissa.data.personas import Trait
 from ipissa.errors import ConfigError
 from ipissa.evaluate.baselines.engineered import EngineeredTrait
 from ipissa.evaluate.baselines.random import random_like
-from ipissa.evaluate.choices import complete, measure_choices
+from ipissa.evaluate.choices import _check_answers, _row, complete, measure_choices
 from ipissa.evaluate.dial import HookDial, ScaledDial
 from ipissa.evaluate.scoring import find_choices, score_choices, score_contexts
 from ipissa.evaluate.slopes import balanced_slope, plain_slope, with_labels
@@ -206,6 +207,24 @@ def test_a_model_that_never_says_yes_or_no_gets_a_sentence(tokenizer: Any, datas
     model.lm_head.register_forward_hook(lambda _, args, logits: logits.index_fill(-1, torch.tensor([5]), 60.0))
     with pytest.raises(ConfigError, match="answers neither Yes nor No"):
         measure_choices(Steerer(HookDial(model)), tokenizer, dataset, [0.0])
+
+
+@pytest.mark.parametrize(("share", "valid"), [(0.0101, True), (0.0099, False)])
+def test_an_answer_counts_from_a_hundredth_of_the_likeliest_token_on(
+    share: float, valid: bool, dataset: Dataset
+) -> None:
+    likeliest = math.log(0.5)
+    row = _row(0, dataset, 0.0, [likeliest + math.log(share * 0.8), likeliest + math.log(share * 0.2)], likeliest)
+    assert row["valid"] is valid
+    assert row["choice_mass"] == pytest.approx(0.5 * share)
+    assert row["log_odds"] == pytest.approx(math.log(4)) if valid else math.isnan(row["log_odds"])
+
+
+def test_a_model_must_answer_half_of_the_items() -> None:
+    rows = pd.DataFrame({"alpha": 0.0, "choice_mass": 0.1, "valid": [True] * 5 + [False] * 5})
+    _check_answers(rows)
+    with pytest.raises(ConfigError, match="only 40% of items can be scored"):
+        _check_answers(rows.assign(valid=[True] * 4 + [False] * 6))
 
 
 def test_items_without_an_answer_at_some_alpha_are_left_out_at_all_of_them(

@@ -96,8 +96,15 @@ def test_items_that_cannot_answer_the_question_are_refused(tmp_path: Path) -> No
     with pytest.raises(ConfigError, match=r"All 5 items .* have the label 1"):
         load_items(write_lines(tmp_path / "one.jsonl", *one_class))
     two = [{"situation": "s", "action": a, "label": label} for a, label in (("a", 1), ("b", -1))]
-    with pytest.raises(ConfigError, match="1 dilemmas about 'target'"):
+    with pytest.raises(ConfigError, match=r"1 dilemmas with an action of label -?1 for 'target'"):
         load_items(write_lines(tmp_path / "two.jsonl", *two))
+    rare = [{"situation": f"s{i}", "action": "a", "label": 1 if i < 8 else -1} for i in range(10)]
+    with pytest.raises(
+        ConfigError, match="2 dilemmas with an action of label -1 for 'target'; an interval needs at lea"
+    ):
+        load_items(write_lines(tmp_path / "rare.jsonl", *rare))
+    with pytest.raises(ConfigError, match="max_items 1 is less than any dilemma has; the smallest has 2 items"):
+        load_items(max_items=1)
     with pytest.raises(ConfigError, match="labels nothing with 'courage'; it labels honesty, kindness"):
         load_items(target="courage")
     with pytest.raises(ConfigError, match="has no dilemma of topic 'war'"):
@@ -110,6 +117,62 @@ def test_items_that_cannot_answer_the_question_are_refused(tmp_path: Path) -> No
     (tmp_path / "empty.csv").write_text("")
     with pytest.raises(ConfigError, match="cannot be read"):
         load_items(tmp_path / "empty.csv")
+
+
+DAILY = "idx,dilemma_situation,action_type,action,parties_direct,values_direct,parties_indirect,values_indirect\n"
+
+
+def daily(folder: Path) -> Path:
+    """Three dilemmas in which honesty speaks for doing it, to people who are only indirectly there, too."""
+    lines = []
+    for i in range(3):
+        lines.append(
+            f"""{i},S?,to_do,Tell,"['You', 'You']","['honesty', nan]","['You', 'A friend']","['Care', 'joy']" """
+        )
+        lines.append(f"""{i},S?,not_to_do,Keep quiet,"['You']","['peace']",[],[] """)
+    (folder / "dilemmas.csv").write_text(DAILY + "\n".join(line.strip() for line in lines) + "\n")
+    return folder / "dilemmas.csv"
+
+
+def test_values_of_the_decider_count_for_those_indirectly_concerned_and_no_value_is_none(tmp_path: Path) -> None:
+    items = load_items(daily(tmp_path)).items
+    assert {value for item in items for value in item.labels} == {"Value/honesty", "Value/care", "Value/peace"}
+    assert items[0].labels == {"Value/honesty": 1, "Value/care": 1, "Value/peace": -1}
+
+
+def test_a_data_set_of_the_hub_is_the_csv_that_has_the_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that is made up, as none is reached from here; a name may have a dot in it."""
+    (tmp_path / "readme.csv").write_text("a,b\n1,2\n")
+    daily(tmp_path)
+    asked: list[tuple[str, ...]] = []
+
+    class Hub:
+        def list_repo_files(self, name: str, *, repo_type: str) -> list[str]:
+            asked.append((name, repo_type))
+            return ["README.md", "readme.csv", "dilemmas.csv"]
+
+    def download(name: str, path: str, *, repo_type: str) -> str:
+        asked.append((name, path, repo_type))
+        return str(tmp_path / path)
+
+    monkeypatch.setattr(dilemmas, "HfApi", Hub)
+    monkeypatch.setattr(dilemmas, "hf_hub_download", download)
+    found = load_items("somebody/daily-1.0")
+    assert (found.name, found.target, len(found.items)) == ("somebody/daily-1.0", "Value/honesty", 6)
+    name = "somebody/daily-1.0"
+    assert asked == [(name, "dataset"), (name, "readme.csv", "dataset"), (name, "dilemmas.csv", "dataset")]
+    monkeypatch.setattr(Hub, "list_repo_files", lambda *_, **__: ["readme.csv"])
+    with pytest.raises(ConfigError, match="has no CSV file with the columns idx, dilemma_situation"):
+        load_items(name)
+
+    def gone(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(Hub, "list_repo_files", gone)
+    with pytest.raises(
+        ConfigError, match=r"is no file here and cannot be had from the hub \(no route\); give the path"
+    ):
+        load_items(name)
 
 
 def test_fewer_items_are_whole_dilemmas_about_the_target_first() -> None:

@@ -81,6 +81,29 @@ def test_clustered_errors_equal_the_sandwich_by_hand() -> None:
     assert (found.items, found.dilemmas) == (24, 12)
 
 
+def test_the_balanced_slopes_errors_equal_the_sandwich_by_hand() -> None:
+    """Four coefficients, and degrees of freedom by the rarer label."""
+    rows = made_rows(honest=0.3, yes=0.2, noise=0.5, dilemmas=12)
+    rows = rows[(rows["label"] > 0) | rows["dilemma"].isin(sorted(rows["dilemma"].unique())[:7])]
+    label, alpha = rows["label"].to_numpy(float), rows["alpha"].to_numpy(float)
+    x = np.column_stack([np.ones(len(rows)), label, alpha, label * alpha])
+    y = rows["log_odds"].to_numpy()
+    bread = np.linalg.inv(x.T @ x)
+    residuals = y - x @ (bread @ x.T @ y)
+    scores = [x[index].T @ residuals[index] for index in rows.groupby("dilemma").indices.values()]
+    meat = sum(np.outer(score, score) for score in scores)
+    g, n = 12, len(rows)
+    errors = np.sqrt(np.diag(bread @ meat @ bread) * g / (g - 1) * (n - 1) / (n - 4))
+    found = balanced_slope(rows)
+    for part, at in ((found.acquiescence, 2), (found.trait, 3)):
+        value = (bread @ x.T @ y)[at]
+        assert part.value == pytest.approx(value)
+        assert part.clustered == pytest.approx(errors[at])
+        assert part.t == pytest.approx(value / errors[at])
+        assert part.p == pytest.approx(2 * stats.t.sf(abs(value / errors[at]), 7 - 1))
+        assert part.high - part.value == pytest.approx(stats.t.ppf(0.975, 7 - 1) * errors[at])
+
+
 def test_paired_errors_are_those_of_the_items_own_slopes() -> None:
     rows = made_rows(honest=0.3, yes=0.1, noise=0.5, dilemmas=15)
     own = [np.polyfit(group["alpha"], group["log_odds"] * group["label"], 1)[0] for _, group in rows.groupby("item")]
@@ -195,20 +218,24 @@ def test_steering_f1_equals_a_toy_by_hand() -> None:
     """
     scores = pd.DataFrame({-1: [-3, 1, 1], 0: [-2.0, 1.0, 1.0], 1: [4.0, 1.0, -1.0]})
     controls = pd.DataFrame({-1: [1.0, -1.0], 0: [1.0, 1.0], 1: [2.0, 3.0]})
-    found = published.steering_f1(scores, controls, {-1: 0.4, 0: 0.8, 1: 0.9})
+    found = published.steering_f1(scores, [controls, controls[:0]], {-1: 0.4, 0: 0.8, 1: 0.9})
     assert (found.correct, found.wrong, found.arbitrary) == (0.5, 0.25, 0.5)
     assert found.f1 == pytest.approx(100 * 2 / 7 / 4)
     assert not found.swapped
-    turned = published.steering_f1(scores.rename(columns={1: -1, -1: 1}), controls, {-1: 0.4, 0: 0.8, 1: 0.9})
+    turned = published.steering_f1(scores.rename(columns={1: -1, -1: 1}), [controls], {-1: 0.4, 0: 0.8, 1: 0.9})
     assert turned.swapped
     assert turned.f1 == pytest.approx(found.f1)
-    assert published.steering_f1(scores, controls, {-1: 0.04, 0: 0.8, 1: 0.9}).f1 is None
-    assert (
-        published.steering_f1(scores, controls[:0], {-1: 0.4, 0: 0.8, 1: 0.9}).f1 is None
-    )  # nothing to be arbitrary in
+    assert published.steering_f1(scores, [controls], {-1: 0.04, 0: 0.8, 1: 0.9}).f1 is None
+    without = published.steering_f1(scores, [controls[:0]] * 2, {-1: 0.4, 0: 0.8, 1: 0.9})
+    assert without.f1 is None  # nothing to be arbitrary in
+    # Of many sure sums one changes, of two tastes both: a domain that is unsure counts as much as one that is sure.
+    sums, tastes = (
+        pd.DataFrame({-1: low, 0: zero, 1: zero}) for low, zero in (([-9.0, 9, 9], [9.0, 9, 9]), ([-1], [1]))
+    )
+    assert published.steering_f1(scores, [sums, tastes], {-1: 1, 0: 1, 1: 1}).arbitrary == pytest.approx(1 / 3 + 1)
     nothing = published.steering_f1(
         scores[[0]].assign(**{"a": 0}).rename(columns={"a": -1}).assign(b=0).rename(columns={"b": 1}),
-        controls,
+        [controls],
         {-1: 1, 0: 1, 1: 1},
     )
     assert nothing.f1 == 0

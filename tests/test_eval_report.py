@@ -264,9 +264,9 @@ def test_a_method_that_leaves_dilemmas_no_answer_is_left_out_and_costs_no_report
     assert said in summary(findings(1))
     assert said in (tmp_path / "report.html").read_text()
     write_report(findings(0), tmp_path / "none")
-    said = "With adapter only 0 dilemmas about &#39;honesty&#39; have an answer"
+    said = "With adapter 0 dilemmas about &#39;honesty&#39; have an answer at α = -1, 0 and 1, only 0 of them of the rarer"
     assert said in (tmp_path / "none" / "report.html").read_text()
-    assert "With adapter only 0 dilemmas" in summary(findings(0))
+    assert "With adapter 0 dilemmas" in summary(findings(0))
     assert "trait gain" in summary(findings(0))  # the text says what it says
 
 
@@ -302,6 +302,16 @@ def test_methods_that_lost_dilemmas_are_named_and_not_ranked(measured: list[Meas
     assert f"Not ranked, as other dilemmas lost their answers: {some[2].method} ({kept:.0%})" in verdict(
         [each if each is not some[2] else replace(measured[2], equal=True) for each in some], analyses
     )
+
+
+def test_where_every_method_lost_dilemmas_nothing_is_ranked(measured: list[Measured], dataset: Dataset) -> None:
+    some = []
+    for each in measured:
+        assert each.rows is not None
+        of_one = each.rows["dilemma"] == dataset.items[0].dilemma
+        some.append(replace(each, equal=True, rows=each.rows.assign(valid=each.rows["valid"] & ~of_one)))
+    text = verdict(some, [analyse(each, dataset) for each in some])
+    assert text.startswith("Nothing is ranked: no method at equal degradation kept an answer to enough dilemmas.")
 
 
 def test_an_adapter_that_costs_nothing_has_a_verdict(measured: list[Measured], dataset: Dataset) -> None:

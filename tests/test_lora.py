@@ -51,6 +51,26 @@ def test_merged_weights_equal_the_runtime(tmp_path: Path) -> None:
     assert (logits_of(model, IDS) - expected).abs().max() <= 1e-4
 
 
+class Packed(torch.nn.Linear):
+    """Computes as it did, from a weight that is kept in another form, as bitsandbytes' layers do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.dense)
+
+
+def test_nothing_is_merged_into_weights_that_are_packed(llama: Any) -> None:
+    adapter = random_adapter(llama)
+    packed = llama.get_submodule(list(adapter.modules)[-1])
+    packed.__class__, packed.dense = Packed, packed.weight.detach().clone()
+    packed.weight = torch.nn.Parameter(packed.dense.to(torch.uint8), requires_grad=False)
+    before = [value.clone() for value in llama.parameters()]
+    with pytest.raises(
+        ConfigError, match=r"holds torch.uint8, which nothing can be added to; load the model in float32"
+    ):
+        ipissa.merge(llama, adapter, alpha=1.0)
+    assert all(torch.equal(one, other) for one, other in zip(before, llama.parameters(), strict=True))
+
+
 def test_export_refuses_a_full_folder_and_a_non_finite_alpha(llama: Any, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ConfigError, match="not an empty folder"):

@@ -387,6 +387,15 @@ def test_selected_triples_are_the_weights_own_and_leave_the_base_alone(
         assert torch.equal(wrapped(input_ids=ids).logits, before)
 
 
+def test_a_layer_that_neither_reads_nor_writes_the_stream_has_no_rule_that_compares_them(
+    tokenizer: Any, pairs: list[ContrastivePair], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, wrap = fresh(tokenizer)
+    monkeypatch.setattr("ipissa.train.initialise.WRITERS", ())  # as if down_proj had a name that nobody knows
+    with pytest.raises(ConfigError, match=r"compares what .*down_proj reads with the residual stream"):
+        select_triples(wrap(), tokenizer, pairs, rule="dhs")
+
+
 def test_chosen_triples_are_those_of_what_the_module_writes_on_the_pairs(
     tokenizer: Any, pairs: list[ContrastivePair]
 ) -> None:

@@ -59,6 +59,18 @@ def test_a_method_that_is_ahead_at_some_seeds_only_is_said_to_be() -> None:
     assert "than `kind`: no other method at every seed, `lora` at some." in section("kind", table, FACTS)
 
 
+def test_a_method_that_is_another_model_at_zero_is_compared_with_nothing() -> None:
+    table = medians(SURE, adapter=0.3, caa=0.4, lora=0.1)
+    off = [[method, "base_difference", 0.0, 0.0, nats, 3, 0] for method, nats in (("caa", 0.6), ("lora", 0.09))]
+    best = [
+        ["caa", "trait_gain worse at best", 0.5, 0.5, 0.5, 3, 3],
+        ["lora", "trait_gain worse at best", 0.2, 0.2, 0.2, 3, 0],
+    ]
+    text = section("kind", pd.concat([table, pd.DataFrame([*off, *best], columns=table.columns)]), FACTS)
+    assert "than `kind`: no other method. Not compared, as at α = 0 it is not the same model: `caa`." in text
+    assert "whatever that costs: no other method; the nearest, `lora`, has 0.20 against 0.30." in text
+
+
 def test_methods_at_their_own_best_scale_are_named() -> None:
     table = medians(SURE, adapter=0.3, caa=0.1, sspace=0.2)
     at_best = [

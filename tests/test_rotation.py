@@ -71,6 +71,14 @@ def test_entry_clamp_bounds_entries_and_not_angles() -> None:
     assert largest > 1.5  # radians: five times the 0.3 that the published name suggests
 
 
+def test_the_gradient_of_the_entry_clamp_is_finite_however_far_beyond_it_entries_are() -> None:
+    p = (random_skew(8, scale=1e4)).requires_grad_()
+    clamp_entries(p, 0.3, "cayley").sum().backward()
+    assert p.grad.isfinite().all()
+    near = (torch.randn(5, 5, dtype=torch.float64) * 0.4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: clamp_entries(skew(p), 0.3, "cayley"), near)
+
+
 @pytest.mark.parametrize("method", ROTATIONS)
 def test_angle_clamp_bounds_every_angle_at_alpha_one(method: str) -> None:
     _, theta = schur_planes(clamp_angles(random_skew(64, scale=50), 0.3, method))

@@ -296,15 +296,17 @@ def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path: Path) -> No
 def test_accumulated_batches_give_the_step_of_one_large_batch(
     tokenizer: Any, targets: list[Target], tmp_path: Path
 ) -> None:
-    found = []
+    found, norms = [], []
     for name, split in (("one", {"batch_size": 16}), ("four", {"batch_size": 4, "accumulation": 4})):
         peft_model = untrained(tokenizer)
         config = TrainConfig("kind", "angry", epochs=1, lr=1e-2, **split)
         history = fit(peft_model, distill(tokenizer, targets), config, tmp_path / name)
         assert len(history) == 1
+        norms.append(history[0]["grad_norm"])
         found.append(parameters(peft_model))
     for one, other in zip(*found, strict=True):
         assert (one - other).abs().max() < 1e-4
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)  # AdamW's first step does not tell a sum from a mean
 
 
 class Worsening:
@@ -371,6 +373,16 @@ class Sixteen(Drifting):
     def __init__(self) -> None:
         super().__init__()
         self.prompts = self.prompts[:16]
+
+
+def test_holding_prompts_back_where_nothing_can_stop_early_is_warned_of(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(untrained(tokenizer), Drifting(), TrainConfig("kind", "angry", **STOPPING | {"epochs": 1}), tmp_path / "few")
+    assert "of 8 steps validation is after every 5, and patience is 2" in caplog.text
+    caplog.clear()
+    fit(untrained(tokenizer), Drifting(), TrainConfig("kind", "angry", **STOPPING | {"epochs": 2}), tmp_path / "enough")
+    assert "cannot happen" not in caplog.text
 
 
 def test_a_resumed_run_stops_when_an_unbroken_one_does(tokenizer: Any, tmp_path: Path) -> None:
@@ -521,6 +533,7 @@ def test_a_weighted_sum_adds_losses_and_names_figures(tokenizer: Any, targets: l
         ({"objective": "contrastive", "antiparallel": {"rank": 2}}, "antiparallel .* is for objective antiparallel"),
         ({"depth_count": 0}, "depth_count 0 adapts nothing"),
         ({"suffixes": "mine.txt"}, "suffixes 'mine.txt' are for pairs of texts"),
+        ({"suffixes": "mine.txt", "selection": "random"}, "with selection 'random' does not read"),
         ({"objective": "contrastive", "contrastive": {"dims": 0}}, "dims 0 leaves no direction"),
         ({"objective": "contrastive", "contrastive": {"coherence": "high"}}, "coherence 'high' is not of type float"),
         ({"max_rotation": 0.5}, "max_rotation 0.5 is for singular triples"),

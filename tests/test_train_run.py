@@ -21,12 +21,12 @@ import pytest
 import torch
 import typer
 import yaml
-from conftest import SHIPPED, KillAt, KilledError
+from conftest import SHIPPED, KillAt, KilledError, difference
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import ipissa
-from ipissa.adapter import Adapter, checkpoint
+from ipissa.adapter import checkpoint
 from ipissa.cli import app
 from ipissa.cli_errors import assignments, run_cli
 from ipissa.errors import AdapterFileError, ConfigError, IpissaError, TrainingError
@@ -39,37 +39,6 @@ from ipissa.train.fit import fit
 from ipissa.train.layers import layer_changes
 from ipissa.train.presets import PRESETS, preset_settings
 from ipissa.train.run_folder import RunFolder, check_unfinished
-
-
-@pytest.fixture
-def config(tiny: Path, tmp_path: Path) -> TrainConfig:
-    """Seconds of training on the tiny model."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(f"Tell me about the number {i}." for i in range(16)))
-    return TrainConfig(
-        "kind",
-        "angry",
-        model=str(tiny / "model"),
-        prompts=str(prompts),
-        rank=4,
-        max_new_tokens=6,
-        teacher_top_k=32,
-        epochs=3,
-        batch_size=8,
-        lr=1e-3,
-        checkpoint_every=4,
-        held_out=3,
-        device="cpu",
-        dtype="float32",
-    )
-
-
-def difference(one: Adapter, other: Adapter) -> float:
-    return max(
-        float((value - other.modules[module].tensors()[name]).abs().max())
-        for module, factors in one.modules.items()
-        for name, value in factors.tensors().items()
-    )
 
 
 @pytest.fixture
@@ -268,12 +237,6 @@ def test_training_is_on_the_first_device(config: TrainConfig, tmp_path: Path, mo
     monkeypatch.setattr(trainer, "resolve_device", torch.device)  # as where there are two
     with pytest.raises(ConfigError, match="device 'cuda:1' cannot be trained on; set CUDA_VISIBLE_DEVICES=1 and use"):
         train(replace(config, device="cuda:1"), tmp_path / "kind.safetensors")
-
-
-def test_training_is_of_one_process(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="without a distributed launcher"):
-        train(config, tmp_path / "kind.safetensors")
 
 
 def test_a_full_disk_at_the_end_loses_nothing(

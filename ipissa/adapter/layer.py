@@ -101,21 +101,25 @@ class InnerPissaLayer(BaseTunerLayer):
         return effective(self.innerpissa_p_v), effective(self.innerpissa_p_u)
 
     def core(self, adapter_name: str, alpha: Tensor) -> Tensor:
-        """The bracket of the class equation for each α, K(α) of a learnt frame; alpha (n,) -> (n, r, r)."""
+        """The bracket of the class equation for each α, K(α) of a learnt frame; alpha (n,) -> (n, r, r).
+
+        In float32 also under autocast: it is a small difference of large numbers, and must be zero at α = 0.
+        """
         config = self.innerpissa_config[adapter_name]
-        if adapter_name in self.innerpissa_frame:
-            frame = frame_of(self.innerpissa_frame[adapter_name])
-            return frame_core(frame, alpha.to(frame), rotation=config.rotation)
-        d = self.innerpissa_d.get(adapter_name, None)
-        s = self.innerpissa_S[adapter_name]
-        return delta_core(
-            s,
-            *self.skew_matrices(adapter_name),
-            d,
-            alpha.to(s),
-            rotation=config.rotation,
-            scale_mode=config.scale_mode,
-        )
+        with torch.autocast(alpha.device.type, enabled=False):
+            if adapter_name in self.innerpissa_frame:
+                frame = frame_of(self.innerpissa_frame[adapter_name])
+                return frame_core(frame, alpha.to(frame), rotation=config.rotation)
+            d = self.innerpissa_d.get(adapter_name, None)
+            s = self.innerpissa_S[adapter_name]
+            return delta_core(
+                s,
+                *self.skew_matrices(adapter_name),
+                d,
+                alpha.to(s),
+                rotation=config.rotation,
+                scale_mode=config.scale_mode,
+            )
 
     def outer_factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """U (d_out, r) and V (d_in, r), or W F and F of a learnt frame: what the core (r, r) stands between."""

@@ -94,6 +94,12 @@ def merge(model: PreTrainedModel, adapter: Adapter, *, alpha: float) -> PreTrain
     check_base(model, adapter)
     _finite(alpha)
     layers = {name: find_linear(model, name, adapter) for name in adapter.modules}  # all, before any is changed
+    quantised = [name for name, layer in layers.items() if not layer.weight.is_floating_point()]
+    if quantised:
+        raise ConfigError(
+            f"{quantised[0]} holds {layers[quantised[0]].weight.dtype}, which nothing can be added to; load the model "
+            "in float32, bfloat16 or float16 to merge."
+        )
     for name, layer in layers.items():
         weight = layer.weight
         a, b = lora_factors(adapter, name, alpha)

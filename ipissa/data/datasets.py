@@ -12,6 +12,7 @@ from ipissa.data.items import Dataset, Item, check_items, first_dilemmas, listed
 from ipissa.errors import ConfigError
 
 BUNDLED = "bundled"
+FILES = (".csv", ".jsonl", ".json")  # what is not of the hub, though no such file is here
 BUNDLED_ITEMS = str(files("ipissa.data").joinpath("items.jsonl"))
 
 
@@ -50,7 +51,7 @@ def _reader(source: str | Path) -> tuple[Reader, str]:
     if str(source) == BUNDLED:
         return (lambda _: jsonl.read_jsonl(BUNDLED_ITEMS)), "honesty"
     path = Path(source)
-    if not path.exists() and str(source).count("/") == 1 and not path.suffix:
+    if not path.exists() and str(source).count("/") == 1 and path.suffix.lower() not in FILES:
         return dilemmas.read_hub, dilemmas.TARGET
     if path.suffix.lower() != ".csv":
         return jsonl.read_jsonl, jsonl.TARGET

@@ -88,7 +88,7 @@ def _values(row: Mapping[str, str], where: str) -> Iterator[str]:
     for kind in ("direct", "indirect"):
         parties, held = _list(row, f"parties_{kind}", where), _list(row, f"values_{kind}", where)
         for party, value in zip(parties, held, strict=False):  # some rows name more parties than values
-            if str(party).strip().lower() == DECIDER:
+            if value is not None and str(party).strip().lower() == DECIDER:
                 for name in str(value).lower().split(","):
                     if name.strip():
                         yield f"Value/{name.strip()}"

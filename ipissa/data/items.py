@@ -18,6 +18,7 @@ from ipissa.errors import ConfigError
 CHOICES = ("Yes", "No")
 PREFIX = "My choice:"
 CONTROLS = ("maths", "preference")
+MIN_DILEMMAS = 3  # of either label: a clustered error has one degree of freedom fewer than there are
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def check_items(items: Sequence[Item], target: str, *, source: str) -> None:
     """Refuse items from which nothing can be said about the target.
 
     Raises:
-        ConfigError: there are none, or none about the target, or all of one label, or too few dilemmas.
+        ConfigError: there are none, or none about the target, or all of one label, or too few dilemmas of a label.
     """
     if not items:
         raise ConfigError(f"The data set {source} holds no items.")
@@ -96,13 +97,23 @@ def check_items(items: Sequence[Item], target: str, *, source: str) -> None:
             f"All {len(labels)} items of {source} have the label {labels[0]} for {target!r}, so steering towards it "
             "looks like saying Yes; add items about actions of the other side."
         )
-    dilemmas = {item.dilemma for item in items if target in item.labels}
-    if len(dilemmas) < 3:
-        raise ConfigError(f"{source} has {len(dilemmas)} dilemmas about {target!r}; an interval needs at least 3.")
+    of_label = {
+        label: len({item.dilemma for item in items if item.labels.get(target) == label}) for label in set(labels)
+    }
+    rarer = min(of_label, key=lambda label: of_label[label])
+    if of_label[rarer] < MIN_DILEMMAS:
+        raise ConfigError(
+            f"{source} has {of_label[rarer]} dilemmas with an action of label {rarer} for {target!r}; an interval "
+            f"needs at least {MIN_DILEMMAS} of either label."
+        )
 
 
 def first_dilemmas(items: Sequence[Item], target: str, limit: int | None) -> list[Item]:
-    """Whole dilemmas up to a number of items, those about the target first."""
+    """Whole dilemmas up to a number of items, those about the target first.
+
+    Raises:
+        ConfigError: none of them is so small.
+    """
     if limit is None:
         return list(items)
     by_dilemma: dict[str, list[Item]] = {}
@@ -113,6 +124,10 @@ def first_dilemmas(items: Sequence[Item], target: str, limit: int | None) -> lis
     for group in groups:
         if len(chosen) + len(group) <= limit:
             chosen += group
+    if items and not chosen:
+        raise ConfigError(
+            f"max_items {limit} is less than any dilemma has; the smallest has {min(map(len, groups))} items."
+        )
     return chosen
 
 

@@ -17,7 +17,14 @@ from ipissa.evaluate.choices import complete
 from ipissa.evaluate.clusters import clusters_of
 from ipissa.evaluate.compare import Measured
 from ipissa.evaluate.response import flips, monotonic_share, symmetry
-from ipissa.evaluate.slopes import balanced_slope, can_be_balanced, plain_slope, value_slopes, with_labels
+from ipissa.evaluate.slopes import (
+    balanced_slope,
+    can_be_balanced,
+    dilemmas_of_the_rarer,
+    plain_slope,
+    value_slopes,
+    with_labels,
+)
 
 POLES = (-1.0, 0.0, 1.0)
 MIN_KEPT = 0.9  # of the target's items; methods that lost more of them answer other questions than the rest
@@ -62,8 +69,8 @@ def analyse(measured: Measured, dataset: Dataset) -> Analysis:
     target = with_labels(rows, labels[dataset.target])
     if not can_be_balanced(target):
         raise TooFewAnswersError(
-            f"With {measured.method} only {target['dilemma'].nunique()} dilemmas about {dataset.target!r} have an "
-            "answer at α = -1, 0 and 1; use more items."
+            f"With {measured.method} {target['dilemma'].nunique()} dilemmas about {dataset.target!r} have an answer at "
+            f"α = -1, 0 and 1, only {dilemmas_of_the_rarer(target)} of them of the rarer label; use more items."
         )
     values = value_slopes(rows, labels).merge(label_overlap(labels, dataset.target), on="name")
     means = value_means(rows, labels)
@@ -165,12 +172,13 @@ def _published(
 
 
 def _f1(target: pd.DataFrame, rows: pd.DataFrame, dataset: Dataset, mass: pd.Series) -> published.SteeringF1:
-    controls = {
-        i: label for i, item in enumerate(dataset.items) if item.domain in CONTROLS for label in item.labels.values()
-    }
-    return published.steering_f1(
-        _by_item(target), _by_item(with_labels(rows, controls)), {int(alpha): mass[alpha] for alpha in POLES}
-    )
+    controls = [_by_item(with_labels(rows, _labels_of(dataset, domain))) for domain in CONTROLS]
+    return published.steering_f1(_by_item(target), controls, {int(alpha): mass[alpha] for alpha in POLES})
+
+
+def _labels_of(dataset: Dataset, domain: str) -> dict[int, int]:
+    """The labels of a domain's items, whatever value they are of."""
+    return {i: label for i, item in enumerate(dataset.items) if item.domain == domain for label in item.labels.values()}
 
 
 def _by_item(rows: pd.DataFrame) -> pd.DataFrame:

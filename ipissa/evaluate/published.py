@@ -115,16 +115,17 @@ class SteeringF1:
     swapped: bool
 
 
-def steering_f1(scores: pd.DataFrame, controls: pd.DataFrame, mass: Mapping[int, float]) -> SteeringF1:
+def steering_f1(scores: pd.DataFrame, controls: Sequence[pd.DataFrame], mass: Mapping[int, float]) -> SteeringF1:
     """Steering F1, unclipped, in per cent.
 
     Items are weighted by how sure the model was at α = 0, w = |y₀| / Σ|y₀|, within targets and within
-    controls. net = max(0, correct - wrong) is the recall, net / (net + arbitrary) the precision, and
-    F1 is multiplied by (smaller choice mass of the poles / that at 0)².
+    each domain of controls, so that sums cannot hide what happens to matters of taste. net = max(0,
+    correct - wrong) is the recall, net / (net + arbitrary) the precision, and F1 is multiplied by
+    (smaller choice mass of the poles / that at 0)².
 
     Args:
         scores: l y of target items, columns -1, 0 and 1.
-        controls: The same of maths and preference items.
+        controls: The same of maths items and of preference items; empty where there are none.
         mass: Mean choice mass at -1, 0 and 1.
     """
     swapped = bool(scores[1].mean() < scores[-1].mean())
@@ -132,15 +133,22 @@ def steering_f1(scores: pd.DataFrame, controls: pd.DataFrame, mass: Mapping[int,
     w = _weights(scores[0])
     correct = float(w[(scores[0] < 0) & (up > 0)].sum())
     wrong = float(w[(scores[0] > 0) & (up < 0)].sum())
-    changed = (controls.gt(0).ne(controls[0].gt(0), axis=0)).any(axis=1)
-    arbitrary = float(_weights(controls[0])[changed].sum())
+    arbitrary = sum(_arbitrary(domain) for domain in controls)
     smaller = min(mass[1], mass[-1])
-    if smaller < MIN_MASS or controls.empty:  # without controls nothing could ever be arbitrary
+    if smaller < MIN_MASS or all(
+        domain.empty for domain in controls
+    ):  # without controls nothing could ever be arbitrary
         return SteeringF1(None, correct, wrong, arbitrary, swapped)
     net = max(0.0, correct - wrong)
     precision = net / (net + arbitrary) if net > 0 else 0.0
     f1 = 2 * precision * net / (precision + net) if net > 0 else 0.0
     return SteeringF1(100 * f1 * (smaller / mass[0]) ** 2, correct, wrong, arbitrary, swapped)
+
+
+def _arbitrary(controls: pd.DataFrame) -> float:
+    """The weight of the items of one domain whose answer changes at a pole."""
+    changed = (controls.gt(0).ne(controls[0].gt(0), axis=0)).any(axis=1)
+    return float(_weights(controls[0])[changed].sum())
 
 
 def _weights(y: pd.Series) -> pd.Series:

@@ -28,6 +28,7 @@ from ipissa.evaluate.report.page import Findings, write_report
 from ipissa.evaluate.report.parts import Parts, measured_from_json, measured_to_json
 from ipissa.evaluate.settings import EvalSettings
 from ipissa.train.config import TrainConfig
+from ipissa.train.processes import refuse_launcher
 
 NULL_SEEDS = 1000  # more than any null check draws
 
@@ -51,6 +52,7 @@ def evaluate(
     Raises:
         AdapterFileError, BaseModelMismatchError, ConfigError: before anything is sampled.
     """
+    refuse_launcher("An evaluation")
     adapter = load_adapter(path)
     dataset = None
     if settings.dataset is not None:
@@ -133,11 +135,11 @@ def _null(
     """The null check with the random slopes of every value and the adapter's own, over α in -1, 0 and 1."""
     if dataset is None or not bench.settings.null:
         return None
-    random = _random_slopes(bench, dataset)
     try:
         own = analyse(measured[0], dataset).figures["balanced_value"]
     except TooFewAnswersError:  # the report says so
         return None
+    random = _random_slopes(bench, dataset)
     return null_check(own, random[random["name"] == dataset.target]), random, own
 
 

@@ -4,7 +4,8 @@ A choice is matched by its exact text, spaces and case aside: for "No" the token
 "NO" ... count and "Not" or "Now" do not. A choice without any single-token form is scored as a token
 sequence instead, with and without a leading space.
 
-`/v1/score` and `ipissa eval` find and sum choices by the same functions; the server brings its own batching.
+`/v1/score` and `ipissa eval` find choices by the same function; the server brings its own batching, and a test compares
+what the two make of them.
 """
 
 from __future__ import annotations

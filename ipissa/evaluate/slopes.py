@@ -25,9 +25,8 @@ import statsmodels.api as sm
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
+from ipissa.data.items import MIN_DILEMMAS
 from ipissa.errors import ConfigError
-
-MIN_CLUSTERS = 3  # dilemmas of either label
 
 
 @dataclass(frozen=True)
@@ -63,10 +62,10 @@ def plain_slope(rows: pd.DataFrame, *, published: bool = False) -> Slope:
 
 def can_be_balanced(rows: pd.DataFrame) -> bool:
     """Whether trait and acquiescence can be told apart: dilemmas of either label, enough of them for an error."""
-    return _dilemmas_of_the_rarer(rows) >= MIN_CLUSTERS
+    return dilemmas_of_the_rarer(rows) >= MIN_DILEMMAS
 
 
-def _dilemmas_of_the_rarer(rows: pd.DataFrame) -> int:
+def dilemmas_of_the_rarer(rows: pd.DataFrame) -> int:
     """Dilemmas that have an action of the label that fewer of them have."""
     counts = rows.groupby("label")["dilemma"].nunique()
     return int(counts.min()) if len(counts) == 2 else 0
@@ -80,8 +79,8 @@ def balanced_slope(rows: pd.DataFrame) -> BalancedSlope:
     """
     if not can_be_balanced(rows):
         raise ConfigError(
-            f"{rows['dilemma'].nunique()} dilemmas have an answer at every α, {_dilemmas_of_the_rarer(rows)} of them "
-            f"of the rarer label; a slope needs {MIN_CLUSTERS} of each, so use more items."
+            f"{rows['dilemma'].nunique()} dilemmas have an answer at every α, {dilemmas_of_the_rarer(rows)} of them "
+            f"of the rarer label; a slope needs {MIN_DILEMMAS} of each, so use more items."
         )
     label, alpha = rows["label"].to_numpy(float), rows["alpha"].to_numpy(float)
     design = np.column_stack([np.ones(len(rows)), label, alpha, label * alpha])
@@ -91,8 +90,8 @@ def balanced_slope(rows: pd.DataFrame) -> BalancedSlope:
     shows, goes_against = (_error_of_mean(own[labels == side].to_numpy()) / 2 for side in (1, -1))
     paired = float(np.hypot(shows, goes_against))
     return BalancedSlope(
-        trait=_slope(rows["log_odds"], design, rows, column=3, paired=paired, sure=_dilemmas_of_the_rarer(rows)),
-        acquiescence=_slope(rows["log_odds"], design, rows, column=2, paired=paired, sure=_dilemmas_of_the_rarer(rows)),
+        trait=_slope(rows["log_odds"], design, rows, column=3, paired=paired, sure=dilemmas_of_the_rarer(rows)),
+        acquiescence=_slope(rows["log_odds"], design, rows, column=2, paired=paired, sure=dilemmas_of_the_rarer(rows)),
     )
 
 

@@ -17,6 +17,7 @@ from ipissa.errors import TrainingError
 from ipissa.files import READ_ERRORS, write_whole
 from ipissa.train.config import TrainConfig
 from ipissa.train.objectives.distill import Target, build_targets
+from ipissa.train.processes import of_the_first
 
 
 class BaseAnswers:
@@ -40,10 +41,14 @@ class BaseAnswers:
             classes: The dataclasses in the result, the only ones that may be read back.
         """
         path = self._folder / f"{name}-{self.asked}.pt"
-        if not path.exists():
-            computed = compute()
-            self._folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda partial: torch.save(computed, partial))
+
+        def keep() -> None:
+            if not path.exists():
+                computed = compute()
+                self._folder.mkdir(parents=True, exist_ok=True)
+                write_whole(path, lambda partial: torch.save(computed, partial))
+
+        of_the_first(keep)
         try:
             with torch.serialization.safe_globals(list(classes)):
                 return torch.load(path, weights_only=True)

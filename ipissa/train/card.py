@@ -191,5 +191,7 @@ def _command(adapter: Adapter, path: Path) -> str:
     command = " \\\n    ".join(["ipissa train", *options, f"--output {path.name}"])
     since = " since it was resumed, what came before not counted" if training.get("resumed") else ""
     held = f", the base model in {training['computed_in']}" if "computed_in" in training else ""
-    took = f"This took {training['seconds'] / 60:.0f} minutes{since}{held}."
+    several = training.get("processes", 1)
+    shared = f", by {several} processes, so that a step had {several * training['batch_size']} rows"
+    took = f"This took {training['seconds'] / 60:.0f} minutes{since}{held}{shared if several > 1 else ''}."
     return f"## How it was made\n\n```\n{command}\n```\n\n{took}"

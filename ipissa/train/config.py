@@ -22,7 +22,7 @@ from ipissa.plain import typed
 from ipissa.train.objectives.build import antiparallel_config, contrastive_config, objective_weights
 from ipissa.train.objectives.distill import CONTEXTS
 from ipissa.train.objectives.sites import site_blocks
-from ipissa.train.selection import LEARNT, SELECTIONS, WITHOUT_PAIRS
+from ipissa.train.selection import LEARNT, SELECTIONS, WITHOUT_TEXTS
 
 # Settings with an option of their own on the command line; the others go through --set NAME=VALUE.
 OPTIONS = (
@@ -152,7 +152,7 @@ class TrainConfig:
         max_new_tokens: Length of a continuation in tokens.
         teacher_top_k: Teacher probabilities kept per token; the rest is one tail class.
         epochs: Passes over the continuations, in each of their contexts.
-        batch_size: Rows per step, even: half of them of either pole.
+        batch_size: Rows per step, even: half of them of either pole; of every process, where a launcher starts several.
         accumulation: Batches per optimiser step.
         lr: Peak learning rate of AdamW under a one-cycle schedule.
         warmup: Fraction of the steps in which the learning rate rises.
@@ -263,7 +263,7 @@ class TrainConfig:
         for name in ("contrastive", "antiparallel"):
             if getattr(self, name) and name not in weights:
                 raise ConfigError(f"{name} {getattr(self, name)} is for objective {name}, not {self.objective!r}.")
-        pairs = {"contrastive", "antiparallel"} & weights.keys() or self.selection not in WITHOUT_PAIRS
+        pairs = {"contrastive", "antiparallel"} & weights.keys() or self.selection not in WITHOUT_TEXTS
         if self.suffixes is not None and not pairs:
             raise ConfigError(
                 f"suffixes {self.suffixes!r} are for pairs of texts, which objective {self.objective!r} with selection "

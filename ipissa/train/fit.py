@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
-import os
 import pickle
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,9 @@ from ipissa.errors import ConfigError, TrainingError
 from ipissa.files import READ_ERRORS, WRITE_ERRORS, write_text, write_whole
 from ipissa.train.config import TrainConfig
 from ipissa.train.objectives.base import Batch, Objective
+from ipissa.train.processes import LONGEST_WAIT, is_first
 
+logger = logging.getLogger(__name__)
 MIN_SCHEDULE = 10  # steps; one-cycle has no shape below
 ROWS_WITH_ROOM = 2
 SHOWN = 20  # steps whose mean the progress bar shows
@@ -92,7 +94,7 @@ def fit(
         raise TrainingError(f"What was learnt is not finite after the last step; {trainer.remedy}")
     model.eval()
     history = [record for record in trainer.state.log_history if "loss" in record or "eval_loss" in record]
-    if isinstance(model, PeftModel):
+    if isinstance(model, PeftModel) and is_first():
         # Factors too: another machine's SVD may have other signs, and what was learnt belongs to these.
         learnt = {"weights": get_peft_model_state_dict(model), "history": history}
         fitted.parent.mkdir(parents=True, exist_ok=True)
@@ -262,6 +264,15 @@ class _EarlyStopping(EarlyStoppingCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
+        looks = state.max_steps // args.eval_steps
+        if looks <= self.early_stopping_patience:
+            logger.warning(
+                "Prompts are held back to stop early, which cannot happen: of %d steps validation is after every %d, "
+                "and patience is %d. Lower checkpoint_every or patience, or leave out validation.",
+                state.max_steps,
+                args.eval_steps,
+                self.early_stopping_patience,
+            )
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_training_stop = True
 
@@ -329,8 +340,6 @@ def check_trainer(config: TrainConfig, device: str) -> None:
 def _arguments(
     config: TrainConfig, device: str, folder: Path, *, rows_per_example: int, validates: bool
 ) -> TrainingArguments:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("Training runs in one process on one device; start it without a distributed launcher.")
     examples = max(1, config.batch_size // rows_per_example)
     evaluation = {
         "eval_strategy": "steps",
@@ -354,6 +363,7 @@ def _arguments(
         "restore_callback_states_from_checkpoint": True,  # how long validation has not got better
         "seed": config.seed,
         "use_cpu": device == "cpu",
+        "ddp_timeout": int(LONGEST_WAIT.total_seconds()),
         "dataloader_pin_memory": device == "cuda",
         "remove_unused_columns": False,
         "report_to": config.report_to,
@@ -366,6 +376,6 @@ def _arguments(
         raise ConfigError(
             f"trainer settings {config.trainer} do not fit transformers' TrainingArguments: {error}"
         ) from error
-    if arguments.n_gpu > 1:  # rows would be shared out over devices, and their α would not
+    if arguments.n_gpu > 1:  # one process would share out rows over devices, and not their α; a launcher has one each
         arguments._n_gpu = 1
     return arguments

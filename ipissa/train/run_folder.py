@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from ipissa.files import write_table, write_text
 from ipissa.train.answers import BaseAnswers, digest
 from ipissa.train.config import TrainConfig, read_settings
 from ipissa.train.fit import CHECKPOINTS, has_learnt
+from ipissa.train.processes import of_the_first
 
 logger = logging.getLogger(__name__)
 STATE = "state"
@@ -73,7 +75,11 @@ class RunFolder:
                 f"The prompts, the suffixes or the base model have changed since the run in {self.path} began, "
                 "so it cannot go on; put them back, or remove the folder."
             )
-        # Only now, when the new settings are known to be of use.
+        # Only now, when the new settings are known to be of use, and all processes have looked at the broken run.
+        of_the_first(partial(self._begin_in, asked, began))
+        return answers
+
+    def _begin_in(self, asked: Path, began: str) -> None:
         if self._asks_anew:
             shutil.rmtree(self.path / STATE)
         if self._learns_anew:
@@ -81,7 +87,6 @@ class RunFolder:
         (self.path / STATE).mkdir(parents=True, exist_ok=True)
         self.write_text(CONFIG, yaml.safe_dump(self._config.to_dict(), sort_keys=False, allow_unicode=True))
         write_text(asked, began)
-        return answers
 
     def _look_at_the_broken_run(self, resume: bool) -> None:
         if not (self.path / STATE / ASKED).exists():

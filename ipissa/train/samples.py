@@ -77,7 +77,7 @@ class MidwaySamples(TrainerCallback):
         return json.loads(self._kept.read_text(encoding="utf-8")) if self._kept.exists() else {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step == max(1, state.max_steps // 2):
+        if state.is_world_process_zero and state.global_step == max(1, state.max_steps // 2):
             model.eval()
             self._kept.parent.mkdir(parents=True, exist_ok=True)
             write_text(self._kept, json.dumps(peft_samples(model, *self._arguments)))

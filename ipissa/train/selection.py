@@ -23,6 +23,7 @@ from ipissa.errors import ConfigError
 
 LEARNT = "learnt"  # no rule: the directions are learnt with the rotation (`ipissa.adapter.frame`)
 WITHOUT_PAIRS = (LEARNT, "top")  # what a PEFT adapter has as it is made
+WITHOUT_TEXTS = (*WITHOUT_PAIRS, "random")  # what pairs of other texts would not change
 
 
 @dataclass(frozen=True)

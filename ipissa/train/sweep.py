@@ -36,6 +36,7 @@ from ipissa.files import write_table
 from ipissa.models import dtype_name, resolve_device
 from ipissa.train.answers import digest
 from ipissa.train.config import TrainConfig, read_settings
+from ipissa.train.processes import refuse_launcher
 from ipissa.train.result import TrainResult
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ def run_sweep(configs: Sequence[TrainConfig], folder: Path, train: Train) -> Pat
     Raises:
         ConfigError: the folder holds runs of another grid, or in another arithmetic.
     """
+    refuse_launcher("A sweep")
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / "results.csv"
     # A combination may be in two grids, and counts once.

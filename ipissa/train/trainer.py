@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from ipissa.evaluate.yardsticks import (
 )
 from ipissa.models import QUANTISED, dtype_name, load_model, resolve_device
 from ipissa.steering import attach
+from ipissa.train import processes
 from ipissa.train.answers import BaseAnswers, training_targets, training_texts
 from ipissa.train.calibration import Calibration, calibrate
 from ipissa.train.card import write_card
@@ -89,6 +90,9 @@ def train(
         output: The .safetensors file; the run's folder is beside it, with the ending .run.
         resume: Go on with the broken run in that folder.
         shared: Folder for what runs over one base model can share: its texts and what it says of them.
+
+    Under a launcher, such as torchrun, this is called in every process. They share out the rows of a step,
+    `config.batch_size` each; the first does what is done once, and all return the same.
     """
     output = checked_output(output)
     device = resolve_device(config.device)
@@ -109,9 +113,27 @@ def train(
     personas = _look_at_personas(task, continuations, answers)
     learnt = _learn(task, continuations, base_model, answers, run)
 
-    # From here on the adapter runs as users will run it: from its tensors, in phase form.
     whole = Sampling.whole(config.max_new_tokens)
     test_set = answers.once("held-out", partial(task.sample_held_out, whole), [Continuation])
+
+    def finish() -> TrainResult:
+        return _finish(task, learnt, test_set, personas, run, output, started)
+
+    return processes.of_the_first(finish)
+
+
+def _finish(
+    task: _Task,
+    learnt: _Learnt,
+    test_set: Sequence[Continuation],
+    personas: Mapping[str, Any],
+    run: RunFolder,
+    output: Path,
+    started: float,
+) -> TrainResult:
+    """Measure what was learnt, and write it down."""
+    config = task.config
+    # From here on the adapter runs as users will run it: from its tensors, in phase form.
     learnt, flipped = _right_way_round(task, learnt, test_set)
     measured = _measure(task, learnt.adapter, test_set)
 
@@ -120,6 +142,7 @@ def train(
         "seconds": round(seconds),
         "computed_in": dtype_name(config.dtype, resolve_device(config.device)),
         "resumed": run.resumed,
+        "processes": processes.count(),
         "final_loss": _final_loss(learnt.history),
         "flipped": flipped,
     }

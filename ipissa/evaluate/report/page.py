@@ -134,9 +134,12 @@ def verdict(measured: Sequence[Measured], analyses: Sequence[Analysis]) -> str:
 
 def _ranking(measured: Sequence[Measured], order: Sequence[str]) -> str:
     """Methods that cost text the same; what the others cost, they are not ranked."""
-    text = "Nothing to rank: there is one method." if len(measured) < 2 else (
-        f"By balanced slope, of those at equal degradation, the largest first: {', '.join(order)}."
-    )  # fmt: skip
+    if len(measured) < 2:
+        text = "Nothing to rank: there is one method."
+    elif not order:
+        text = "Nothing is ranked: no method at equal degradation kept an answer to enough dilemmas."
+    else:
+        text = f"By balanced slope, of those at equal degradation, the largest first: {', '.join(order)}."
     own = next(each.cost() for each in measured if each.method == ADAPTER)
     unequal = [
         f"{each.method} (costs text {each.cost():.3f} nats per token, the adapter {own:.3f})"
@@ -162,7 +165,9 @@ def _frames(findings: Findings, analyses: Sequence[Analysis]) -> dict[str, pd.Da
     }
     if analyses:
         found |= {
-            "methods": tables.method_table(analyses),
+            "methods": tables.method_table(analyses).assign(
+                base_difference=lambda table: table["method"].map(base_differences(findings.measured))
+            ),
             "dose": tables.stacked(analyses, "dose"),
             "values": _with_chance(tables.stacked(analyses, "values"), findings),
             "clusters": tables.stacked(analyses, "clusters"),

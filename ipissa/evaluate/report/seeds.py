@@ -31,7 +31,7 @@ FIGURES = {
     "yardsticks": ("trait_gain", "plain_gain", "contrast"),
     "methods": (
         "balanced_value", "balanced_t", "balanced_p", "acquiescence_value", "published_effect", "published_gain",
-        "steering_f1", "transfer", "symmetry", "dose_monotonic",
+        "steering_f1", "transfer", "symmetry", "dose_monotonic", "base_difference",
     ),
 }  # fmt: skip
 
@@ -64,7 +64,7 @@ def summarise_seeds(folders: Sequence[Path], output: Path) -> str:
     facts = {
         "seeds": len(folders),
         "adapters": adapters,
-        **_asked(folders[0], settings[0]),
+        **_asked(folders, settings[0]),
         **_computed_in(settings),
         **_chance(folders, each, adapters),
     }
@@ -122,12 +122,12 @@ def _check_same(folders: Sequence[Path], described: Sequence[Mapping[str, Any]])
     return len(adapters)
 
 
-def _asked(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Which dilemmas, and about what; nothing where there were none."""
-    path = folder / "tables" / "values.csv"
-    if not path.exists():
+def _asked(folders: Sequence[Path], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Which dilemmas, and about what; nothing where there were none, or none of the seeds has an answer."""
+    paths = [path for folder in folders if (path := folder / "tables" / "values.csv").exists()]
+    if not paths:
         return {}
-    target = pd.read_csv(path)["name"].iloc[0]  # it comes first
+    target = pd.read_csv(paths[0])["name"].iloc[0]  # it comes first
     return {"dataset": dataset_name(settings["dataset"]), "target": target}
 
 
@@ -164,7 +164,13 @@ def _chance(folders: Sequence[Path], figures: Sequence[pd.DataFrame], adapters: 
 
 
 def _of_target(random: pd.DataFrame) -> pd.DataFrame:
-    """The slopes on the target, which comes first."""
+    """The slopes on the target, which comes first.
+
+    Raises:
+        ConfigError: the table does not say which are.
+    """
+    if "name" not in random:
+        raise ConfigError("A null.csv is of an earlier version, which kept no values apart; measure that seed again.")
     return random[random["name"] == random["name"].iloc[0]]
 
 
@@ -216,7 +222,7 @@ def _figures(folder: Path) -> pd.DataFrame:
     path = folder / "tables" / "methods.csv"
     if path.exists():
         methods = pd.read_csv(path)
-        parts += [methods.assign(figure=name, value=methods[name]) for name in FIGURES["methods"]]
+        parts += [methods.assign(figure=name, value=methods[name]) for name in FIGURES["methods"] if name in methods]
     return pd.concat([part[["method", "figure", "value"]] for part in parts], ignore_index=True)
 
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus
 
+from ipissa.train.processes import averaged
+
 MIN_REFERENCE = 1e-7
 
 
@@ -91,11 +93,11 @@ class SignFlip:
         self.evidence: dict[str, float] = {}
 
     def update(self, positive: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> dict[str, int]:
-        """The sign of every layer, after seeing p(+1) and p(-1) of one batch by layer name."""
+        """The sign of every layer, after seeing p(+1) and p(-1) of one batch by layer name, in all processes."""
         seen = {name: float((symlog(positive[name]) - symlog(negative[name])).mean()) for name in positive}
         if not self.per_layer:
             seen = {"": sum(seen.values()) / len(seen)}
-        for key, value in seen.items():
+        for key, value in averaged(seen).items():
             self.evidence[key] = self.decay * self.evidence.get(key, 0.0) + (1 - self.decay) * value
         return self.signs(positive)
 
