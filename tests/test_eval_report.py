@@ -264,7 +264,9 @@ def test_a_method_that_leaves_dilemmas_no_answer_is_left_out_and_costs_no_report
     assert said in summary(findings(1))
     assert said in (tmp_path / "report.html").read_text()
     write_report(findings(0), tmp_path / "none")
-    said = "With adapter 0 dilemmas about &#39;honesty&#39; have an answer at α = -1, 0 and 1, only 0 of them of the rarer"
+    said = (
+        "With adapter 0 dilemmas about &#39;honesty&#39; have an answer at α = -1, 0 and 1, only 0 of them of the rarer"
+    )
     assert said in (tmp_path / "none" / "report.html").read_text()
     assert "With adapter 0 dilemmas" in summary(findings(0))
     assert "trait gain" in summary(findings(0))  # the text says what it says

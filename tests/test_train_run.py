@@ -74,7 +74,9 @@ def test_a_run_leaves_an_adapter_its_card_and_what_it_takes_to_train_again(confi
     assert (run / "losses.png").read_bytes().startswith(b"\x89PNG")
     with (run / "layers.csv").open() as file:
         assert [row["module"] for row in csv.DictReader(file)] == list(result.adapter.modules)
-    assert "| α | before training | midway | after |" in (run / "samples.md").read_text()
+    samples = (run / "samples.md").read_text()
+    assert samples.count("| α | before training | midway | after |") == 3  # held-out prompts
+    assert [samples.count(f"\n| {alpha} | ") for alpha in ("-1", "+0", "+1")] == [3, 3, 3]
     card = (tmp_path / "kind.md").read_text()
     assert "## Yardsticks on 3 held-out prompts" in card
     assert "--set checkpoint_every=4" in card
@@ -483,11 +485,12 @@ def test_every_option_of_the_command_line_is_a_setting() -> None:
     assert parameters - set(OPTIONS) == {"output", "config", "preset", "set", "quick", "resume", "shared", "return"}
 
 
+@pytest.mark.parametrize("sides", [{}, {"rotate_u": True, "rotation": "matrix_exp"}], ids=["V", "both, matrix_exp"])
 @pytest.mark.parametrize("scale_mode", SCALE_MODES)
 def test_flipping_twice_gives_the_adapter_back_and_once_exchanges_the_poles(
-    scale_mode: str, make_adapter: Any, llama: Any
+    scale_mode: str, sides: dict[str, Any], make_adapter: Any, llama: Any
 ) -> None:
-    adapter = make_adapter(llama, scale_mode=scale_mode)
+    adapter = make_adapter(llama, scale_mode=scale_mode, **sides)
     ids = torch.tensor([[5, 6, 7, 8]])
     for one, other, alpha in ((adapter, adapter.flipped(), 0.7), (adapter, adapter.flipped().flipped(), -0.7)):
         found = []
