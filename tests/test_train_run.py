@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import errno
+import re
 import shlex
 import shutil
 import signal
@@ -113,6 +114,69 @@ def test_a_killed_run_goes_on_to_the_same_adapter(config: TrainConfig, tmp_path:
     assert difference(unbroken, resumed) < 1e-5
     assert "since it was resumed" in output.with_suffix(".md").read_text()
     assert "resumed" not in (tmp_path / "unbroken.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("learning", "kill_at"),
+    [
+        ({"objective": "contrastive", "contrastive": {"depths": [0.5]}}, 5),
+        ({"objective": "antiparallel", "depth_end": 0.5, "suffixes": "yes"}, 7),
+        ({"objective": "guided=1,contrastive=0.01", "contrastive": {"depths": [0.5]}, "batch_size": 12}, 8),
+        ({"selection": "wanda_trip"}, 3),
+    ],
+    ids=["contrastive", "antiparallel", "sum", "selection"],
+)
+def test_every_objective_goes_on_to_the_same_adapter(
+    learning: dict[str, Any], kill_at: int, config: TrainConfig, tmp_path: Path, killed_at: Any
+) -> None:
+    if "suffixes" in learning:
+        (tmp_path / "suffixes.txt").write_text("\n".join(f"Well, number {i} is one of those that" for i in range(24)))
+        learning = learning | {"suffixes": str(tmp_path / "suffixes.txt")}
+    settings = {"trainer": {"max_steps": 9}, "checkpoint_every": 2} | learning
+    config = TrainConfig.from_dict(config.to_dict() | settings)
+    unbroken = train(config, tmp_path / "unbroken.safetensors").adapter
+    killed_at(kill_at)
+    with pytest.raises(KilledError):
+        train(config, tmp_path / "broken.safetensors")
+    killed_at(0)
+    assert difference(unbroken, train(config, tmp_path / "broken.safetensors", resume=True).adapter) < 1e-5
+
+
+def deaf(path: str, folder: Path) -> Path:
+    """The model without attention: it goes on from its last token alone, whatever it is told before."""
+    model, tokenizer = load_model(path, device="cpu")
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.data.zero_()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"lr": 1e30}, r"at step \d+; use a lower --lr than 1e\+30|not finite after the last step; use a lower --lr"),
+        (
+            {"model": "deaf"},
+            r"this model says nearly what it says untold \(0\.0000 nats per token\); choose stronger wor",
+        ),
+        ({"objective": "contrastive", "suffixes": "no/such.txt"}, "no/such.txt"),
+    ],
+    ids=["not finite", "nothing elicited", "suffixes"],
+)
+def test_what_fails_ends_with_a_sentence_and_no_adapter(
+    wrong: dict[str, Any], says: str, config: TrainConfig, tmp_path: Path
+) -> None:
+    if "model" in wrong:
+        wrong = {"model": str(deaf(config.model, tmp_path / "deaf"))}
+    settings = tmp_path / "kind.yaml"
+    settings.write_text(yaml.safe_dump(config.to_dict() | wrong))
+    command = ["train", "--config", str(settings), "--output", str(tmp_path / "kind.safetensors")]
+    ended = CliRunner().invoke(app, command)
+    assert isinstance(ended.exception, IpissaError)
+    assert re.search(says, str(ended.exception))
+    assert not list(tmp_path.glob("kind.safetensors*"))
+    assert not (tmp_path / "kind.md").exists()
 
 
 def test_a_process_that_is_killed_goes_on_to_the_same_adapter(config: TrainConfig, tmp_path: Path) -> None:
@@ -288,6 +352,18 @@ def test_an_adapter_that_learnt_the_wrong_way_round_is_mirrored(
     for prompt, texts in straight.samples_before.items():
         assert mirrored.samples_before[prompt] == {"-1": texts["+1"], "+0": texts["+0"], "+1": texts["-1"]}
     assert mirrored.history[-1]["kl_positive"] == straight.history[-1]["kl_negative"]
+
+
+def test_an_adapter_that_learnt_the_wrong_way_round_is_turned(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config, epochs=12, lr=1e-2)
+    straight = train(config, tmp_path / "straight.safetensors").adapter
+    learn = trainer._learn
+    monkeypatch.setattr(trainer, "_learn", lambda *args: learn(*args).flipped())
+    turned = train(config, tmp_path / "turned.safetensors").adapter
+    assert [each.evaluation["training"]["flipped"] for each in (straight, turned)] == [False, True]
+    assert difference(straight, turned) == 0
 
 
 def test_runs_that_share_ask_the_base_model_once(
