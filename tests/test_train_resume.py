@@ -38,12 +38,18 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda step: setattr(kill, "step", step)
 
 
-def test_a_killed_run_goes_on_to_the_same_adapter(config: TrainConfig, tmp_path: Path, killed_at: Any) -> None:
-    unbroken = train(config, tmp_path / "unbroken.safetensors").adapter
-    output = tmp_path / "broken.safetensors"
+def broken_off(config: TrainConfig, folder: Path, killed_at: Any) -> Path:
+    """The output of a run that died after six steps, between two checkpoints."""
+    output = folder / "broken.safetensors"
     killed_at(6)
     with pytest.raises(KilledError):
         train(config, output)
+    return output
+
+
+def test_a_killed_run_goes_on_to_the_same_adapter(config: TrainConfig, tmp_path: Path, killed_at: Any) -> None:
+    unbroken = train(config, tmp_path / "unbroken.safetensors").adapter
+    output = broken_off(config, tmp_path, killed_at)
     assert not output.exists()
     with pytest.raises(ConfigError, match="holds an unfinished run; go on with --resume"):
         train(config, output)
@@ -104,20 +110,14 @@ def test_a_broken_run_goes_on_with_another_rate_on_the_texts_it_had(
 ) -> None:
     slower = replace(config, lr=2e-4)
     expected = train(slower, tmp_path / "slower.safetensors").adapter
-    output = tmp_path / "broken.safetensors"
-    killed_at(6)
-    with pytest.raises(KilledError):
-        train(config, output)
+    output = broken_off(config, tmp_path, killed_at)
     killed_at(0)
     monkeypatch.setattr(answers, "build_targets", None)  # neither asked again
     assert difference(expected, train(slower, output, resume=True).adapter) < 1e-5
 
 
 def test_what_a_run_keeps_is_named_where_it_is_damaged(config: TrainConfig, tmp_path: Path, killed_at: Any) -> None:
-    output = tmp_path / "broken.safetensors"
-    killed_at(6)
-    with pytest.raises(KilledError):
-        train(config, output)
+    output = broken_off(config, tmp_path, killed_at)
     (texts,) = (tmp_path / "broken.run" / "state").glob("continuations-*.pt")
     texts.write_bytes(texts.read_bytes()[:100])
     with pytest.raises(TrainingError, match=f"{texts} cannot be read: .*; remove it, and it is computed again"):
@@ -127,10 +127,7 @@ def test_what_a_run_keeps_is_named_where_it_is_damaged(config: TrainConfig, tmp_
 def test_how_often_checkpoints_are_written_is_no_reason_to_begin_anew(
     config: TrainConfig, tmp_path: Path, killed_at: Any
 ) -> None:
-    output = tmp_path / "broken.safetensors"
-    killed_at(6)
-    with pytest.raises(KilledError):
-        train(config, output)
+    output = broken_off(config, tmp_path, killed_at)
     learnt = sorted((tmp_path / "broken.run" / "checkpoints").glob("*"))
     RunFolder(output, replace(config, checkpoint_every=1), resume=True).begin(load_model(config.model)[0])
     assert sorted((tmp_path / "broken.run" / "checkpoints").glob("*")) == learnt
@@ -151,10 +148,7 @@ def test_an_adapter_that_is_complete_is_not_resumed(tmp_path: Path) -> None:
 def test_a_setting_that_is_of_no_use_costs_a_broken_run_nothing(
     config: TrainConfig, tmp_path: Path, killed_at: Any
 ) -> None:
-    output = tmp_path / "broken.safetensors"
-    killed_at(6)
-    with pytest.raises(KilledError):
-        train(config, output)
+    output = broken_off(config, tmp_path, killed_at)
     learnt = sorted((tmp_path / "broken.run" / "checkpoints").rglob("*"))
     with pytest.raises(ConfigError, match="do not fit transformers' TrainingArguments"):
         train(replace(config, trainer={"no_such": 1}), output, resume=True)

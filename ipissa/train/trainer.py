@@ -115,11 +115,7 @@ def train(
 
     whole = Sampling.whole(config.max_new_tokens)
     test_set = answers.once("held-out", partial(task.sample_held_out, whole), [Continuation])
-
-    def finish() -> TrainResult:
-        return _finish(task, learnt, test_set, personas, run, output, started)
-
-    return processes.of_the_first(finish)
+    return processes.of_the_first(partial(_finish, task, learnt, test_set, personas, run, output, started))
 
 
 def _finish(
