@@ -17,6 +17,7 @@ from ipissa.adapter.base_model import describe_base
 from ipissa.data.activations import PairActivations, pair_activations
 from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Continuation
+from ipissa.data.datasets import load_items
 from ipissa.data.pairs import ContrastivePair, Opening, contrastive_pairs
 from ipissa.data.personas import Trait
 from ipissa.errors import ConfigError
@@ -327,7 +328,8 @@ def test_a_comparison_measures_all_methods_on_the_same_texts_at_equal_degradatio
     }
     m = materials(model, tokenizer, pairs, replace(adapter, modules=gentle), tmp_path)
     wanted = adapter_degradation(m)
-    rows = [measure_method(method, m, None, (-1, 1), degradation=wanted) for method in (ADAPTER, *METHODS)]
+    dataset = load_items(max_items=12)
+    rows = [measure_method(method, m, dataset, (-1, 1), degradation=wanted) for method in (ADAPTER, *METHODS)]
     assert torch.equal(logits_of(model, IDS), base)
     assert [row.method for row in rows if row.scale is None] == [ADAPTER, "prompt", "engineered"]
     assert {row.yardsticks.prompts for row in rows} == {2}
@@ -340,6 +342,13 @@ def test_a_comparison_measures_all_methods_on_the_same_texts_at_equal_degradatio
     for row in rows:
         assert [point.alpha for point in row.degradation] == [-1, 0, 1]
         assert row.degradation[1].text == pytest.approx(0, abs=1e-6)
+    choices = [row.rows.pivot(index="item", columns="alpha", values=["yes", "no"]) for row in rows]
+    for row, found in zip(rows, choices, strict=True):
+        assert found.index.size == len(dataset.items)
+        assert (found - choices[0]).xs(0.0, axis=1, level="alpha").abs().max(axis=None) < 1e-4, row.method
+        for pole in (-1.0, 1.0):
+            moved = found.xs(pole, axis=1, level="alpha") - found.xs(0.0, axis=1, level="alpha")
+            assert moved.abs().max(axis=None) > 1e-3, row.method
     for method in ("caa", "sspace", "random", "lora", "reft"):
         scale = next(row.scale for row in rows if row.method == method)
         with made(method, m) as steerer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -160,6 +161,18 @@ def test_the_page_shows_figures_with_their_intervals_and_every_answer(report: Pa
     assert all(str(escape(each[key])) in page for each in answers for key in ("prompt", "told", "steered"))
 
 
+def test_the_page_says_the_loss_gap_where_the_run_is_beside_the_adapter(home: Path, report: Path) -> None:
+    line = "Held-out less training loss when it was trained"
+    assert line not in (report / "report.html").read_text()
+    run = home / "honest.run"
+    run.mkdir()
+    (run / "history.csv").write_text("step,loss,eval_loss\n1,3.0,\n2,5.0,\n2,,6.5\n")
+    CliRunner().invoke(app, arguments(home), catch_exceptions=False)
+    page = (report / "report.html").read_text()
+    shutil.rmtree(run)
+    assert f"{line}: 2.500 nats." in page
+
+
 def test_an_evaluation_begun_again_measures_only_what_is_missing(home: Path, report: Path, printed: str) -> None:
     def times() -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in (report / "parts").iterdir()}
@@ -246,6 +259,24 @@ def test_an_alpha_at_which_answers_are_lost_has_no_point_and_costs_no_report(
     assert dose.loc[[-1.0, 0.0, 1.0], "change"].notna().all()
     assert found.figures["valid"] == analyse(first, dataset).figures["valid"]  # that of the poles
     assert list(pareto_table([found], [first])["alpha"]) == [1.0]
+
+
+def test_clusters_are_compared_only_with_a_slope_that_can_be_told_from_0(
+    measured: list[Measured], dataset: Dataset
+) -> None:
+    first = measured[0]
+    assert first.rows is not None
+    labels = first.rows["item"].map({i: item.labels.get("honesty", 0) for i, item in enumerate(dataset.items)})
+    moved = first.rows["alpha"] * labels
+
+    def clusters(shift: pd.Series) -> pd.DataFrame:
+        return analyse(replace(first, rows=first.rows.assign(log_odds=shift)), dataset).clusters
+
+    noise = pd.Series(np.random.default_rng(0).normal(scale=0.1, size=len(moved)), index=moved.index)
+    found = clusters(moved + noise)
+    assert set(found["cluster"]) == {"Assistant"}  # of kindness, the only other value of a cluster
+    assert found["target_slope"].item() == pytest.approx(1, abs=0.1)
+    assert clusters(noise).empty
 
 
 def test_a_method_that_leaves_dilemmas_no_answer_is_left_out_and_costs_no_report(

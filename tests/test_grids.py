@@ -91,11 +91,12 @@ def _shrunk(path: Path, tiny: Path, prompts: Path, folder: Path) -> Path:
 
 
 def _model(tiny: Path, folder: Path, seed: int) -> str:
-    """The tiny model, or another one beside it."""
+    """The tiny model, or another one beside it: a base model, without a chat template."""
     if seed == 0:
         return str(tiny / "model")
     other = folder / f"model{seed}"
     tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.chat_template = None
     tokenizer.save_pretrained(other)
     tiny_model("llama", vocab_size=len(tokenizer), seed=seed).save_pretrained(other)
     return str(other)

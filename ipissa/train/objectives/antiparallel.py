@@ -209,23 +209,25 @@ class Antiparallel:
         return examples, torch.cat(streams, dim=1)
 
     def _subspace(self, model: Any, layers: Sequence[nn.Module], references: Tensor, stream: Tensor) -> Tensor:
-        """In units of the references' spread, as the loss compares shifts: a subspace is another one in other units."""
+        """Found in the stream's own units, as published, and carried into those in which shifts are compared.
+
+        The change of units is not a rotation: the same columns would be another subspace there.
+        """
         width = references.shape[1]
         pool = min(BASIS_POOL, width // 2, len(references))
-        unembedding = model.get_output_embeddings().weight.detach().float().cpu() * self.spread  # reads x as h / spread
         writers = [
-            dense_weight(module).cpu() / self.spread[:, None]
+            dense_weight(module).cpu()
             for layer in layers
             for name, module in layer.named_modules()
             if name.endswith(tuple(RESIDUAL_WRITERS))
         ]
         if not writers:
             raise ConfigError(f"The blocks have none of {', '.join(RESIDUAL_WRITERS)}; use another objective.")
-        erased = suppressed_subspace(stream / self.spread, unembedding, pool)
-        both = intersect(task_subspace(references / self.spread, pool), erased)
+        erased = suppressed_subspace(stream, model.get_output_embeddings().weight.detach().float().cpu(), pool)
+        both = intersect(task_subspace(references, pool), erased)
         basis = intersect(both, writable_subspace(writers, width // 2)) if both.shape[1] else both
         if not basis.shape[1]:
             raise ConfigError(
                 "The personas differ in no direction that blocks both write and erase; use another objective or depth."
             )
-        return basis[:, : self.config.rank]
+        return torch.linalg.qr(basis[:, : self.config.rank] / self.spread[:, None]).Q
