@@ -26,6 +26,7 @@ from ipissa.adapter.base_model import describe_base
 from ipissa.models import load_model
 from ipissa.train import TrainConfig
 
+pytest_plugins = ["evaluated"]  # fixtures of one evaluation, for the files that look at it
 ROOT = Path(__file__).parents[1]
 SHIPPED = sorted((ROOT / "adapters").glob("*.safetensors"))
 FAMILIES = {

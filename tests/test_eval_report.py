@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,98 +13,31 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import random_adapter, tiny_model
+from evaluated import ALPHAS, ASKED, METHODS, arguments
 from markupsafe import escape
 from typer.testing import CliRunner
 
 import ipissa
-from ipissa.adapter import Adapter, load_adapter, save_adapter
+from ipissa.adapter import load_adapter, save_adapter
 from ipissa.cli import app
-from ipissa.data.datasets import load_items
-from ipissa.data.items import CHOICES, Dataset
+from ipissa.data.items import Dataset
 from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError
 from ipissa.evaluate import bench
-from ipissa.evaluate.analysis import Analysis, analyse, base_differences, label_overlap, ranked, why_unranked
+from ipissa.evaluate.analysis import label_overlap
 from ipissa.evaluate.baselines.tuners import distillation_targets as targets
 from ipissa.evaluate.choices import measure_choices
-from ipissa.evaluate.compare import Degradation, Measured
-from ipissa.evaluate.methods import ADAPTER
+from ipissa.evaluate.compare import Measured
 from ipissa.evaluate.null import null_check
-from ipissa.evaluate.report.page import Findings, summary, verdict, write_report
-from ipissa.evaluate.report.parts import Parts, measured_from_json
-from ipissa.evaluate.report.tables import pareto_table
+from ipissa.evaluate.report.page import Findings, summary, write_report
+from ipissa.evaluate.report.parts import Parts
 from ipissa.evaluate.run import evaluate
-from ipissa.evaluate.scoring import find_choices
 from ipissa.evaluate.settings import EvalSettings
 from ipissa.evaluate.slopes import balanced_slope, with_labels
 from ipissa.evaluate.steerer import Steerer
 from ipissa.models import load_model
 from ipissa.steering import attach
 from ipissa.train import TrainConfig, answers, train
-
-METHODS = ["adapter", "prompt", "caa", "random"]
-ASKED = [f"{value}-{n}" for value, numbers in {
-    "honesty": (1, 2, 3, 11, 12, 13), "kindness": (1, 2, 8, 9), "maths": (1, 2, 3), "preference": (1, 2, 3)
-}.items() for n in numbers]  # fmt: skip
-ALPHAS = 4
-
-
-def gentle(adapter: Adapter) -> Adapter:
-    modules = {
-        name: replace(factors, rotation_v=0.1 * factors.rotation_v, delta_s=0.1 * factors.delta_s)
-        for name, factors in adapter.modules.items()
-    }
-    return replace(adapter, modules=modules)
-
-
-@pytest.fixture(scope="module")
-def home(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model that mostly answers Yes or No, an adapter for it, and prompts."""
-    folder = tmp_path_factory.mktemp("eval")
-    model = tiny_model("llama", vocab_size=len(tokenizer))
-    with torch.no_grad():
-        for choice in find_choices(tokenizer, CHOICES):
-            for (token,) in choice.variants:
-                model.lm_head.weight[token] *= 8
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    save_adapter(gentle(random_adapter(model, suffixes=("o_proj",), seed=7)), folder / "honest.safetensors")
-    (folder / "prompts.txt").write_text("\n".join(f"Tell me about the number {i}." for i in range(8)))
-    bundled = files("ipissa.data").joinpath("items.jsonl").read_text(encoding="utf-8").splitlines()
-    some = [line for line in bundled if json.loads(line)["dilemma"] in ASKED]
-    (folder / "items.jsonl").write_text("\n".join(some))
-    return folder
-
-
-def arguments(home: Path, *more: str) -> list[str]:
-    return [
-        "eval", "--adapter", str(home / "honest.safetensors"), "--output", str(home / "report"),
-        "--model", str(home / "model"), "--prompts", str(home / "prompts.txt"),
-        "--baselines", ", ".join(METHODS[1:]), "--null", "5", "--dataset", str(home / "items.jsonl"),
-        "--target", "honesty", "--alphas", "0.5", "--dtype", "float32", *more,
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def printed(home: Path) -> str:
-    """What the command prints after it wrote the report."""
-    return CliRunner().invoke(app, arguments(home), catch_exceptions=False).stdout
-
-
-@pytest.fixture(scope="module")
-def report(home: Path, printed: str) -> Path:
-    return home / "report"
-
-
-@pytest.fixture(scope="module")
-def dataset(home: Path) -> Dataset:
-    return load_items(home / "items.jsonl", target="honesty")
-
-
-@pytest.fixture(scope="module")
-def measured(report: Path) -> list[Measured]:
-    return [measured_from_json(json.loads((report / "parts" / f"{name}.json").read_text())) for name in METHODS]
 
 
 def test_the_command_prints_yardsticks_first_then_slopes_and_where_chance_puts_them(printed: str) -> None:
@@ -218,67 +150,6 @@ def test_the_table_of_methods_has_every_figure_of_every_method(
     assert dose.loc[("adapter", 0.5), "change"] == pytest.approx(level(0.5) - level(0.0))
 
 
-def test_methods_that_do_not_start_from_the_same_model_are_not_ranked(
-    measured: list[Measured], dataset: Dataset
-) -> None:
-    analyses = [analyse(each, dataset) for each in measured]
-    differences = base_differences(measured)
-    assert max(differences.values()) < 1e-3
-    slopes = {each.method: each.figures["balanced_value"] for each in analyses}
-    up, down = (
-        [each.method for each in analyses if each.figures["balanced_p"] < 0.05 and sign * slopes[each.method] > 0]
-        for sign in (1, -1)
-    )
-    said = f"Intervals over dilemmas above 0: {', '.join(up) or 'none'}; below 0: {', '.join(down) or 'none'}."
-    assert said in verdict(measured, analyses)
-    matched = [each.method for each in measured if each.equal]
-    assert ADAPTER in matched
-    assert "prompt" not in matched
-    assert ranked(analyses, differences) == sorted(matched, key=lambda name: -slopes[name])
-    rows = measured[2].rows
-    assert rows is not None
-    for nats, says in ((0.6, "more than half a nat"), (0.2, "differ from the adapter's by 0.20 nats")):
-        other = replace(measured[2], rows=rows.assign(log_odds=rows["log_odds"] + nats))
-        shifted = [*measured[:2], other, *measured[3:]]
-        assert says in verdict(shifted, analyses)
-        assert verdict(shifted, analyses).startswith("Not ranked: at α = 0 the answers with caa differ")
-        with pytest.raises(ConfigError, match="Not ranked"):
-            ranked(analyses, base_differences(shifted))
-    assert why_unranked({"a": 0.0, "b": float("nan")}) is not None
-
-
-def test_an_alpha_at_which_answers_are_lost_has_no_point_and_costs_no_report(
-    measured: list[Measured], dataset: Dataset
-) -> None:
-    first = measured[0]
-    assert first.rows is not None
-    broken = first.rows.assign(valid=first.rows["valid"] & (first.rows["alpha"] != 0.5))
-    found = analyse(replace(first, rows=broken), dataset)
-    dose = found.dose.set_index("alpha")
-    assert dose.loc[0.5, ["change", "low", "high"]].isna().all()
-    assert dose.loc[[-1.0, 0.0, 1.0], "change"].notna().all()
-    assert found.figures["valid"] == analyse(first, dataset).figures["valid"]  # that of the poles
-    assert list(pareto_table([found], [first])["alpha"]) == [1.0]
-
-
-def test_clusters_are_compared_only_with_a_slope_that_can_be_told_from_0(
-    measured: list[Measured], dataset: Dataset
-) -> None:
-    first = measured[0]
-    assert first.rows is not None
-    labels = first.rows["item"].map({i: item.labels.get("honesty", 0) for i, item in enumerate(dataset.items)})
-    moved = first.rows["alpha"] * labels
-
-    def clusters(shift: pd.Series) -> pd.DataFrame:
-        return analyse(replace(first, rows=first.rows.assign(log_odds=shift)), dataset).clusters
-
-    noise = pd.Series(np.random.default_rng(0).normal(scale=0.1, size=len(moved)), index=moved.index)
-    found = clusters(moved + noise)
-    assert set(found["cluster"]) == {"Assistant"}  # of kindness, the only other value of a cluster
-    assert found["target_slope"].item() == pytest.approx(1, abs=0.1)
-    assert clusters(noise).empty
-
-
 def test_a_method_that_leaves_dilemmas_no_answer_is_left_out_and_costs_no_report(
     home: Path, measured: list[Measured], dataset: Dataset, tmp_path: Path
 ) -> None:
@@ -303,16 +174,6 @@ def test_a_method_that_leaves_dilemmas_no_answer_is_left_out_and_costs_no_report
     assert "trait gain" in summary(findings(0))  # the text says what it says
 
 
-def test_methods_at_another_cost_are_named_and_not_ranked(measured: list[Measured], dataset: Dataset) -> None:
-    some = [replace(each, equal=False) if each.method == "caa" else each for each in measured]
-    analyses = [analyse(each, dataset) for each in some]
-    assert set(ranked(analyses, base_differences(some))) == {"adapter", "random"}
-    left = {each.method: each.cost() for each in some if each.method in ("prompt", "caa")}
-    own = f"the adapter {measured[0].cost():.3f}"
-    said = ", ".join(f"{method} (costs text {cost:.3f} nats per token, {own})" for method, cost in left.items())
-    assert f"Not ranked, at another degradation: {said}." in verdict(some, analyses)
-
-
 def test_a_folder_takes_other_settings_until_something_was_measured_in_it(tmp_path: Path) -> None:
     folder = tmp_path / "report"
     Parts(folder, {"seed": 0})  # and then something was refused
@@ -320,59 +181,6 @@ def test_a_folder_takes_other_settings_until_something_was_measured_in_it(tmp_pa
     with pytest.raises(ConfigError, match="holds an evaluation with another seed; choose another --output"):
         Parts(folder, {"seed": 0})
     assert Parts(folder, {"seed": 1}).load("adapter") == 1
-
-
-def test_methods_that_lost_dilemmas_are_named_and_not_ranked(measured: list[Measured], dataset: Dataset) -> None:
-    some = [replace(each, equal=True) for each in measured]
-    rows = some[2].rows
-    assert rows is not None
-    of_one = rows["dilemma"] == dataset.items[0].dilemma
-    some[2] = replace(some[2], rows=rows.assign(valid=rows["valid"] & ~of_one))
-    analyses = [analyse(each, dataset) for each in some]
-    kept = analyses[2].figures["kept"]
-    assert kept == analyses[2].figures["items"] / analyses[0].figures["items"] < 0.9
-    assert set(ranked(analyses, base_differences(measured))) == {each.method for each in some} - {some[2].method}
-    assert f"Not ranked, as other dilemmas lost their answers: {some[2].method} ({kept:.0%})" in verdict(
-        [each if each is not some[2] else replace(measured[2], equal=True) for each in some], analyses
-    )
-
-
-def test_where_every_method_lost_dilemmas_nothing_is_ranked(measured: list[Measured], dataset: Dataset) -> None:
-    some = []
-    for each in measured:
-        assert each.rows is not None
-        of_one = each.rows["dilemma"] == dataset.items[0].dilemma
-        some.append(replace(each, equal=True, rows=each.rows.assign(valid=each.rows["valid"] & ~of_one)))
-    text = verdict(some, [analyse(each, dataset) for each in some])
-    assert text.startswith("Nothing is ranked: no method at equal degradation kept an answer to enough dilemmas.")
-
-
-def test_an_adapter_that_costs_nothing_has_a_verdict(measured: list[Measured], dataset: Dataset) -> None:
-    free = [Degradation(each.alpha, 0.0, None) for each in measured[0].degradation]
-    some = [replace(measured[0], degradation=free), *measured[1:]]
-    assert "nats per token, the adapter 0.000)" in verdict(some, [analyse(each, dataset) for each in some])
-
-
-def test_the_front_holds_what_neither_another_point_nor_doing_nothing_beats(
-    measured: list[Measured], dataset: Dataset
-) -> None:
-    def at_poles(method: str, changes: tuple[float, float], lost: tuple[float, float]) -> tuple[Analysis, Measured]:
-        dose = pd.DataFrame({"alpha": [-1.0, 0.0, 1.0], "change": [changes[0], 0.0, changes[1]]})
-        costs = [Degradation(alpha, text, None) for alpha, text in zip((-1.0, 1.0), lost, strict=True)]
-        own = analyse(measured[0], dataset)
-        return replace(own, method=method, dose=dose), replace(measured[0], method=method, degradation=costs)
-
-    made = [
-        at_poles("apart", (-0.3, 0.5), (0.1, 0.3)),
-        at_poles("dearer", (-0.3, 0.3), (0.3, 0.3)),
-        at_poles("further", (-1.0, 1.0), (0.5, 0.5)),
-        at_poles("alike", (-0.6, -0.6), (0.0, 0.1)),  # lower at both poles: no effect of the dial
-        at_poles("backwards", (0.2, -0.2), (0.01, 0.01)),
-    ]
-    points = pareto_table(*map(list, zip(*made, strict=True))).set_index("method")
-    assert list(points["effect"]) == pytest.approx([0.4, 0.3, 1.0, 0.0, -0.2])
-    assert list(points["degradation"]) == pytest.approx([0.2, 0.3, 0.5, 0.05, 0.01])
-    assert list(points.index[points["front"]]) == ["apart", "further"]
 
 
 def test_vectors_that_were_measured_can_be_attached_at_the_scale_they_had(
