@@ -8,13 +8,14 @@ python -m benchmarks.results
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ipissa.evaluate.analysis import SAME_BASE_NATS
+from ipissa.evaluate.report.seeds import AT_BEST
 
 from .written import with_block
 
@@ -27,6 +28,8 @@ SHOWN = {
     "balanced_value": "balanced slope",
     "acquiescence_value": "acquiescence",
 }
+DIGITS = {"trait_gain +": 2, "trait_gain -": 2, "balanced_value": 3, "acquiescence_value": 3}
+ONE_SIDED = 0.1  # of the dilemmas at least must list first what shows the target, and what does not
 ADAPTER, PROMPT = "adapter", "prompt"
 SURE_P = 0.05
 
@@ -66,43 +69,77 @@ def section(name: str, medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
 
 def _row(name: str, method: str, figures: pd.DataFrame, seeds: int) -> str:
     own = figures.set_index("figure")
-    cells = [_cell(own.loc[figure], seeds) if figure in own.index else "" for figure in SHOWN]
+    cells = [_cell(own.loc[figure], seeds, DIGITS[figure]) if figure in own.index else "" for figure in SHOWN]
     label = f"**{name}**" if method == ADAPTER else method
     if own.loc["equal", "lowest"] != 1:  # NaN for prompts, which have no scale to choose
         label += " (at another cost)"
     return f"| {label} | {' | '.join(cells)} |"
 
 
-def _cell(figure: pd.Series, seeds: int) -> str:
+def _cell(figure: pd.Series, seeds: int, digits: int) -> str:
     """A figure of dilemmas is missing at seeds where the method left too few of them an answer."""
     of = f" ({figure['seeds']} of {seeds})" if figure["seeds"] < seeds else ""
-    return f"{figure['median']:.2f} [{figure['lowest']:.2f}, {figure['highest']:.2f}]{of}"
+    median, lowest, highest = (f"{figure[name]:.{digits}f}" for name in ("median", "lowest", "highest"))
+    return f"{median} [{lowest}, {highest}]{of}"
 
 
 def _rank(name: str, medians: pd.DataFrame) -> str:
-    """The worse pole's trait gain, among methods that cost text what the adapter costs at every seed."""
+    """How far the adapter's trait gain is above that of others, over the same prompts; seeds are counted.
+
+    First among methods that cost text what the adapter costs at every seed, then with each at its best scale. More and
+    less is what has a 95 % interval over prompts on one side of 0.
+    """
     at_cost = medians[medians["figure"] == "equal"].set_index("method")["lowest"]  # NaN for prompts: they have no scale
     other = _other_models(medians)
-    gains = medians[medians["figure"] == "trait_gain worse"].set_index("method")
-    compared = gains.index.isin(at_cost.index[at_cost == 1]) & ~gains.index.isin(other)
+    alike = [method for method in at_cost.index[at_cost == 1] if method not in (ADAPTER, *other)]
     text = (
-        f"At a cost matched on texts for tuning, over both poles, more trait gain at the worse pole than `{name}`: "
-        f"{_ahead(gains[compared])}."
+        "By intervals over prompts, of paired differences, at a cost matched on texts for tuning and over both poles: "
+        f"{_apart(name, medians, alike)}"
     )
     if other:
-        text += f" Not compared, as at α = 0 it is not the same model: {', '.join(f'`{each}`' for each in other)}."
-    unequal = [f"`{each}`" for each in at_cost.index[at_cost == 0]]
-    if unequal:
-        text += f" Not compared, as their cost was not equal at every seed: {', '.join(unequal)}."
-    best = medians[medians["figure"] == "trait_gain worse at best"].set_index("method").drop(other, errors="ignore")
+        text += f" Not compared, as at α = 0 it is not the same model: {_listed(other)}."
+    unequal = at_cost.index[at_cost == 0]
+    if len(unequal):
+        text += f" Not compared, as their cost was not equal at every seed: {_listed(unequal)}."
+    best = medians[medians["figure"] == f"trait_gain worse{AT_BEST}"].set_index("method").drop(other, errors="ignore")
     if best.empty:
         return text
     nearest = best["median"].idxmax()
+    own = medians[medians["figure"] == "trait_gain worse"].set_index("method").loc[ADAPTER, "median"]
     return (
-        f"{text} With each at the best of the scales from 1/64 to 4 times that one, or times the one that it was "
-        f"trained at, whatever that costs: {_ahead(best)}; the nearest, `{nearest}`, has "
-        f"{best.loc[nearest, 'median']:.2f} against {gains.loc[ADAPTER, 'median']:.2f}."
+        f"{text} With each at the best of nine scales, from 1/64 to 4 times that one, or times the one that it was "
+        f"trained at, whatever that costs: {_apart(name, medians, best.index, AT_BEST)} The nearest at its worse pole, "
+        f"`{nearest}`, has {best.loc[nearest, 'median']:.2f} there, `{name}` {own:.2f}."
     )
+
+
+def _apart(name: str, medians: pd.DataFrame, methods: Iterable[str], suffix: str = "") -> str:
+    """Which methods the adapter is above at both poles and every seed, and what is seen of each other one."""
+    more = medians.set_index(["method", "figure"])
+    sides = {
+        method: {pole: more.loc[(method, f"adapter_more {pole}{suffix}")] for pole in ("+", "-")} for method in methods
+    }
+    clear = [
+        method for method, poles in sides.items() if all(side["above"] == side["seeds"] for side in poles.values())
+    ]
+    sentences = [f"`{name}` has more trait gain than {_listed(clear)} at both poles and every seed."] if clear else []
+    sentences += [
+        f"Against `{method}`: at + {_counted(poles['+'])}; at - {_counted(poles['-'])}."
+        for method, poles in sides.items()
+        if method not in clear
+    ]
+    return " ".join(sentences) or "there is no other method."
+
+
+def _counted(side: pd.Series) -> str:
+    """At how many seeds the interval of a difference is on which side of 0."""
+    more, less, seeds = side["above"], side["below"], side["seeds"]
+    found = {"more": more, "less": less, "not told apart": seeds - more - less}
+    return ", ".join(f"{what} at {count:.0f} of {seeds:.0f} seeds" for what, count in found.items() if count)
+
+
+def _listed(methods: Iterable[str]) -> str:
+    return ", ".join(f"`{each}`" for each in methods)
 
 
 def _other_models(medians: pd.DataFrame) -> list[str]:
@@ -111,21 +148,14 @@ def _other_models(medians: pd.DataFrame) -> list[str]:
     return off["method"].tolist()
 
 
-def _ahead(gains: pd.DataFrame) -> str:
-    """The methods above the adapter at every seed, and those that are at some: a median alone decides nothing."""
-    every = [f"`{each}`" for each in gains.index[gains["ahead"] == gains["seeds"]]]
-    some = [f"`{each}`" for each in gains.index[gains["ahead"].between(1, gains["seeds"] - 1)]]
-    text = ", ".join(every) or "no other method"
-    return f"{text} at every seed, {', '.join(some)} at some" if some else text
-
-
 def _dilemmas(medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
     """Whether choices in dilemmas follow: at every seed one way, and further than chance moves them."""
     slopes = medians[medians["figure"] == "balanced_value"].set_index("method")
     if ADAPTER not in slopes.index:
         return "No dilemmas were asked."
     slope = slopes.loc[ADAPTER]
-    p = medians[medians["figure"] == "balanced_p"].set_index("method").loc[ADAPTER]
+    of_dilemmas = medians[medians["figure"] == "balanced_p"].set_index("method")
+    p = of_dilemmas.loc[ADAPTER]
     everywhere = slope["seeds"] == facts["seeds"] and p["highest"] < SURE_P and slope["lowest"] * slope["highest"] > 0
     sure = everywhere and facts.get("chance_p", 1) < SURE_P  # without random adapters there is nothing to tell it from
     text = (
@@ -136,8 +166,17 @@ def _dilemmas(medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
     if "chance" in facts:
         text += f" {facts['chance']}"
     if PROMPT in slopes.index:
-        told = slopes.loc[PROMPT, "median"]
-        text += f" Telling the model to be so moves them by {told:.3f}, {_way(told)} what the rule asks."
+        told, told_p = slopes.loc[PROMPT, "median"], of_dilemmas.loc[PROMPT]
+        text += (
+            f" Telling the model to be so moves them by {told:.3f}, {_way(told)} what the rule asks (over dilemmas p "
+            f"from {told_p['lowest']:.2g} to {told_p['highest']:.2g}; no chance was drawn for it)."
+        )
+    first = facts.get("first_shows")
+    if first is not None and not ONE_SIDED < first < 1 - ONE_SIDED:
+        text += (
+            f" In {first:.0%} of these dilemmas the action that shows it is listed first, so that its place may pass "
+            "for it."
+        )
     return text
 
 

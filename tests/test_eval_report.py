@@ -158,7 +158,7 @@ def test_a_method_that_leaves_dilemmas_no_answer_is_left_out_and_costs_no_report
         assert rows is not None
         some = [*measured[:lost], replace(measured[lost], rows=rows.assign(valid=False)), *measured[lost + 1 :]]
         adapter = load_adapter(home / "honest.safetensors")
-        return Findings(EvalSettings(), adapter, dataset, some, best=[], texts=[], null=None)
+        return Findings(EvalSettings(), adapter, dataset, some, best=[], texts=[], echoes={"+": [], "-": []}, null=None)
 
     write_report(findings(1), tmp_path)
     assert list(pd.read_csv(tmp_path / "tables" / "methods.csv")["method"]) == [METHODS[0], *METHODS[2:]]

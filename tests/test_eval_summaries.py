@@ -30,16 +30,22 @@ def evaluation(folder: Path, seed: int, gain: float, **settings: Any) -> Path:
     (folder / "settings.json").write_text(json.dumps({"adapter": "abc", "recipe": {"lr": 1}} | asked | settings))
     poles = [
         {"method": method, "pole": pole, "equal": True, "trait_gain": at_pole, "plain_gain": 0.1, "contrast": 1}
+        | ({} if method == "adapter" else _more(gain - at_pole))
         for method, gains in {"adapter": (gain, gain), "caa": (0.3, 0.15)}.items()
         for pole, at_pole in zip("+-", gains, strict=True)
     ]
     pd.DataFrame(poles).to_csv(folder / "tables" / "yardsticks.csv")
-    best = [{"method": "caa", "pole": pole, "trait_gain": 0.3, "degradation": 0.1} for pole in "+-"]
+    best = [{"method": "caa", "pole": pole, "trait_gain": 0.3, "degradation": 0.1} | _more(gain - 0.3) for pole in "+-"]
     pd.DataFrame(best).to_csv(folder / "tables" / "best.csv")
-    row = {"method": "adapter"} | dict.fromkeys(FIGURES["methods"], 2 * gain)
+    row = {"method": "adapter", "first_shows": 0.97} | dict.fromkeys(FIGURES["methods"], 2 * gain)
     pd.DataFrame([row]).to_csv(folder / "tables" / "methods.csv")
     pd.DataFrame({"name": ["candour", "care"]}).to_csv(folder / "tables" / "values.csv")
     return folder
+
+
+def _more(value: float) -> dict[str, float]:
+    """How far the adapter is above, to within 0.1."""
+    return {"adapter_more": value, "adapter_more_low": value - 0.1, "adapter_more_high": value + 0.1}
 
 
 def test_seeds_are_summed_up_by_medians_with_range_and_count(tmp_path: Path) -> None:
@@ -52,12 +58,14 @@ def test_seeds_are_summed_up_by_medians_with_range_and_count(tmp_path: Path) -> 
     table = pd.read_csv(tmp_path / "out" / "medians.csv").set_index(["method", "figure"])
     figures = ["median", "lowest", "highest", "seeds"]
     assert list(table.loc[("adapter", "balanced_value"), figures]) == [0.4, 0.2, 1.0, 3]
-    # The adapter's gain is 0.1, 0.5 and 0.2: below 0.15 at one seed, and below 0.3 at two.
-    assert list(table.loc[("caa", "trait_gain worse"), [*figures, "ahead"]]) == [0.15, 0.15, 0.15, 3, 1]
-    assert table.loc[("caa", "trait_gain +"), "ahead"] == 2
-    assert table.loc[("caa", "trait_gain worse at best"), "ahead"] == 2
-    assert table.loc[("adapter", "trait_gain worse"), "ahead"] == 0
-    assert table["ahead"].isna().loc[[("adapter", "balanced_p"), ("adapter", "transfer")]].all()  # more is not better
+    assert list(table.loc[("caa", "trait_gain worse"), figures]) == [0.15, 0.15, 0.15, 3]
+    # The adapter has 0.1, 0.5 and 0.2, caa 0.3 and 0.15: intervals of differences end 0.1 from them.
+    sides = ["above", "below"]
+    assert list(table.loc[("caa", "adapter_more +"), [*figures, *sides]]) == pytest.approx([-0.1, -0.2, 0.2, 3, 1, 1])
+    assert list(table.loc[("caa", "adapter_more -"), sides]) == [1, 0]
+    assert list(table.loc[("caa", "adapter_more - at best"), sides]) == [1, 1]
+    assert ("adapter", "adapter_more +") not in table.index
+    assert table[sides].isna().loc[[("adapter", "balanced_p"), ("caa", "trait_gain +")]].all(axis=None)
     assert "Fewer than 3 seeds" in summarise_seeds(folders[:2], tmp_path / "two")
 
 
@@ -66,6 +74,11 @@ def test_folders_of_which_there_is_no_median_are_named(tmp_path: Path) -> None:
     (broken / "tables" / "yardsticks.csv").unlink()
     with pytest.raises(ConfigError, match=r"evaluation in .*b is not complete; run it again"):
         summarise_seeds([whole, broken], tmp_path / "out")
+    old = evaluation(tmp_path / "d", 3, 0.1)
+    yardsticks = pd.read_csv(old / "tables" / "yardsticks.csv")
+    yardsticks.drop(columns="adapter_more").to_csv(old / "tables" / "yardsticks.csv")
+    with pytest.raises(ConfigError, match=r"d is of an earlier version, which compared no prompts; measure that seed"):
+        summarise_seeds([whole, old], tmp_path / "out")
     (other / "settings.json").write_text('{"lr": 1}')
     with pytest.raises(ConfigError, match=r"is not of `ipissa eval`: it lacks adapter, recipe, seed"):
         summarise_seeds([whole, other], tmp_path / "out")
@@ -110,7 +123,7 @@ def test_adapters_of_their_own_are_compared_with_medians_of_one_random_adapter_p
     # All 27 ways to put a random slope, or the measured one, in the place of each of 0.2, 1.0 and 0.4.
     pools = [(-0.5, 0.1, own) for own in (0.2, 1.0, 0.4)]
     as_large = [abs(sorted(drawn)[1]) >= 0.4 for drawn in product(*pools)]
-    assert facts["chance_p"] == pytest.approx(sum(as_large) / 27, abs=0.02)
+    assert facts["chance_p"] == pytest.approx(sum(as_large) / 27)
     pd.DataFrame(random).assign(equal=False).to_csv(folders[1] / "tables" / "null.csv", index=False)
     assert "nothing is said of chance" in summarise_seeds(folders, tmp_path / "out")
     (folders[1] / "tables" / "null.csv").unlink()
@@ -121,7 +134,7 @@ def test_adapters_of_one_recipe_are_summed_up_one_per_seed(tmp_path: Path) -> No
     folders = [evaluation(tmp_path / f"{i}", i, 0.1, adapter=f"sha {i}") for i in range(3)]
     assert "each of an adapter of its own" in summarise_seeds(folders, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "medians.json").read_text()) == {
-        "seeds": 3, "adapters": 3, "dataset": "dilemmas.csv", "target": "candour"
+        "seeds": 3, "adapters": 3, "dataset": "dilemmas.csv", "target": "candour", "first_shows": 0.97
     }  # fmt: skip
     later = evaluation(tmp_path / "later", 4, 0.1, adapter="sha 4", recipe={"lr": 1, "depth_count": None})
     summarise_seeds([*folders, later], tmp_path / "later" / "out")  # a setting that was added, at its default
@@ -140,9 +153,9 @@ def test_adapters_of_one_recipe_are_summed_up_one_per_seed(tmp_path: Path) -> No
 
 
 def test_seeds_may_be_computed_on_different_machines_which_is_said(tmp_path: Path) -> None:
-    dtypes = ("float32", "bfloat16", "bfloat16")
-    folders = [evaluation(tmp_path / f"{seed}", seed, 0.1, dtype=dtype) for seed, dtype in enumerate(dtypes)]
-    said = "Computed in float32 at seed 0, bfloat16 at seed 1, bfloat16 at seed 2."
+    machines = ({"dtype": "float32", "device": "cpu"}, *2 * [{"dtype": "float32", "device": "cuda"}])
+    folders = [evaluation(tmp_path / f"{seed}", seed, 0.1, **machine) for seed, machine in enumerate(machines)]
+    said = "Computed in float32 on cpu at seed 0, float32 on cuda at seed 1, float32 on cuda at seed 2."
     assert said in summarise_seeds(folders, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "medians.json").read_text())["computed_in"] == said
     assert "Computed in" not in summarise_seeds(folders[1:], tmp_path / "same")

@@ -16,70 +16,99 @@ from benchmarks.written import marks
 FACTS = {"seeds": 3, "adapters": 3, "dataset": "dilemmas.csv", "target": "candour", "chance_p": 0.01}
 BEGIN, END = marks("results")
 README = f"# ipissa\n\n{BEGIN}\n\nof last year\n\n{END}\n\nRead on."
-
-
 SURE = (0.001, 0.01, 0.04)
+COLUMNS = ["method", "figure", "median", "lowest", "highest", "seeds", "above", "below"]
 
 
 def medians(p: tuple[float, float, float], **worse_gains: float) -> pd.DataFrame:
-    """Three methods with a trait gain of 0.5 at + and another at -, and a p of some slope at three seeds."""
+    """Methods with a trait gain of 0.5 at + and another at -, and a p of some slope at three seeds.
+
+    Differences of 0.2 and more have an interval on one side of 0 at every seed.
+    """
     rows = []
     for method, gain in worse_gains.items():
         equal = {"prompt": None, "dora": 0}.get(method, 1)  # lowest of the seeds
-        rows.append([method, "equal", equal, equal, equal, 3])
-        for figure in (*SHOWN, "trait_gain worse", "balanced_p"):
-            low, median, high = p if figure == "balanced_p" else (gain - 0.1, gain, gain + 0.1)
-            if figure == "trait_gain +":
+        rows.append(figure(method, "equal", equal))
+        for name in (*SHOWN, "trait_gain worse", "balanced_p"):
+            low, median, high = p if name == "balanced_p" else (gain - 0.1, gain, gain + 0.1)
+            if name == "trait_gain +":
                 low, median, high = 0.4, 0.5, 0.6
-            rows.append([method, figure, median, low, high, 3])
-    table = pd.DataFrame(rows, columns=["method", "figure", "median", "lowest", "highest", "seeds"])
-    return table.assign(ahead=3 * (table["median"] > worse_gains["adapter"]))
+            rows.append(figure(method, name, median, low, high))
+        if method != "adapter":
+            rows += [more(method, pole, worse_gains["adapter"] - gain) for pole in "+-"]
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def test_every_method_has_a_row_and_those_ahead_are_named() -> None:
-    text = section("kind", medians(SURE, adapter=0.3, prompt=1.0, caa=0.1, lora=0.4, dora=0.4), FACTS)
-    assert "| **kind** | 0.50 [0.40, 0.60] | 0.30 [0.20, 0.40] |" in text
+def figure(method: str, name: str, median: float | None, low: float | None = None, high: float | None = None) -> list:
+    """A row of medians over three seeds."""
+    return [method, name, median, median if low is None else low, median if high is None else high, 3, None, None]
+
+
+def more(method: str, pole: str, apart: float, suffix: str = "") -> list:
+    return [*figure(method, f"adapter_more {pole}{suffix}", apart)[:-2], 3 * (apart > 0.15), 3 * (apart < -0.15)]
+
+
+def at_best(**gains: float) -> pd.DataFrame:
+    """Methods at their best scale beside an adapter of 0.3."""
+    rows = [
+        row
+        for method, gain in gains.items()
+        for row in (
+            figure(method, "trait_gain worse at best", gain),
+            *(more(method, pole, 0.3 - gain, " at best") for pole in "+-"),
+        )
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def test_every_method_has_a_row_and_is_compared_at_the_same_cost() -> None:
+    text = section("kind", medians(SURE, adapter=0.3, prompt=1.0, caa=0.1, lora=0.35, dora=0.4, reft=0.6), FACTS)
+    assert "| **kind** | 0.50 [0.40, 0.60] | 0.30 [0.20, 0.40] | 0.300 [0.200, 0.400] |" in text
     assert "| caa | 0.50 [0.40, 0.60] | 0.10 [0.00, 0.20] |" in text
+    assert "`kind` has more trait gain than `caa` at both poles and every seed." in text
+    assert "Against `lora`: at + not told apart at 3 of 3 seeds; at - not told apart at 3 of 3 seeds." in text
+    assert "Against `reft`: at + less at 3 of 3 seeds; at - less at 3 of 3 seeds." in text
     # Prompts have no scale, and dora's did not match.
-    assert "more trait gain at the worse pole than `kind`: `lora`. Not compared, as their cost" in text
-    assert "at every seed: `dora`." in text
+    assert "Not compared, as their cost was not equal at every seed: `dora`." in text
+    assert "Against `dora`" not in text
+    assert "Against `prompt`" not in text
     assert "| dora (at another cost) |" in text
     assert "| prompt (at another cost) |" in text
     assert "medians over 3 seeds of 3 adapters, one per seed" in text
-    first = section("kind", medians(SURE, adapter=0.3, caa=0.1), FACTS | {"adapters": 1})
+    first = section("kind", medians(SURE, adapter=0.3), FACTS | {"adapters": 1})
     assert "medians over 3 seeds of one adapter" in first
-    assert "than `kind`: no other method." in first
+    assert "over both poles: there is no other method." in first
 
 
-def test_a_method_that_is_ahead_at_some_seeds_only_is_said_to_be() -> None:
-    table = medians(SURE, adapter=0.3, caa=0.4, lora=0.4)
-    table.loc[table["method"] == "lora", "ahead"] = 2
-    assert "than `kind`: `caa` at every seed, `lora` at some." in section("kind", table, FACTS)
-    table.loc[table["method"] == "caa", "ahead"] = 0
-    assert "than `kind`: no other method at every seed, `lora` at some." in section("kind", table, FACTS)
+def test_seeds_that_say_otherwise_are_counted() -> None:
+    table = medians(SURE, adapter=0.3, lora=0.1)
+    at_plus = table["figure"] == "adapter_more +"
+    table.loc[at_plus, ["above", "below"]] = [1, 1]
+    said = (
+        "Against `lora`: at + more at 1 of 3 seeds, less at 1 of 3 seeds, not told apart at 1 of 3 seeds; at - more at"
+    )
+    assert said in section("kind", table, FACTS)
 
 
 def test_a_method_that_is_another_model_at_zero_is_compared_with_nothing() -> None:
     table = medians(SURE, adapter=0.3, caa=0.4, lora=0.1)
-    off = [[method, "base_difference", 0.0, 0.0, nats, 3, 0] for method, nats in (("caa", 0.6), ("lora", 0.09))]
-    best = [
-        ["caa", "trait_gain worse at best", 0.5, 0.5, 0.5, 3, 3],
-        ["lora", "trait_gain worse at best", 0.2, 0.2, 0.2, 3, 0],
-    ]
-    text = section("kind", pd.concat([table, pd.DataFrame([*off, *best], columns=table.columns)]), FACTS)
-    assert "than `kind`: no other method. Not compared, as at α = 0 it is not the same model: `caa`." in text
-    assert "whatever that costs: no other method; the nearest, `lora`, has 0.20 against 0.30." in text
+    off = [figure(method, "base_difference", 0.0, 0.0, nats) for method, nats in (("caa", 0.6), ("lora", 0.09))]
+    text = section("kind", pd.concat([table, pd.DataFrame(off, columns=COLUMNS), at_best(caa=0.5, lora=0.1)]), FACTS)
+    assert (
+        "`kind` has more trait gain than `lora` at both poles and every seed. Not compared, as at α = 0 it is" in text
+    )
+    assert "it is not the same model: `caa`. With each" in text
+    assert "The nearest at its worse pole, `lora`, has 0.10 there, `kind` 0.30." in text
 
 
-def test_methods_at_their_own_best_scale_are_named() -> None:
-    table = medians(SURE, adapter=0.3, caa=0.1, sspace=0.2)
-    at_best = [
-        [method, "trait_gain worse at best", gain, gain, gain, 3, 3 * (gain > 0.3)]
-        for method, gain in {"caa": 0.25, "sspace": 0.31}.items()
-    ]
-    table = pd.concat([table, pd.DataFrame(at_best, columns=table.columns)])
+def test_methods_at_their_own_best_scale_are_compared_once_more() -> None:
+    table = pd.concat([medians(SURE, adapter=0.3, caa=0.1, sspace=0.1), at_best(caa=0.05, sspace=0.31)])
     text = section("kind", table, FACTS)
-    assert "whatever that costs: `sspace`; the nearest, `sspace`, has 0.31 against 0.30." in text
+    assert (
+        "whatever that costs: `kind` has more trait gain than `caa` at both poles and every seed. Against `sspace`: "
+        "at + not told apart at 3 of 3 seeds; at - not told apart at 3 of 3 seeds. The nearest at its worse pole, "
+        "`sspace`, has 0.31 there, `kind` 0.30."
+    ) in text
 
 
 @pytest.mark.parametrize(
@@ -113,7 +142,13 @@ def test_what_chance_does_is_said_beside_the_effect_on_choices() -> None:
     assert text.endswith("is not told from nothing. Of 9 random adapters, none moves more.")  # whatever p over dilemmas
     text = section("kind", medians(SURE, adapter=0.3, prompt=-0.2), FACTS | chance | {"chance_p": 0.01})
     assert "is told from nothing." in text
-    assert text.endswith("Telling the model to be so moves them by -0.200, away from what the rule asks.")
+    told = "moves them by -0.200, away from what the rule asks (over dilemmas p from 0.001 to 0.04; no chance was drawn"
+    assert told in text
+    assert "is listed first" not in section("kind", medians(SURE, adapter=0.3), FACTS | {"first_shows": 0.5})
+    text = section("kind", medians(SURE, adapter=0.3), FACTS | {"first_shows": 0.97})
+    assert text.endswith(
+        "In 97% of these dilemmas the action that shows it is listed first, so that its place may pass for it."
+    )
 
 
 def test_without_dilemmas_there_is_a_sentence() -> None:
@@ -128,7 +163,7 @@ def test_a_method_that_leaves_dilemmas_no_answer_has_empty_cells() -> None:
     lost = (table["method"] == "caa") & table["figure"].isin(["balanced_value", "acquiescence_value"])
     assert "| caa | 0.50 [0.40, 0.60] | 0.10 [0.00, 0.20] |  |  |" in section("kind", table[~lost], FACTS)
     table.loc[lost, "seeds"] = 2
-    assert "| 0.10 [0.00, 0.20] (2 of 3) | 0.10 [0.00, 0.20] (2 of 3) |" in section("kind", table, FACTS)
+    assert "| 0.100 [0.000, 0.200] (2 of 3) | 0.100 [0.000, 0.200] (2 of 3) |" in section("kind", table, FACTS)
 
 
 def test_the_readme_keeps_everything_but_its_results(tmp_path: Path) -> None:

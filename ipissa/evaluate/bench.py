@@ -21,6 +21,7 @@ from ipissa.evaluate.baselines.tuners import distillation_targets, training_conf
 from ipissa.evaluate.choices import measure_choices
 from ipissa.evaluate.compare import adapter_degradation
 from ipissa.evaluate.degradation import PlainText, sample_plain
+from ipissa.evaluate.echoes import Echoes, find_echoes
 from ipissa.evaluate.held_out import HeldOut
 from ipissa.evaluate.methods import Materials, attached
 from ipissa.evaluate.report.parts import Parts
@@ -165,6 +166,17 @@ class Bench:
     def degradation(self) -> float:
         """What other methods are brought to."""
         return float(self.parts.once("degradation", lambda: adapter_degradation(self.materials)))
+
+    @property
+    def echoes(self) -> Echoes:
+        """Held-out prompts whose texts repeat a persona line."""
+
+        def found() -> Echoes:
+            _, tokenizer, trait = self.base
+            held_out = self.materials.held_out
+            return find_echoes([text for pole in held_out.texts.values() for text in pole], tokenizer, trait)
+
+        return self.parts.once("echoes", found)
 
     def complete(self) -> None:
         """Remove what only an evaluation that was broken off needs."""

@@ -7,6 +7,7 @@ measured on held-out ones. The adapter may not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -46,6 +47,6 @@ def measure_at_best(method: str, m: Materials, *, equal: float) -> Best:
     around = 1.0 if method in TRAINED else equal
     with made(method, m) as steerer:
         gains = worse_trait_gains(steerer.dial, m.tuning_told, [around * step for step in STEPS])
-        scale = max(gains, key=gains.__getitem__)
+        scale = max((scale for scale, gain in gains.items() if math.isfinite(gain)), key=gains.__getitem__)
         dial = ScaledDial(steerer.dial, scale)
         return Best(method, scale, over_poles(Steerer(dial), m, m.plain), measure_yardsticks(dial, m.held_out))

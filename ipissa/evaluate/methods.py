@@ -161,9 +161,9 @@ DESCRIPTIONS = {
     "module_pca": "the same at the output of every linear layer of those blocks",
     "sspace": "singular values of the adapter's modules moved by the mean difference, nothing turned",
     "random": "random rotations of the adapter's shape",
-    "lora": "LoRA under the adapter's objective, on its texts",
-    "dora": "DoRA under the adapter's objective, on its texts",
-    "reft": "LoReFT under the adapter's objective, on its texts",
+    "lora": "LoRA under the adapter's objective, on texts drawn as its were",
+    "dora": "DoRA under the adapter's objective, on texts drawn as its were",
+    "reft": "LoReFT under the adapter's objective, on texts drawn as its were",
 }
 TRAINED = (*TUNERS, "reft")
 LIKE_THE_ADAPTER = (*TRAINED, "sspace", "random")  # need its modules and rank

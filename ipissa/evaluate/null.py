@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -21,7 +22,7 @@ from ipissa.evaluate.slopes import Slope, value_slopes
 from ipissa.evaluate.steerer import Steerer
 
 ALPHAS = (-1.0, 0.0, 1.0)
-DRAWS = 10_000  # of one slope per seed
+DRAWS = 100_000  # of one slope per seed, where there are more ways to take one
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def median_p(measured: Sequence[float], random: Sequence[pd.DataFrame]) -> float
     """How often chance gives a median as large, where every seed has an adapter and random ones of its own.
 
     If steering did nothing that a random adapter does not, every seed's slope could as well be one of its random
-    ones: the p of that randomisation, over draws of one slope per seed, the measured ones among them.
+    ones: the p of that randomisation, over all ways to take one slope per seed, the measured ones among them, or
+    over many of these ways where they are too many.
 
     Args:
         measured: The adapter's slope, per seed.
@@ -111,6 +113,9 @@ def median_p(measured: Sequence[float], random: Sequence[pd.DataFrame]) -> float
     pools = [np.append(comparable(table)["value"].to_numpy(), own) for own, table in zip(measured, random, strict=True)]
     if min(len(pool) for pool in pools) == 1:
         return None
+    as_large = abs(np.median(measured))
+    if math.prod(map(len, pools)) <= DRAWS:
+        return float((np.abs(np.median(list(itertools.product(*pools)), axis=1)) >= as_large).mean())
     generator = np.random.default_rng(0)
     drawn = np.median([generator.choice(pool, DRAWS) for pool in pools], axis=0)
-    return float((1 + (np.abs(drawn) >= abs(np.median(measured))).sum()) / (1 + DRAWS))
+    return float((1 + (np.abs(drawn) >= as_large).sum()) / (1 + DRAWS))

@@ -75,6 +75,7 @@ def evaluate(
         measured=measured,
         best=_best(bench, measured),
         texts=bench.texts,
+        echoes=bench.echoes,
         null=_null(bench, dataset, measured),
         loss_gap=_loss_gap(Path(path)),
     )

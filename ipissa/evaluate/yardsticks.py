@@ -151,7 +151,7 @@ def measure_yardsticks(dial: Dial, held_out: HeldOut, *, alpha: float = 1.0) -> 
 
 
 def worse_trait_gains(dial: Dial, held_out: HeldOut, alphas: Sequence[float]) -> dict[float, float]:
-    """The trait gain of the worse pole at every |α|."""
+    """The trait gain of the worse pole at every |α|; NaN where a pole has none."""
     gains: dict[float, list[float]] = {alpha: [] for alpha in alphas}
     for pole in (1, -1):
         settings = {"told": Setting(pole, 0.0), "neutral": Setting(0, 0.0)}
@@ -160,7 +160,7 @@ def worse_trait_gains(dial: Dial, held_out: HeldOut, alphas: Sequence[float]) ->
         for alpha in alphas:
             gain = (lp[f"{alpha:g}"] - lp["neutral"]).sum() / (lp["told"] - lp["neutral"]).sum()
             gains[alpha].append(float(gain))
-    return {alpha: min(of_poles) for alpha, of_poles in gains.items()}
+    return {alpha: float(np.min(of_poles)) for alpha, of_poles in gains.items()}
 
 
 def measure_persona_prompt(dial: Dial, held_out: HeldOut, *, told_by: Trait | None = None) -> Yardsticks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from io import BytesIO
@@ -31,6 +31,7 @@ from ipissa.evaluate.analysis import (
 from ipissa.evaluate.bench import PLAIN_PROMPTS, TUNING_PROMPTS
 from ipissa.evaluate.best_scale import STEPS, Best
 from ipissa.evaluate.compare import Measured, markdown
+from ipissa.evaluate.echoes import Echoes
 from ipissa.evaluate.methods import ADAPTER, DESCRIPTIONS, TRAINED
 from ipissa.evaluate.null import NullCheck, chance_p, comparable
 from ipissa.evaluate.report import figures, tables
@@ -54,6 +55,7 @@ class Findings:
     measured: list[Measured]
     best: list[Best]
     texts: list[ToldAndSteered]
+    echoes: Echoes
     null: tuple[NullCheck, pd.DataFrame, float] | None
     loss_gap: float | None = None  # of the adapter's training
 
@@ -92,7 +94,7 @@ def write_report(findings: Findings, folder: Path) -> None:
     for name, picture in pictures.items():
         (_inside(folder, "figures") / f"{name}.png").write_bytes(picture)
     write_text(folder / "yardsticks.md", markdown(findings.measured) + "\n")
-    write_text(folder / "yardsticks.json", json.dumps(_yardsticks(findings), indent=2) + "\n")
+    write_text(folder / "yardsticks.json", json.dumps(_yardsticks(findings), ensure_ascii=False) + "\n")
     write_text(folder / "texts.md", texts_markdown(findings.texts) + "\n")
     if findings.dataset is not None:
         write_text(folder / "choices.json", json.dumps(_choices(findings), ensure_ascii=False) + "\n")
@@ -160,13 +162,14 @@ def _signs(analyses: Sequence[Analysis]) -> str:
 
 def _frames(findings: Findings, analyses: Sequence[Analysis]) -> dict[str, pd.DataFrame]:
     found = {
-        "yardsticks": tables.yardstick_table(findings.measured),
+        "yardsticks": tables.yardstick_table(findings.measured, findings.echoes),
         "degradation": tables.degradation_table(findings.measured),
     }
     if analyses:
         found |= {
             "methods": tables.method_table(analyses).assign(
-                base_difference=lambda table: table["method"].map(base_differences(findings.measured))
+                base_difference=lambda table: table["method"].map(base_differences(findings.measured)),
+                first_shows=_first_shows(findings.dataset),
             ),
             "dose": tables.stacked(analyses, "dose"),
             "values": _with_chance(tables.stacked(analyses, "values"), findings),
@@ -174,7 +177,7 @@ def _frames(findings: Findings, analyses: Sequence[Analysis]) -> dict[str, pd.Da
             "pareto": tables.pareto_table(analyses, findings.measured),
         }
     if findings.best:
-        found["best"] = tables.best_table(findings.best, findings.measured[0].yardsticks)
+        found["best"] = tables.best_table(findings.best, findings.measured[0].yardsticks, findings.echoes)
     if findings.null:
         found["null"] = findings.null[1]
     return found
@@ -217,7 +220,7 @@ def _yardsticks(findings: Findings) -> dict[str, Any]:
                 "method": each.method,
                 "scale": each.scale,
                 "equal": each.equal,
-                "yardsticks": each.yardsticks.to_dict(),
+                "yardsticks": each.yardsticks.to_dict(by_prompt=True),
                 "degradation": [asdict(point) for point in each.degradation],
             }
             for each in findings.measured
@@ -251,8 +254,10 @@ def _page(
         settings={name: _plain(value) for name, value in _settings(findings).items()},
         shortcomings=findings.measured[0].yardsticks.shortcomings(findings.adapter.alpha_range),
         prompts=findings.measured[0].yardsticks.prompts,
-        yardsticks=shown(frames["yardsticks"], EQUAL),
-        best=shown(frames["best"], BEST) if "best" in frames else None,
+        yardsticks=shown(frames["yardsticks"], _titles(EQUAL, findings)),
+        best=shown(frames["best"], _titles(BEST, findings)) if "best" in frames else None,
+        echoes=findings.echoes,
+        trained_in=_trained_in(findings),
         degradation=shown(frames["degradation"], DEGRADATION),
         dataset=findings.dataset,
         labelled=_labelled(findings.dataset),
@@ -273,6 +278,18 @@ def _page(
         texts=by_prompt(findings.texts),
         pictures={name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
     )
+
+
+def _titles(titles: Mapping[str, str], findings: Findings) -> Mapping[str, str]:
+    """Without the column that says again what another says, where no text is an echo."""
+    return titles if any(findings.echoes.values()) else {key: titles[key] for key in titles if key != "without_echoes"}
+
+
+def _trained_in(findings: Findings) -> str | None:
+    """The dtype of the base that the adapter learnt on, where other methods learnt on another here."""
+    trained = findings.adapter.evaluation.get("training", {}).get("computed_in")
+    others = {each.method for each in findings.measured} & set(TRAINED)
+    return trained if others and trained != findings.settings.described()["dtype"] else None
 
 
 def _labelled(dataset: Dataset | None) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ ENOUGH_SEEDS = 3
 MACHINE = ("device", "dtype")  # settings that a machine chooses
 WORSE = "trait_gain worse"  # of the two poles
 AT_BEST = " at best"
-MORE = "adapter_more"  # by how much the adapter's trait gain is above
+FIRST_SHOWS = "first_shows"  # share of the dilemmas that list the action first that shows the target
+MORE = "adapter_more"  # by how much the adapter's trait gain is above, over the same prompts
 FIGURES = {
-    "yardsticks": ("trait_gain", "plain_gain", "contrast"),
+    "yardsticks": ("trait_gain", "without_echoes", "plain_gain", "contrast", MORE),
+    "best": ("trait_gain", "without_echoes", MORE),
     "methods": (
         "balanced_value", "balanced_t", "balanced_p", "acquiescence_value", "published_effect", "published_gain",
         "steering_f1", "transfer", "symmetry", "dose_monotonic", "base_difference",
@@ -50,14 +53,15 @@ def summarise_seeds(folders: Sequence[Path], output: Path) -> str:
     adapters = _check_same(folders, settings)
     each = [_figures(folder) for folder in folders]
     medians = (
-        pd.concat([_beside_the_adapter(figures) for figures in each], ignore_index=True)
+        pd.concat(each, ignore_index=True)
         .groupby(["method", "figure"], sort=False)
         .agg(
             median=("value", "median"),
             lowest=("value", "min"),
             highest=("value", "max"),
             seeds=("value", "count"),
-            ahead=("ahead", _count),
+            above=("above", _count),
+            below=("below", _count),
         )
         .reset_index()
     )
@@ -128,14 +132,20 @@ def _asked(folders: Sequence[Path], settings: Mapping[str, Any]) -> dict[str, An
     if not paths:
         return {}
     target = pd.read_csv(paths[0])["name"].iloc[0]  # it comes first
-    return {"dataset": dataset_name(settings["dataset"]), "target": target}
+    first = [pd.read_csv(path.with_name("methods.csv")).get(FIRST_SHOWS) for path in paths]
+    known = [float(each.iloc[0]) for each in first if each is not None]
+    return {
+        "dataset": dataset_name(settings["dataset"]),
+        "target": target,
+        **({FIRST_SHOWS: known[0]} if known else {}),
+    }
 
 
 def _computed_in(settings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The dtype of each seed's evaluation in words, where they differ."""
-    if len({each.get("dtype") for each in settings}) == 1:
+    """In what and on what each seed was evaluated, in words, where that differs."""
+    if len({tuple(each.get(name) for name in MACHINE) for each in settings}) == 1:
         return {}
-    each = ", ".join(f"{own.get('dtype')} at seed {own['seed']}" for own in settings)
+    each = ", ".join(f"{own.get('dtype')} on {own.get('device')} at seed {own['seed']}" for own in settings)
     return {"computed_in": f"Computed in {each}."}
 
 
@@ -179,43 +189,29 @@ def _value(figures: pd.DataFrame, method: str, figure: str) -> float:
     return float(own["value"].iloc[0])
 
 
-def _beside_the_adapter(figures: pd.DataFrame) -> pd.DataFrame:
-    """With a column `ahead`: whether a trait gain is above the adapter's at this seed, at its best scale or not.
-
-    Of other figures more is not better, so they have none.
-    """
-    adapter = figures[figures["method"] == ADAPTER].set_index("figure")["value"]
-    own = figures["figure"].str.removesuffix(AT_BEST).map(adapter)
-    gains = figures["figure"].str.startswith("trait_gain")
-    return figures.assign(ahead=(figures["value"] > own).astype(float).where(gains))
-
-
 def _count(of_seeds: pd.Series) -> float:
     return of_seeds.sum(min_count=1)
 
 
 def _figures(folder: Path) -> pd.DataFrame:
-    """method, figure, value of every figure of one evaluation."""
+    """method, figure, value of every figure of one evaluation; of `MORE` also whether its interval is above or below 0.
+
+    Raises:
+        ConfigError: the tables do not say how far the adapter is above other methods.
+    """
     yardsticks = pd.read_csv(folder / "tables" / "yardsticks.csv")
+    if MORE not in yardsticks and yardsticks["method"].nunique() > 1:
+        raise ConfigError(f"{folder} is of an earlier version, which compared no prompts; measure that seed again.")
     equal = yardsticks[yardsticks["pole"] == "+"].assign(figure="equal")
-    parts = [equal.assign(value=equal["equal"].astype(float)), _worse_pole(yardsticks)]
-    parts += [
-        yardsticks.assign(figure=f"{name} {pole}", value=yardsticks[name])[yardsticks["pole"] == pole]
-        for name in FIGURES["yardsticks"]
-        for pole in ("+", "-")
+    parts = [
+        equal.assign(value=equal["equal"].astype(float)),
+        _worse_pole(yardsticks),
+        *_at_poles(yardsticks, FIGURES["yardsticks"]),
     ]
     path = folder / "tables" / "best.csv"
     if path.exists():
         best = pd.read_csv(path)
-        parts += [
-            best.assign(figure=f"trait_gain {pole}{AT_BEST}", value=best["trait_gain"])[best["pole"] == pole]
-            for pole in ("+", "-")
-        ]
-        parts += [
-            best.assign(figure=f"{MORE} {pole}{AT_BEST}", value=best[MORE])[best["pole"] == pole]
-            for pole in ("+", "-")
-            if MORE in best
-        ]
+        parts += _at_poles(best, FIGURES["best"], AT_BEST)
         parts.append(_worse_pole(best).assign(figure=WORSE + AT_BEST))
         one = best[best["pole"] == "+"]
         parts.append(one.assign(figure="degradation at best", value=one["degradation"]))
@@ -223,7 +219,20 @@ def _figures(folder: Path) -> pd.DataFrame:
     if path.exists():
         methods = pd.read_csv(path)
         parts += [methods.assign(figure=name, value=methods[name]) for name in FIGURES["methods"] if name in methods]
-    return pd.concat([part[["method", "figure", "value"]] for part in parts], ignore_index=True)
+    columns = ["method", "figure", "value", "above", "below"]
+    return pd.concat([part.reindex(columns=columns) for part in parts], ignore_index=True)
+
+
+def _at_poles(table: pd.DataFrame, names: Sequence[str], suffix: str = "") -> list[pd.DataFrame]:
+    """A figure per yardstick and pole, of those that the table has."""
+    parts = []
+    for name, pole in product((name for name in names if name in table), ("+", "-")):
+        own = table[table["pole"] == pole].dropna(subset=[name])
+        part = own.assign(figure=f"{name} {pole}{suffix}", value=own[name])
+        if name == MORE:
+            part = part.assign(above=(own[f"{MORE}_low"] > 0) * 1.0, below=(own[f"{MORE}_high"] < 0) * 1.0)
+        parts.append(part)
+    return parts
 
 
 def _worse_pole(yardsticks: pd.DataFrame) -> pd.DataFrame:

@@ -11,6 +11,7 @@ BOUNDS = ("low", "high")
 YARDSTICKS = {
     "pole": "pole",
     "trait_gain": "trait gain",
+    "without_echoes": "without echoes",
     "adapter_more": "the adapter has more by",
     "plain_gain": "plain gain (nats)",
     "contrast": "contrast",

@@ -10,15 +10,16 @@ import pandas as pd
 from ipissa.evaluate.analysis import Analysis
 from ipissa.evaluate.best_scale import Best
 from ipissa.evaluate.compare import Measured
+from ipissa.evaluate.echoes import Echoes, trait_gain_without
 from ipissa.evaluate.methods import ADAPTER
 from ipissa.evaluate.yardsticks import Estimate, Yardsticks, trait_gain_above
 
 YARDSTICKS = ("trait_gain", "plain_gain", "contrast")
 
 
-def yardstick_table(measured: Sequence[Measured]) -> pd.DataFrame:
-    """A row per method and pole: what its text costs there, every yardstick with its interval and t, and the paired
-    difference to the adapter's trait gain.
+def yardstick_table(measured: Sequence[Measured], echoes: Echoes) -> pd.DataFrame:
+    """A row per method and pole: what its text costs there, every yardstick with its interval and t, the trait gain
+    without texts that repeat the persona line, and the paired difference to the adapter's trait gain.
     """
     adapter = next((each.yardsticks for each in measured if each.method == ADAPTER), None)
     found = [
@@ -30,29 +31,31 @@ def yardstick_table(measured: Sequence[Measured]) -> pd.DataFrame:
             **row,
         }
         for each in measured
-        for row in _of_poles(each.yardsticks, adapter)
+        for row in _of_poles(each.yardsticks, adapter, echoes)
     ]
     return pd.DataFrame(found).astype({"scale": float})  # NaN, shown as nothing, where there is none
 
 
-def best_table(best: Sequence[Best], adapter: Yardsticks) -> pd.DataFrame:
+def best_table(best: Sequence[Best], adapter: Yardsticks, echoes: Echoes) -> pd.DataFrame:
     """The same at the scale that suits a method best, beside the adapter at |α| = 1."""
     return pd.DataFrame(
         [
             {"method": each.method, "scale": each.scale, "degradation": each.degradation} | row
             for each in best
-            for row in _of_poles(each.yardsticks, adapter)
+            for row in _of_poles(each.yardsticks, adapter, echoes)
         ]
     )
 
 
-def _of_poles(yardsticks: Yardsticks, adapter: Yardsticks | None) -> Iterator[dict[str, object]]:
+def _of_poles(yardsticks: Yardsticks, adapter: Yardsticks | None, echoes: Echoes) -> Iterator[dict[str, object]]:
     """`adapter_more` is the adapter's trait gain less this one, with its interval over prompts that both have."""
     for pole, name in (("+", "positive"), ("-", "negative")):
         side = getattr(yardsticks, name)
         row: dict[str, object] = {"pole": pole}
         for figure in YARDSTICKS:
             row |= _cells(figure, getattr(side, figure))
+        if side.by_prompt is not None:
+            row |= _cells("without_echoes", trait_gain_without(side, echoes[pole]))
         if adapter is not None and adapter is not yardsticks and side.by_prompt is not None:
             row |= _cells("adapter_more", trait_gain_above(getattr(adapter, name), side))
         yield row
