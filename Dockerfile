@@ -1,4 +1,4 @@
-# Two targets with one command line; weights and adapters are mounted, never baked in:
+# Two targets with one command line; weights are mounted, and adapters but the two that ship:
 #   docker build --target cpu  -t ipissa:cpu  .
 #   docker build --target cuda -t ipissa:cuda .
 #   docker run --shm-size 2g -p 8000:8000 -v $PWD/models:/models:ro -v $PWD/adapters:/adapters:ro ipissa:cpu \

@@ -134,7 +134,10 @@ def _with_page(app: FastAPI, settings: Settings) -> FastAPI:
         from ipissa_ui.client import Client
         from ipissa_ui.page import mount_page
     except ModuleNotFoundError as error:
-        raise ConfigError("The page needs gradio: run `pip install gradio`, or pass --no-ui.") from error
+        raise ConfigError(
+            f'The page needs {error.name}: run `pip install "ipissa[ui]"` (in a checkout `pip install ".[ui]"`), or '
+            "pass --no-ui."
+        ) from error
     return mount_page(app, Client(_own_url(settings)))
 
 

@@ -54,7 +54,9 @@ def serve(
     max_model_len: Annotated[int | None, typer.Option(help="Most tokens of prompt and answer together.")] = None,
     max_cache_tokens: Annotated[
         int | None,
-        typer.Option(help="Most tokens kept in memory: sequences times the longest of them. Default: 65536 on CPUs."),
+        typer.Option(
+            help="Most tokens kept in memory: sequences times the longest of them. Default: 65536 (vllm: on CPUs)."
+        ),
     ] = None,
     max_loras: Annotated[int | None, typer.Option(help="vllm: most different settings in one batch.", min=1)] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option(help="vllm: devices that share every layer.")] = None,

@@ -118,7 +118,7 @@ def _against_the_aim(yardsticks: Mapping[str, Any]) -> str:
     where = {0: "at neither pole", 1: f"at the {''.join(reached)} pole only", 2: "at both poles"}[len(reached)]
     return (
         f"A trait gain of {GAIN_AIMED_AT:g}, more than half of what being told does, is reached {where} of these "
-        "prompts; `ipissa eval` has prompts of its own, on which nothing was chosen."
+        "prompts; `ipissa eval` has prompts of its own, on which no default was chosen."
     )
 
 
