@@ -30,5 +30,9 @@ class ConfigError(IpissaError, ValueError):
     """A setting has a value that cannot be used."""
 
 
+class NotFiniteError(IpissaError, ArithmeticError):
+    """A model's predictions are not finite, so nothing can be drawn from them."""
+
+
 class TrainingError(IpissaError, RuntimeError):
     """Training cannot start or did not produce a usable adapter."""

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         save_adapter(adapter, path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_evaluation_that_no_reader_would_take_is_not_written(adapter: Adapter, path: Path) -> None:
+    before = path.read_bytes()
+    evaluation = {"yardsticks": {"t": float("nan")}}
+    with pytest.raises(AdapterFileError, match="was not written: a number of its evaluation is not finite"):
+        save_adapter(replace(adapter, evaluation=evaluation), path)
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import ipissa
 from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Continuation, Sampling, generate_ids
 from ipissa.data.personas import Trait
-from ipissa.errors import ConfigError, TrainingError
+from ipissa.errors import ConfigError, NotFiniteError, TrainingError
 from ipissa.evaluate.dial import HookDial, ScaledDial
 from ipissa.evaluate.held_out import HeldOut
 from ipissa.evaluate.scoring import choice_scores, find_choices, score_choices
@@ -28,6 +28,7 @@ from ipissa.evaluate.yardsticks import (
     response_curve,
     trait_gain_above,
 )
+from ipissa.train import calibration
 from ipissa.train.calibration import calibrate, distinct_share
 
 TRAIT = Trait.from_words("kind", "angry")
@@ -120,6 +121,10 @@ def test_adapters_that_do_not_work_say_so() -> None:
 
     assert said(pole(0.3, 4, 0.01), pole(0.2, 2.5, 0.02)) == ""
     assert "At α = -1 the trait gain is 0.10 (t 1.2)" in said(pole(0.3, 4, 0.01), pole(0.1, 1.2, 0.01))
+    few = Yardsticks(1.0, 3, pole(0.3, 4.4, 0.01), pole(0.2, 4.2, 0.02))  # two degrees of freedom ask for 4.3
+    assert few.shortcomings((-1, 1)) == [
+        "At α = -1 the trait gain is 0.20 (t 4.2), which is not distinguishable from nothing."
+    ]
     one_sided = said(pole(0.3, 4, 0.01), pole(0.2, 2.5, -0.02))
     assert one_sided.startswith("At α = -1 the pole's own texts are less likely than without steering")
     beyond = said(pole(0.3, 4, 0.01), pole(0.2, 2.5, 0.02), (-0.5, 2.0))
@@ -255,6 +260,64 @@ def test_the_range_ends_before_the_first_alpha_at_which_text_falls_apart(steered
             point.base_nats <= zero.base_nats + 0.5 and point.distinct >= 0.9 * zero.distinct and point.variation <= 0.5
         )
         assert point.holds == within
+
+
+def test_text_is_read_by_what_might_have_been_drawn_at_every_token(steered: Any, tokenizer: Any) -> None:
+    """A slower reading: each answer alone, the nucleus by sorting, one token after the other."""
+    prompts, sampling = ["Hello there", "Why?"], Sampling(max_new_tokens=6, temperature=0.7, top_p=0.6)
+    found = calibrate(steered, tokenizer, TRAIT, prompts, seed=3, sampling=sampling, grid=(0.1,))
+    contexts = [chat_ids(tokenizer, TRAIT.messages(prompt, None)) for prompt in prompts]
+
+    def predictions(context: list[int], answer: list[int], alpha: float) -> torch.Tensor:
+        with steered.alpha(alpha), torch.no_grad():
+            logits = steered.model(input_ids=torch.tensor([context + answer])).logits[0, len(context) - 1 : -1]
+        return logits.log_softmax(-1)
+
+    def expected_nats(context: list[int], answer: list[int], alpha: float) -> float:
+        total = 0.0
+        steps = zip(*(predictions(context, answer, at) for at in (alpha, 0.0)), strict=True)
+        for drawn_from, base in steps:
+            p, order = (drawn_from / 0.7).softmax(-1).sort(descending=True)
+            kept = int((p.cumsum(-1) < 0.6).sum()) + 1
+            total -= float((p[:kept] / p[:kept].sum() * base[order[:kept]]).sum())
+        return total
+
+    for alpha, seeds in ((0.0, (3, 4, 5, 6)), (0.1, (3,)), (-0.1, (3,))):
+        read = []
+        for seed in seeds:
+            with torch.random.fork_rng(), steered.alpha(alpha):
+                torch.manual_seed(seed)
+                answers = generate_ids(steered.model, tokenizer, contexts, **sampling.settings())
+            read += [(expected_nats(c, a, alpha), len(a)) for c, a in zip(contexts, answers, strict=True)]
+        nats, tokens = np.array(read).T
+        (point,) = (point for point in found.points if point.alpha == alpha)
+        mean = nats.sum() / tokens.sum()
+        assert point.base_nats == pytest.approx(mean, abs=1e-4)
+        assert point.error == pytest.approx(np.linalg.norm(nats - mean * tokens) / tokens.sum(), abs=1e-4)
+
+
+def test_a_range_ends_where_nothing_can_be_drawn(
+    steered: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read(model: Any, tokenizer: Any, contexts: Any, alpha: float, *_: Any) -> tuple[np.ndarray, ...]:
+        if alpha >= 1:
+            raise NotFiniteError("What the model predicts is not finite.")
+        return np.ones(2), np.zeros(2), np.ones(2), np.ones(2)
+
+    monkeypatch.setattr(calibration, "_read_draw", read)
+    found = calibrate(steered, tokenizer, TRAIT, ["Why?"], seed=0, sampling=Sampling(), grid=(0.5, 1.0, 2.0))
+    assert (found.low, found.high) == (-2.0, 0.5)
+    assert [point.alpha for point in found.points] == [-2.0, -1.0, -0.5, 0.0, 0.5]
+    assert "The range ends before α = +1: What the model predicts is not finite." in caplog.text
+
+
+def test_a_model_whose_predictions_are_not_finite_writes_nothing(steered: Any, tokenizer: Any) -> None:
+    head = steered.model.lm_head
+    broken = head.register_forward_hook(lambda module, inputs, logits: logits * float("inf"))
+    with pytest.raises(NotFiniteError, match=r"predicts in float32 is not finite; use --dtype bfloat16 or float32"):
+        generate_ids(steered.model, tokenizer, [[1, 2]], **Sampling(max_new_tokens=5).settings())
+    broken.remove()
+    assert generate_ids(steered.model, tokenizer, [[1, 2]], **Sampling(max_new_tokens=5).settings())
 
 
 def test_text_that_falls_apart_at_once_is_no_adapter(steered: Any, tokenizer: Any) -> None:

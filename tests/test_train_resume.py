@@ -129,10 +129,29 @@ def test_how_often_checkpoints_are_written_is_no_reason_to_begin_anew(
 ) -> None:
     output = broken_off(config, tmp_path, killed_at)
     learnt = sorted((tmp_path / "broken.run" / "checkpoints").glob("*"))
-    RunFolder(output, replace(config, checkpoint_every=1), resume=True).begin(load_model(config.model)[0])
+    RunFolder(output, replace(config, checkpoint_every=1), resume=True).begin(*load_model(config.model))
     assert sorted((tmp_path / "broken.run" / "checkpoints").glob("*")) == learnt
-    RunFolder(output, replace(config, lr=0.1), resume=True).begin(load_model(config.model)[0])
+    RunFolder(output, replace(config, lr=0.1), resume=True).begin(*load_model(config.model))
     assert not (tmp_path / "broken.run" / "checkpoints").exists()
+
+
+def test_answers_are_those_of_one_arithmetic_and_one_chat_template(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = load_model(config.model)
+    fast = replace(config, dtype="fast")
+
+    def asked() -> str:
+        return answers.BaseAnswers(model, tokenizer, tmp_path, fast).asked
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    here = asked()
+    assert asked() == here
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    elsewhere = asked()
+    assert elsewhere != here
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].content }}")
+    assert asked() not in (here, elsewhere)
 
 
 def test_an_adapter_that_is_complete_is_not_resumed(tmp_path: Path) -> None:

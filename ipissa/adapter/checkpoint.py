@@ -120,10 +120,16 @@ def save_adapter(adapter: Kind, path: str | os.PathLike[str]) -> Kind:
     """Write the adapter to one `.safetensors` file, whole or not at all; returns it with its digest.
 
     Raises:
-        AdapterFileError: the disk is full or the folder cannot be written.
+        AdapterFileError: the disk is full, the folder cannot be written, or a figure of the evaluation is not finite.
     """
     path = Path(path)
     tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in adapter.tensors().items()}
+    try:
+        evaluation = json.dumps(adapter.evaluation, allow_nan=False)
+    except ValueError as error:
+        raise AdapterFileError(
+            f"{path} was not written: a number of its evaluation is not finite ({error}), which no reader takes."
+        ) from error
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -132,7 +138,7 @@ def save_adapter(adapter: Kind, path: str | os.PathLike[str]) -> Kind:
         "base_model": json.dumps(adapter.base_model),
         "trait": json.dumps(adapter.trait),
         "alpha_range": json.dumps(list(adapter.alpha_range)),
-        "evaluation": json.dumps(adapter.evaluation),
+        "evaluation": evaluation,
         "license": adapter.license,
     }
     try:

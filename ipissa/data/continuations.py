@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ipissa.data.chat import chat_ids
 from ipissa.data.personas import Trait
-from ipissa.errors import TrainingError
+from ipissa.errors import NotFiniteError, TrainingError
 from ipissa.models import end_token_ids
 from ipissa.sampling import apply_temperature, keep_top_p
 
@@ -40,8 +40,13 @@ class Sampling:
 
     def settings(self) -> dict[str, Any]:
         """Settings for `generate_ids`."""
-        nucleus = LogitsProcessorList([_Nucleus(self.temperature, self.top_p)])
+        nucleus = LogitsProcessorList([_Nucleus(self)])
         return {"max_new_tokens": self.max_new_tokens, "do_sample": True, "top_k": 0, "processors": nucleus}
+
+    def kept(self, logits: Tensor) -> Tensor:
+        """The logits (rows, vocab) that a token is drawn from: at the temperature, -inf outside the nucleus."""
+        rows = logits.float().new_ones(logits.shape[0])
+        return keep_top_p(apply_temperature(logits.float(), rows * self.temperature), rows * self.top_p)
 
 
 @dataclass(frozen=True)
@@ -100,12 +105,23 @@ def sample_continuations(
 class _Nucleus(LogitsProcessor):
     """Temperature and top-p without sorting the vocabulary at every token, which is most of the time on a CPU."""
 
-    def __init__(self, temperature: float, top_p: float) -> None:
-        self._temperature, self._top_p = temperature, top_p
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        rows = scores.float().new_ones(scores.shape[0])
-        return keep_top_p(apply_temperature(scores.float(), rows * self._temperature), rows * self._top_p)
+        return self._sampling.kept(scores)
+
+
+class _Finite(LogitsProcessor):
+    """Refuses predictions to which no distribution belongs; tokens that cannot be said may be at -inf."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not scores.max(-1).values.isfinite().all():
+            raise NotFiniteError(
+                f"What the model predicts in {str(scores.dtype).removeprefix('torch.')} is not finite; use --dtype "
+                "bfloat16 or float32."
+            )
+        return scores
 
 
 @torch.no_grad()
@@ -120,12 +136,16 @@ def generate_ids(
     """Continue each context with `model.generate`; token ids up to and including the end token.
 
     `settings` are those of `GenerationConfig`, and the only ones in force.
+
+    Raises:
+        NotFiniteError: what the model predicts is not finite.
     """
     batch = tokenizer.pad({"input_ids": list(contexts)}, padding_side="left", return_tensors="pt").to(model.device)
     ends = end_token_ids(model.generation_config, tokenizer)
     ours = GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id, **settings)
+    finite = LogitsProcessorList([_Finite(), *(processors or [])])
     with _no_settings_of_its_own(model):
-        output = model.generate(**batch, generation_config=ours, logits_processor=processors)
+        output = model.generate(**batch, generation_config=ours, logits_processor=finite)
     return [_until_end(row, ends) for row in output[:, batch["input_ids"].shape[1] :].tolist()]
 
 

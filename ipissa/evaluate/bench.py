@@ -140,7 +140,7 @@ class Bench:
                 device=self.settings.device,
                 dtype=self.settings.dtype,
             )
-            answers = BaseAnswers(model, self._shared, config)
+            answers = BaseAnswers(model, tokenizer, self._shared, config)
             prompts = load_prompts(config.prompts)[0]
             return config, distillation_targets(model, tokenizer, trait, config, prompts, answers)
 

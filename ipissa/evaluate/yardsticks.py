@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from ipissa.data.personas import Trait
 from ipissa.evaluate.dial import Dial
@@ -34,13 +35,13 @@ from ipissa.evaluate.response import symmetry
 
 SIGN = {1: "+", -1: "-"}
 RESAMPLES = 2000
-MIN_T = 2.0
+SURE = 0.05
 RESPONSE_ALPHAS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval, and t = figure / standard error of its numerator."""
+    """A figure with its 95 % interval, and t of its numerator being 0: its mean over prompts / its standard error."""
 
     value: float
     low: float
@@ -128,12 +129,17 @@ class Yardsticks:
             )
         for sign, pole in poles.items():
             gain = pole.trait_gain
-            if gain.value <= 0 or gain.t < MIN_T:
+            if gain.value <= 0 or gain.t < _least_t(self.prompts):
                 found.append(
                     f"At α = {sign}{self.alpha:g} the trait gain is {gain.value:.2f} (t {gain.t:.1f}), "
                     "which is not distinguishable from nothing."
                 )
         return found
+
+
+def _least_t(prompts: int) -> float:
+    """The t from which a mean over so many prompts is told from 0, both sides: 2.0 of 100, 4.3 of 3."""
+    return float(stats.t.ppf(1 - SURE / 2, prompts - 1))
 
 
 def measure_yardsticks(dial: Dial, held_out: HeldOut, *, alpha: float = 1.0) -> Yardsticks:

@@ -15,6 +15,7 @@ from ipissa.data.continuations import Continuation, sample_continuations
 from ipissa.data.personas import Trait
 from ipissa.errors import TrainingError
 from ipissa.files import READ_ERRORS, write_whole
+from ipissa.models import dtype_name, resolve_device
 from ipissa.train.config import TrainConfig
 from ipissa.train.objectives.distill import Target, build_targets
 from ipissa.train.processes import of_the_first
@@ -29,9 +30,9 @@ class BaseAnswers:
         config: Decides what is asked; settings of the learning do not.
     """
 
-    def __init__(self, model: Any, folder: Path, config: TrainConfig) -> None:
+    def __init__(self, model: Any, tokenizer: Any, folder: Path, config: TrainConfig) -> None:
         self._folder = folder
-        self.asked = digest(config.asked_of_the_base() | {"weights": weights_digest(model)})
+        self.asked = digest(config.asked_of_the_base() | _computed_by(model, tokenizer, config))
 
     def once(self, name: str, compute: Callable[[], Any], classes: Sequence[type] = ()) -> Any:
         """What `compute` finds of the base model, computed once and read back from then on.
@@ -44,8 +45,8 @@ class BaseAnswers:
 
         def keep() -> None:
             if not path.exists():
+                self._folder.mkdir(parents=True, exist_ok=True)  # refused before the hours that computing takes
                 computed = compute()
-                self._folder.mkdir(parents=True, exist_ok=True)
                 write_whole(path, lambda partial: torch.save(computed, partial))
 
         of_the_first(keep)
@@ -54,6 +55,17 @@ class BaseAnswers:
                 return torch.load(path, weights_only=True)
         except READ_ERRORS as error:
             raise TrainingError(f"{path} cannot be read: {error}; remove it, and it is computed again.") from error
+
+
+def _computed_by(model: Any, tokenizer: Any, config: TrainConfig) -> dict[str, Any]:
+    """Which weights, and what else the answers change with: settings such as `auto` mean another thing elsewhere."""
+    device = resolve_device(config.device)
+    return {
+        "weights": weights_digest(model),
+        "computed_in": dtype_name(config.dtype, device),
+        "computed_on": device.type,
+        "chat_template": tokenizer.chat_template,
+    }
 
 
 def training_texts(

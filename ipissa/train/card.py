@@ -13,7 +13,7 @@ from ipissa.adapter.checkpoint import Adapter, AnyAdapter
 from ipissa.data.personas import TEMPLATE
 from ipissa.evaluate.yardsticks import ResponsePoint, response_symmetry
 from ipissa.files import write_text
-from ipissa.train.calibration import MAX_EXCESS_NATS, MAX_VARIATION, MIN_DISTINCT
+from ipissa.train.calibration import DRAWS_AT_ZERO, MAX_EXCESS_NATS, MAX_VARIATION, MIN_DISTINCT
 from ipissa.train.config import OPTIONS, TrainConfig
 from ipissa.train.result import TrainResult
 from ipissa.train.samples import samples_table
@@ -61,7 +61,7 @@ def describe(adapter: AnyAdapter) -> str:
     if "response" in adapter.evaluation:
         sections.append(_response(adapter.evaluation["response"]))
     if "calibration" in adapter.evaluation:
-        sections.append(_calibration(adapter.evaluation["calibration"]))
+        sections.append(_calibration(adapter.evaluation["calibration"], adapter.evaluation.get("training")))
     return "\n\n".join(sections)
 
 
@@ -106,7 +106,8 @@ def _yardsticks(yardsticks: Mapping[str, Any]) -> str:
         "",
         "Trait gain is the part of a persona prompt's own effect that steering recovers (1: as good as being told); "
         "plain gain is what a user without a persona line gets; contrast is easily gamed and never quoted alone. "
-        "Brackets are 95 % bootstrap intervals over prompts, t is a figure over its standard error.",
+        "Brackets are 95 % bootstrap intervals over prompts; t is not of the ratio but of what steering adds being 0 "
+        "(its mean over prompts, over the standard error of that).",
         "",
         _against_the_aim(yardsticks),
     ]
@@ -150,10 +151,19 @@ def _symmetry(points: Sequence[Mapping[str, float]]) -> float:
     return response_symmetry([ResponsePoint(**point) for point in points])
 
 
-def _calibration(calibration: Mapping[str, Any]) -> str:
+def _written(prompts: int, training: Mapping[str, Any]) -> str:
+    return (
+        f"Answers to {prompts} held-out prompts, at α = 0 {DRAWS_AT_ZERO} to each, of up to "
+        f"{training['max_new_tokens']} tokens at temperature {training['temperature']:g} and top-p "
+        f"{training['top_p']:g}: what longer ones do is not known."
+    )
+
+
+def _calibration(calibration: Mapping[str, Any], training: Mapping[str, Any] | None) -> str:
     lines = [
         "## Text written at each α",
         "",
+        *([_written(calibration["prompts"], training), ""] if training and "prompts" in calibration else []),
         "| α | nats per token, read by the base model | distinct 3-grams | shift per token | holds |",
     ]
     lines.append("|-|-|-|-|-|")

@@ -12,13 +12,14 @@ import yaml
 
 from ipissa.adapter.config import MAX_ROTATION, InnerPissaConfig, one_of
 from ipissa.adapter.model import MODULE_SETS
-from ipissa.data.continuations import Sampling
+from ipissa.data.continuations import MIN_TOKENS, Sampling
 from ipissa.data.pairs import read_suffixes
 from ipissa.data.personas import TEMPLATE, Trait
 from ipissa.data.prompts import digest_of, prompts_digest, spread
 from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
 from ipissa.plain import typed
+from ipissa.sampling import GREEDY
 from ipissa.train.objectives.build import antiparallel_config, contrastive_config, objective_weights
 from ipissa.train.objectives.distill import CONTEXTS
 from ipissa.train.objectives.sites import site_blocks
@@ -217,6 +218,9 @@ class TrainConfig:
         for name in ABOVE_ZERO:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} {getattr(self, name)} is not positive.")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{name} {value} is not a finite number.")
         weights = objective_weights(self.objective)
         contrastive_config(self.contrastive)
         antiparallel_config(self.antiparallel)
@@ -227,16 +231,21 @@ class TrainConfig:
             raise ConfigError(f"max_prompts {self.max_prompts} leaves nothing to train on; give at least 1.")
         if self.held_out < 2:
             raise ConfigError(f"held_out {self.held_out} leaves no interval; measure on at least 2 prompts.")
-        if not math.isfinite(self.epochs) or not math.isfinite(self.lr):
-            raise ConfigError(f"epochs {self.epochs} and lr {self.lr} must be finite numbers.")
+        if self.max_new_tokens < MIN_TOKENS:
+            raise ConfigError(
+                f"max_new_tokens {self.max_new_tokens} leaves no text to learn from; give at least {MIN_TOKENS}."
+            )
+        if self.temperature <= GREEDY:
+            raise ConfigError(f"temperature {self.temperature:g} draws nothing; give one such as 0.8.")
         if self.template.count("{persona}") != 1 or {"{", "}"} & set(self.template.replace("{persona}", "")):
             raise ConfigError(
                 f"template {self.template!r} must say {{persona}} once, where the phrase goes, and no other name."
             )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p {self.top_p} is not a share above 0; 1 is the whole distribution.")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ConfigError(f"weight_decay {self.weight_decay} is negative or not finite; 0 is none.")
+        for name in ("weight_decay", "max_grad_norm"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} {getattr(self, name)} is negative; 0 is none.")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed {self.seed} is not between 0 and 2**32 - 1.")
         if self.batch_size % 2:

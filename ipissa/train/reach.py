@@ -88,7 +88,7 @@ def check_reach(reach: Reach, trait: Trait) -> None:
         TrainingError: a persona changes nothing, so there is nothing to learn.
     """
     for pole, strength in ((1, reach.positive), (-1, reach.negative)):
-        if strength < MIN_STRENGTH:
+        if not strength >= MIN_STRENGTH:  # nor if it is no number
             raise TrainingError(
                 f"Told to be {trait.persona(pole)} person, this model says nearly what it says untold "
                 f"({strength:.4f} nats per token); choose stronger words, other --prompts or a larger model."

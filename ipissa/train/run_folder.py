@@ -61,19 +61,19 @@ class RunFolder:
         """Whether a run was begun here and not completed."""
         return _is_unfinished(self.path)
 
-    def begin(self, model: Any) -> BaseAnswers:
+    def begin(self, model: Any, tokenizer: Any) -> BaseAnswers:
         """Create what is missing of the folder, once the base model is there; where its answers are kept.
 
         Raises:
             ConfigError: a broken run was begun with other texts or weights.
         """
-        answers = BaseAnswers(model, self._shared or self.path / STATE, self._config)
+        answers = BaseAnswers(model, tokenizer, self._shared or self.path / STATE, self._config)
         began = f"{answers.asked}-{digest(self._config.contents())}"
         asked = self.path / STATE / ASKED
         if self.resumed and asked.read_text(encoding="utf-8") != began:
             raise ConfigError(
-                f"The prompts, the suffixes or the base model have changed since the run in {self.path} began, "
-                "so it cannot go on; put them back, or remove the folder."
+                f"The prompts, the suffixes or the base model have changed since the run in {self.path} began, or what "
+                "it is computed in or on, so it cannot go on; put them back, or remove the folder."
             )
         # Only now, when the new settings are known to be of use, and all processes have looked at the broken run.
         of_the_first(partial(self._begin_in, asked, began))

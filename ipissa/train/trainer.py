@@ -106,7 +106,7 @@ def train(
     started = time.monotonic()
     torch.manual_seed(config.seed)
     task = _Task.load(config)
-    answers = run.begin(task.model)
+    answers = run.begin(task.model, task.tokenizer)
     base_model = describe_base(task.model, config.model)
 
     continuations = training_texts(task.model, task.tokenizer, task.trait, config, task.training_prompts, answers)
