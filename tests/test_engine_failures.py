@@ -64,6 +64,23 @@ async def drained(stream: Any) -> None:
         pass
 
 
+def test_requests_that_are_given_up_do_not_pile_up_behind_one_that_waits_for_slots(tiny: Path) -> None:
+    async def scenario(engine: TorchEngine) -> None:
+        stream = engine.generate(request(1, 3000))
+        await anext(stream)
+        waiting, *others = [asyncio.ensure_future(run(engine, request(1))) for _ in range(50)]
+        await within(WAIT, lambda: len(engine._worker._scheduler.waiting) == 50)
+        for other in others:
+            other.cancel()
+        await within(WAIT, lambda: engine.stats()["queued"] == 1)
+        assert not waiting.done()
+        await stream.aclose()
+        await waiting
+
+    with engine_for(tiny, max_batch=1) as engine:
+        asyncio.run(scenario(engine))
+
+
 @pytest.mark.parametrize("newcomer", [True, False])  # memory ends as somebody is admitted, or as a stream grows
 def test_without_memory_for_the_cache_running_requests_fail_and_the_next_are_served(
     newcomer: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
