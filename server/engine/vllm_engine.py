@@ -186,6 +186,7 @@ class VllmEngine(Engine):
         self, index: int, row: Row, sampling: SamplingParams, outputs: asyncio.Queue[TokenOut | BaseException]
     ) -> None:
         """One row, from waiting for its turn to its last token or its error."""
+        told_end = False
         try:
             setting = setting_of(row.steer)
             async with self._gate.enter(setting or None), self._lora(setting) as lora:
@@ -193,7 +194,10 @@ class VllmEngine(Engine):
                 prompt = TokensPrompt(prompt_token_ids=row.prompt_ids)
                 async for output in self._llm.generate(prompt, params, random_uuid(), lora_request=lora):
                     for token in tokens_out(index, output, row, sampling):
+                        told_end = token.finish_reason is not None
                         outputs.put_nowait(token)
+            if not told_end:
+                raise RuntimeError("vLLM ended a row before its answer was complete; send the request again.")
         except asyncio.CancelledError:
             if self._closed:
                 outputs.put_nowait(OverloadedError("The server is shutting down."))
