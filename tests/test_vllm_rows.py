@@ -11,9 +11,11 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from ipissa_server.engine.base import GenerationRequest, Row, SamplingParams
+from ipissa_server.engine.base import AdapterExistsError, GenerationRequest, Row, SamplingParams, UnknownAdapterError
 from ipissa_server.engine.requests import Requests
 from ipissa_server.engine.vllm_gate import Gate
+
+from ipissa.errors import ConfigError
 
 WAIT = 20  # seconds; far more than anything here takes
 STANDINS = {
@@ -86,6 +88,8 @@ def engine_on(module: Any, llm: Any, tokenizer: Any = None) -> Any:
         _llm=llm,
         _running={},
         _closed=False,
+        _adding=asyncio.Lock(),
+        _untried=None,
     )
     return engine
 
@@ -121,3 +125,67 @@ def test_a_row_that_vllm_gives_up_is_an_error_and_waits_for_nothing(
 
     with pytest.raises(RuntimeError, match="vLLM ended a row before its answer was complete"):
         asyncio.run(scenario())
+
+
+class Trying:
+    """Takes LoRAs when it is told to, or refuses them."""
+
+    def __init__(self, *, refuses: bool = False) -> None:
+        self.refuses = refuses
+        self.asked, self.go = asyncio.Event(), asyncio.Event()
+
+    async def add_lora(self, lora: Any) -> None:
+        self.asked.set()
+        await self.go.wait()
+        if self.refuses:
+            raise ValueError("no")
+
+    async def collective_rpc(self, method: str, args: Any) -> list[list[str]]:
+        return [[]]
+
+
+@pytest.fixture
+def adapter(vllm_engine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An adapter that fits any base."""
+    monkeypatch.setattr(vllm_engine, "check_base_files", lambda source, adapter: None)
+    monkeypatch.setattr(
+        vllm_engine, "Baker", lambda adapters: SimpleNamespace(adapters=adapters, rank=lambda: len(adapters))
+    )
+    return SimpleNamespace(alpha_range=(-1.0, 1.0), modules={})
+
+
+def test_of_two_adapters_with_one_name_the_second_is_refused(vllm_engine: Any, adapter: Any) -> None:
+    async def scenario() -> None:
+        llm = Trying()
+        llm.go.set()
+        engine = engine_on(vllm_engine, llm)
+        found = await asyncio.gather(*(engine.add_adapter("kind", adapter) for _ in range(2)), return_exceptions=True)
+        assert found[0] is None
+        assert isinstance(found[1], AdapterExistsError)
+        assert list(engine.adapters) == ["kind"]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_no_request_may_name_an_adapter_before_vllm_has_taken_it(
+    vllm_engine: Any, adapter: Any, tokenizer: Any, refuses: bool
+) -> None:
+    async def scenario() -> None:
+        llm = Trying(refuses=refuses)
+        engine = engine_on(vllm_engine, llm, tokenizer)
+        adding = asyncio.ensure_future(engine.add_adapter("kind", adapter))
+        await asyncio.wait_for(llm.asked.wait(), WAIT)
+        assert not engine.adapters
+        with pytest.raises(UnknownAdapterError):
+            await anext(engine.generate(GenerationRequest([Row([5], {"kind": 1.0})], SamplingParams(max_tokens=1))))
+        llm.go.set()
+        if refuses:
+            with pytest.raises(ConfigError, match="does not take the adapter 'kind': no"):
+                await adding
+        else:
+            await adding
+        assert list(engine.adapters) == ([] if refuses else ["kind"])
+        assert list(engine._loras.adapters) == list(engine.adapters)
+
+    asyncio.run(scenario())
