@@ -198,6 +198,23 @@ def test_requests_may_arrive_while_those_that_wait_are_looked_through(tiny: Path
         assert set(engine.adapters) == {"honest"}
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_thread_has_died_is_not_healthy(tiny: Path) -> None:
+    async def scenario(engine: TorchEngine) -> None:
+        await run(engine, request(1))
+        assert engine.healthy
+        engine._worker._scheduler.admit = dies
+        work = asyncio.ensure_future(run(engine, request(1)))
+        await within(WAIT, lambda: not engine.healthy)
+        work.cancel()
+
+    def dies() -> None:
+        raise SystemExit
+
+    with engine_for(tiny) as engine:
+        asyncio.run(scenario(engine))
+
+
 def of_layers(adapter: Adapter, *layers: int) -> Adapter:
     modules = {n: f for n, f in adapter.modules.items() if any(f".layers.{i}." in n for i in layers)}
     return replace(adapter, config=replace(adapter.config, modules=tuple(modules)), modules=modules)

@@ -107,6 +107,11 @@ class Worker:
         """The adapters on the model."""
         return self._steered.adapters
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
     def stats(self) -> dict[str, Any]:
         """What `Engine.stats` says."""
         return {
