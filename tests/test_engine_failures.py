@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from engines import adapters_of, engine_for, run
-from ipissa_server.engine import cache
+from ipissa_server.engine import cache, worker
 from ipissa_server.engine.base import (
     AdapterInUseError,
     GenerationRequest,
@@ -24,6 +24,7 @@ from ipissa_server.engine.base import (
 )
 from ipissa_server.engine.pace import Pace
 from ipissa_server.engine.scheduler import Scheduler
+from ipissa_server.engine.sequence import Job, Sequence
 from ipissa_server.engine.torch_engine import TorchEngine
 
 from ipissa.adapter import Adapter
@@ -64,6 +65,23 @@ async def drained(stream: Any) -> None:
         pass
 
 
+def test_requests_that_are_given_up_do_not_pile_up_behind_one_that_waits_for_slots(tiny: Path) -> None:
+    async def scenario(engine: TorchEngine) -> None:
+        stream = engine.generate(request(1, 3000))
+        await anext(stream)
+        waiting, *others = [asyncio.ensure_future(run(engine, request(1))) for _ in range(50)]
+        await within(WAIT, lambda: len(engine._worker._scheduler.waiting) == 50)
+        for other in others:
+            other.cancel()
+        await within(WAIT, lambda: engine.stats()["queued"] == 1)
+        assert not waiting.done()
+        await stream.aclose()
+        await waiting
+
+    with engine_for(tiny, max_batch=1) as engine:
+        asyncio.run(scenario(engine))
+
+
 @pytest.mark.parametrize("newcomer", [True, False])  # memory ends as somebody is admitted, or as a stream grows
 def test_without_memory_for_the_cache_running_requests_fail_and_the_next_are_served(
     newcomer: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
@@ -93,13 +111,15 @@ def test_without_memory_for_the_cache_running_requests_fail_and_the_next_are_ser
         asyncio.run(scenario(engine))
 
 
-def test_stopping_answers_everybody(tiny: Path, small_steps: None) -> None:
+def test_stopping_answers_everybody(tiny: Path, small_steps: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "SCORES_IN_TURN", 1)
+
     async def scenario(engine: TorchEngine) -> list[Any]:
         waiting = [
             asyncio.ensure_future(outcome(work))
             for work in (engine.score(ScoreRequest([5, 6, 7], ["Yes", "No"], SWEEP)), run(engine, request(1, 3000)))
         ]
-        await within(WAIT, lambda: engine._worker._scoring is not None and engine.stats()["active_rows"])
+        await within(WAIT, lambda: engine._worker._scoring and engine.stats()["active_rows"])
         waiting.append(asyncio.ensure_future(outcome(engine.score(ScoreRequest([5, 6], ["Yes", "No"], SWEEP)))))
         await within(WAIT, lambda: engine.stats()["queued"])
         await asyncio.to_thread(engine.close)
@@ -107,6 +127,92 @@ def test_stopping_answers_everybody(tiny: Path, small_steps: None) -> None:
 
     with engine_for(tiny) as engine:
         assert [type(each) for each in asyncio.run(scenario(engine))] == [OverloadedError] * 3
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_one_score_does_not_wait_for_a_sweep(together: bool, tiny: Path, small_steps: None) -> None:
+    finished: list[int] = []
+
+    async def ask(engine: TorchEngine, context: list[int], steers: list[dict[str, float]]) -> None:
+        assert len(await engine.score(ScoreRequest(context, ["Yes", "No"], steers))) == len(steers)
+        finished.append(len(steers))
+
+    async def scenario(engine: TorchEngine) -> None:
+        await engine.score(ScoreRequest([5], ["Yes", "No"], [{}]))  # the choices are found
+        sweep = asyncio.ensure_future(ask(engine, [5, 6, 7], SWEEP))
+        if not together:
+            await within(WAIT, lambda: engine._worker._scoring)
+        await asyncio.gather(*(ask(engine, context, SWEEP[:1]) for context in ([5, 6, 7], [5] * 9)), sweep)
+
+    with engine_for(tiny) as engine:
+        asyncio.run(scenario(engine))
+    assert finished == [1, 1, len(SWEEP)]
+
+
+def test_a_sweep_that_is_given_up_costs_no_more_calls(tiny: Path, small_steps: None) -> None:
+    calls: list[int] = []
+
+    async def scenario(engine: TorchEngine) -> None:
+        runner = engine._worker._runner
+        rest = runner.continue_from
+        runner.continue_from = lambda hidden, steers, picks: (
+            calls.append(len(steers)),
+            rest(hidden, steers, picks),
+        )[1]
+        sweep = asyncio.ensure_future(engine.score(ScoreRequest([5, 6, 7], ["Yes", "No"], SWEEP)))
+        other = asyncio.ensure_future(engine.score(ScoreRequest([8], ["Yes", "No"], SWEEP[:20])))
+        await within(WAIT, lambda: calls)
+        sweep.cancel()
+        assert len(await other) == 20
+        await within(WAIT, lambda: not engine._worker._scoring)
+
+    with engine_for(tiny) as engine:
+        asyncio.run(scenario(engine))
+    assert sum(calls) < len(SWEEP)
+
+
+def test_requests_may_arrive_while_those_that_wait_are_looked_through(tiny: Path) -> None:
+    class Arriving(Job):
+        """Somebody else's request comes as its sequences are looked at."""
+
+        arrived = False
+
+        @property
+        def sequences(self) -> list[Sequence]:
+            if not self.arrived:
+                self.arrived = True
+                mailbox.put(Job(request(1), self.loop))
+            return self._sequences
+
+        @sequences.setter
+        def sequences(self, value: list[Sequence]) -> None:
+            self._sequences = value
+
+    async def scenario() -> None:
+        mailbox.put(Arriving(request(1), asyncio.get_running_loop()))
+        await engine.remove_adapter("kind")
+
+    with engine_for(tiny) as engine:
+        mailbox = engine._mailbox
+        asyncio.run(scenario())
+        assert set(engine.adapters) == {"honest"}
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_thread_has_died_is_not_healthy(tiny: Path) -> None:
+    async def scenario(engine: TorchEngine) -> None:
+        await run(engine, request(1))
+        assert engine.healthy
+        engine._worker._scheduler.admit = dies
+        work = asyncio.ensure_future(run(engine, request(1)))
+        await within(WAIT, lambda: not engine.healthy)
+        work.cancel()
+
+    def dies() -> None:
+        raise SystemExit
+
+    with engine_for(tiny) as engine:
+        asyncio.run(scenario(engine))
 
 
 def of_layers(adapter: Adapter, *layers: int) -> Adapter:
@@ -122,7 +228,7 @@ def test_an_adapter_that_comes_during_a_sweep_does_not_change_it(tiny: Path, sma
     async def sweep(engine: TorchEngine, *, add: bool) -> list[float]:
         scores = asyncio.ensure_future(engine.score(ScoreRequest([5, 6, 7], ["Yes", "No"], SWEEP)))
         if add:
-            await within(WAIT, lambda: engine._worker._scoring is not None)
+            await within(WAIT, lambda: engine._worker._scoring)
             await engine.add_adapter("kind", adapters["kind"])
             assert not scores.done()
         return [score.log_odds for score in await scores]
@@ -137,7 +243,7 @@ def test_an_adapter_that_comes_during_a_sweep_does_not_change_it(tiny: Path, sma
 def test_an_adapter_that_a_waiting_score_names_stays_and_others_may_go(tiny: Path, small_steps: None) -> None:
     async def scenario(engine: TorchEngine) -> None:
         scores = asyncio.ensure_future(engine.score(ScoreRequest([5, 6, 7], ["Yes", "No"], SWEEP)))
-        await within(WAIT, lambda: engine._worker._scoring is not None)
+        await within(WAIT, lambda: engine._worker._scoring)
         with pytest.raises(AdapterInUseError):
             await engine.remove_adapter("honest")
         await engine.remove_adapter("kind")

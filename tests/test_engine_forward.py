@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny_model
 from ipissa_server.engine import cache as cache_module
-from ipissa_server.engine.cache import SlotCache, SlotView, check_attention
+from ipissa_server.engine.cache import SlotCache, SlotView, check_attention, slot_attention
 from ipissa_server.engine.forward import StagedModel
-from transformers import Gemma2Config, GraniteConfig, GraniteForCausalLM, LlamaConfig
+from transformers import Gemma2Config, GptOssConfig, GptOssForCausalLM, GraniteConfig, GraniteForCausalLM, LlamaConfig
 
 from ipissa.errors import ConfigError
 
@@ -104,6 +104,32 @@ def test_a_row_computed_once_fills_several_slots(llama: Any) -> None:
 def test_attention_that_caps_its_scores_is_refused() -> None:
     with pytest.raises(ConfigError, match="caps its attention scores"):
         check_attention(Gemma2Config())
+
+
+def test_attention_sinks_are_refused() -> None:
+    config = GptOssConfig(
+        vocab_size=97,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        layer_types=["sliding_attention", "full_attention"],
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )
+    with pytest.raises(ConfigError, match="attention sinks"):
+        StagedModel(GptOssForCausalLM(config))
+
+
+@pytest.mark.parametrize("asked", ["s_aux", "softcap", "position_bias"])
+def test_attention_that_asks_for_more_than_is_computed_is_an_error(asked: str) -> None:
+    states = torch.zeros(1, 1, 1, 4)
+    slot_attention(torch.nn.Identity(), states, states, states, None, **{asked: None})
+    with pytest.raises(ConfigError, match=f"attention has {asked}"):
+        slot_attention(torch.nn.Identity(), states, states, states, None, **{asked: torch.zeros(1)})
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

@@ -12,7 +12,9 @@ import pandas as pd
 import pytest
 import torch
 from conftest import random_adapter, tiny_model
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from ipissa.data.chat import chat_ids
 from ipissa.data.datasets import load_items
@@ -35,6 +37,15 @@ HONEST = "truthfully"
 def yes_and_no(tokenizer: Any) -> tuple[list[int], list[int]]:
     yes, no = find_choices(tokenizer, CHOICES)
     return [v[0] for v in yes.variants], [v[0] for v in no.variants]
+
+
+def test_a_choice_of_which_a_tokenizer_leaves_nothing_is_refused() -> None:
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "yes": 1}, unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace("\u200b", "")
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    forgetful = PreTrainedTokenizerFast(tokenizer_object=backend)
+    with pytest.raises(ConfigError, match=r"The choice '\\u200b' is nothing"):
+        find_choices(forgetful, ["yes", "\u200b"])
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """Token filters against sorting the whole vocabulary, and noise that α does not touch."""
 
 import asyncio
+from collections.abc import Iterator
 from contextlib import closing
+from typing import Any
 
 import pytest
 import torch
@@ -93,7 +95,28 @@ def test_penalties_and_bias_shift_logits_as_openai_defines_them() -> None:
     assert greedy((1,), frequency_penalty=0.15) == 1
     assert greedy((1, 1), presence_penalty=0.15) == 1
     assert greedy((1, 1), presence_penalty=0.3) == 0
-    assert greedy((), logit_bias={2: 5.0}) == 2
+    assert greedy((), logit_bias={2: 5.0}) == greedy((), logit_bias={2: 5}) == 2
+
+
+def test_a_bias_on_many_tokens_is_read_once_for_all_rows_and_steps() -> None:
+    read = []
+
+    class Bias(dict[int, float]):
+        def __iter__(self) -> Iterator[int]:
+            read.append(len(self))
+            return super().__iter__()
+
+        def items(self) -> Any:
+            read.append(len(self))
+            return super().items()
+
+    bias = {token: token % 7 - 3.5 for token in range(50_000)}
+    rows = sequences([0, 1], temperature=0.0, logit_bias=Bias(bias))
+    logits = torch.randn(2, 60_000, generator=torch.Generator().manual_seed(0))
+    expected = (logits + torch.tensor([*bias.values(), *[0.0] * 10_000])).argmax(-1)
+    for _ in range(3):
+        assert torch.equal(choose_tokens(logits, rows), expected)
+    assert read == [50_000]
 
 
 def test_reported_logprobs_are_the_models_own_and_each_row_has_as_many_as_it_asked_for() -> None:

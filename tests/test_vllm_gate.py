@@ -61,6 +61,40 @@ def test_a_new_setting_waits_while_known_ones_and_the_base_pass_it() -> None:
     asyncio.run(scenario())
 
 
+def test_a_new_setting_is_passed_by_no_more_rows_than_fit_inside() -> None:
+    """However well the rows of a setting that runs follow each other, its place becomes free."""
+
+    async def scenario() -> None:
+        rows = Rows(Gate(rows=3, settings=1))
+        await rows.come(("0", 1), ("new", 2))
+        for i in range(1, 20):
+            await rows.come((str(i), 1))
+            if str(i - 1) in rows.entered:
+                await rows.leave(str(i - 1))
+        assert rows.entered == ["0", "1", "2", "3", "new"]
+        await rows.come(("base", None))
+        await rows.leave("new")
+        assert rows.entered[5:] == ["base", "4", "5"]
+
+    asyncio.run(scenario())
+
+
+def test_who_is_held_up_goes_on_when_the_one_before_it_gives_up() -> None:
+    async def scenario() -> None:
+        rows = Rows(Gate(rows=2, settings=1))
+        await rows.come(("0", 1), ("new", 2), ("1", 1))
+        await rows.leave("0")
+        await rows.come(("2", 1))
+        await rows.leave("1")
+        await rows.come(("3", 1))
+        assert rows.entered == ["0", "1", "2"]
+        await rows.give_up("new")
+        await asyncio.sleep(0.01)
+        assert rows.entered == ["0", "1", "2", "3"]
+
+    asyncio.run(scenario())
+
+
 def test_who_gives_up_leaves_nothing_behind() -> None:
     async def scenario() -> None:
         rows = Rows(Gate(rows=1, settings=1))

@@ -48,7 +48,7 @@ def find_choices(tokenizer: Any, texts: Sequence[str]) -> list[Choice]:
     """The token variants of each answer.
 
     Raises:
-        ConfigError: fewer than two answers, an empty one, or two that are spelt alike.
+        ConfigError: fewer than two answers, an empty one, one without tokens, or two that are spelt alike.
     """
     if len(texts) < 2:
         raise ConfigError(f"choices {list(texts)} are fewer than two; give at least two answers.")
@@ -76,7 +76,10 @@ def _single_tokens(tokenizer: Any) -> dict[str, tuple[tuple[int, ...], ...]]:
 
 def _sequences(tokenizer: Any, text: str) -> tuple[tuple[int, ...], ...]:
     forms = (" " + text.strip(), text.strip())
-    return tuple(dict.fromkeys(tuple(tokenizer.encode(form, add_special_tokens=False)) for form in forms))
+    spelt = dict.fromkeys(tuple(tokenizer.encode(form, add_special_tokens=False)) for form in forms)
+    if not (spellings := tuple(filter(None, spelt))):
+        raise ConfigError(f"The choice {text!r} is nothing to this model's tokenizer; give one that has tokens.")
+    return spellings
 
 
 @dataclass(frozen=True)

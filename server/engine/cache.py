@@ -7,7 +7,7 @@ each other; what lies behind a sequence's own length is masked and overwritten l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from ipissa.errors import ConfigError
 
 ATTENTION = "ipissa_slots"  # the name transformers models find `slot_attention` by
+NOT_COMPUTED = ("s_aux", "softcap", "position_bias")  # what transformers' models hand to attention besides
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 LENGTH_STEP = 128  # lengths grow by whole steps, so that growing is rare
 
@@ -145,7 +146,7 @@ def slot_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     slots: SlotView | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, as transformers calls it; query (batch, heads, tokens, dim).
 
@@ -154,7 +155,12 @@ def slot_attention(
 
     Query heads that share a key head become further query rows of it, so keys are read once and never
     repeated in memory.
+
+    Raises:
+        ConfigError: the layer asks for what is not computed here.
     """
+    if asked := [name for name in NOT_COMPUTED if more.get(name) is not None]:
+        raise ConfigError(f"This model's attention has {asked[0]}, which the torch engine does not do.")
     batch, heads, tokens, dim = query.shape
     if slots is None:
         mask = None
@@ -181,13 +187,15 @@ def slot_attention(
 AttentionInterface.register(ATTENTION, slot_attention)
 
 
-def check_attention(config: Any) -> None:
+def check_attention(config: Any, layers: Iterable[nn.Module] = ()) -> None:
     """Refuse models whose attention does more than `slot_attention` computes.
 
     Raises:
-        ConfigError: the model caps attention scores, has layers without attention, or positions whose
-            meaning depends on the longest text in the batch.
+        ConfigError: the model caps attention scores, has attention sinks, layers without attention, or positions
+            whose meaning depends on the longest text in the batch.
     """
+    if any(hasattr(module, "sinks") for layer in layers for module in layer.modules()):
+        raise ConfigError("This model has attention sinks (gpt-oss), which the torch engine does not compute.")
     if getattr(config, "attn_logit_softcapping", None):
         raise ConfigError("This model caps its attention scores (Gemma 2), which the torch engine does not do.")
     kinds: Sequence[str] = getattr(config, "layer_types", None) or ()

@@ -57,24 +57,13 @@ class Detokenizer:
     def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], stop: Sequence[str]) -> None:
         self._tokenizer = tokenizer.backend_tokenizer
         # Some tokenizers write a token's leading space only after other text, so the text starts in context.
-        self._ids = list(prompt_ids[-CONTEXT_TOKENS:])
-        self._stream = DecodeStream(ids=self._ids, skip_special_tokens=True)
-        context = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        self._prompt_length = len(context)
-        # After what may be an unfinished character the stream starts over and repeats the context.
-        self._repeated = len(context) if context.endswith(UNFINISHED) else 0
+        self._begin_after(list(prompt_ids[-CONTEXT_TOKENS:]))
         self._stop = stop
         self._held = ""
-        self._decoded = 0  # characters that left the stream so far
 
     def push(self, token_id: int) -> tuple[str, bool]:
         """(text that became final, whether a stop string was reached) after one more token."""
-        self._ids.append(token_id)
-        text = self._stream.step(self._tokenizer, token_id) or ""
-        if text and self._repeated:
-            text, self._repeated = text[self._repeated :], 0
-        self._decoded += len(text)
-        self._held += text
+        self._held += self._text_of(token_id)
         hits = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if hits:
             final, self._held = self._held[: min(hits)], ""
@@ -86,8 +75,41 @@ class Detokenizer:
 
     def flush(self) -> str:
         """What is left when the row ends: held text, and the bytes of a character that never ended."""
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        return self._held + whole[self._prompt_length + self._decoded :]
+        return self._held + self._untold()
+
+    def _begin_after(self, ids: list[int]) -> None:
+        self._told_ids = ids
+        self._new_ids: list[int] = []  # that have no text yet
+        self._stream = DecodeStream(ids=ids, skip_special_tokens=True)
+        # After what may be an unfinished character the stream begins with the text before it.
+        self._repeats = self._decode(ids).endswith(UNFINISHED)
+
+    def _text_of(self, token_id: int) -> str:
+        """What leaves the stream with one more token."""
+        self._new_ids.append(token_id)
+        try:
+            text = self._stream.step(self._tokenizer, token_id) or ""
+        except Exception:  # all that it raises: what it has told reads otherwise with the new tokens
+            broken = True
+        else:
+            broken = bool(text) and self._repeats
+        if broken:
+            text = self._untold()
+            self._begin_after(self._new_ids)
+        elif text:
+            self._told_ids, self._new_ids = self._new_ids, []
+        return text
+
+    def _untold(self) -> str:
+        """The text of the new tokens."""
+        told, whole = self._decode(self._told_ids), self._decode(self._told_ids + self._new_ids)
+        if whole.startswith(told):
+            return whole[len(told) :]
+        # Where bytes are tokens, a stray one takes the characters just before it along. Those stay told.
+        return self._decode(self._new_ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _possible_stop(self) -> int:
         """Length of the longest end of the held text that begins a stop string."""

@@ -45,9 +45,9 @@ class StagedModel:
     """
 
     def __init__(self, model: Any) -> None:
-        check_attention(model.config.get_text_config())
         self.model = model
         self._layers = list(model.get_decoder().layers)
+        check_attention(model.config.get_text_config(), self._layers)
         self.depth = len(self._layers)
         self._running = range(self.depth)
         self._entering: Tensor | None = None  # what the first layer of the range reads, if not the embeddings

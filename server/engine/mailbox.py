@@ -47,6 +47,22 @@ class Mailbox:
             self._wake.wait_for(lambda: self._closed or self.calls or self.scores or self.generations or has_work())
             return not self._closed
 
+    def requests(self) -> tuple[list[Job], list[ScoreJob]]:
+        """The generations and scores that wait just now."""
+        with self._wake:
+            return list(self.generations), list(self.scores)
+
+    def take_scores(self) -> list[ScoreJob]:
+        """The scores that wait, out of the mailbox."""
+        with self._wake:
+            taken, self.scores = self.scores, deque()
+        return list(taken)
+
+    def drop_cancelled_scores(self) -> None:
+        """Forget the scores that nobody waits for."""
+        with self._wake:
+            self.scores = deque(job for job in self.scores if not job.cancelled)
+
     def close(self) -> None:
         """Take no more, and let the worker end."""
         with self._wake:

@@ -63,8 +63,8 @@ def _with_bias_and_penalties(logits: Tensor, sequences: Seq[Sequence]) -> Tensor
     logits = logits.clone()
     for row, sequence in zip(logits, sequences, strict=True):
         params = sequence.sampling
-        for token, bias in params.logit_bias.items():
-            row[token] += bias
+        if params.logit_bias:
+            row.index_add_(0, *sequence.job.logit_bias(row.device))
         if sequence.generated and (params.presence_penalty or params.frequency_penalty):
             written = torch.tensor(sequence.tokens[sequence.prompt_length :], device=row.device)
             ids, counts = written.unique(return_counts=True)

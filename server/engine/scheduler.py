@@ -53,7 +53,8 @@ class Scheduler:
         self.decoding = 0
 
     def admit(self) -> None:
-        """Give slots to waiting requests, in order, while they fit."""
+        """Give slots to waiting requests, in order, while they fit; forget those that nobody waits for."""
+        self.waiting = deque(group for group in self.waiting if not all(sequence.ended for sequence in group))
         while self.waiting:
             entering = [sequence for sequence in self.waiting[0] if not sequence.ended]
             slots = len(self.running) + len(entering)

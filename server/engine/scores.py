@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -45,21 +45,31 @@ class _Term:
     spots: tuple[tuple[int, int], ...]  # index of the token before, token
 
 
+def of_similar_length(jobs: Sequence[ScoreJob]) -> Iterator[list[ScoreJob]]:
+    """Jobs that may share a batch without much padding."""
+    left = sorted(jobs, key=lambda job: job.tokens)
+    while left:
+        together = [job for job in left if job.tokens <= max(2 * left[0].tokens, 64)]
+        left = left[len(together) :]
+        yield together
+
+
 def score_batch(
     runner: Runner, jobs: Sequence[ScoreJob], tokens_per_call: Callable[[], int]
-) -> Iterator[list[list[ChoiceScore]]]:
-    """Score jobs together. Yields [] after every model call but the last, and then one result per job.
+) -> Iterator[list[tuple[ScoreJob, list[ChoiceScore]]]]:
+    """Score jobs together, those with the fewest settings first.
 
-    Every distinct text goes through the shared layers once, and every distinct (text, steer) through the
-    rest once, as many of them at a time as `tokens_per_call` allows just then.
+    Yields after every model call the jobs that it completed, with their results. Of equally many settings, every
+    distinct text goes through the shared layers once; every distinct (text, steer) goes through the rest once, as
+    many of them at a time as `tokens_per_call` allows just then. What only cancelled jobs ask for is left out.
     """
     terms = _terms(jobs)
+    lacking = Counter(term.job for asked in terms.values() for term in asked)
     found: dict[tuple[int, int, int], list[float]] = {}
     width = max(len(text) for text, _ in terms)
-    left = deque(sorted(terms, key=lambda variant: variant[0]))  # those of one text follow each other
+    left = deque(sorted(terms, key=lambda variant: (_fewest_settings(jobs, terms[variant]), variant[0])))
     hidden: dict[Text, Hidden] = {}
-    while left:
-        group = [left.popleft() for _ in range(min(len(left), max(1, tokens_per_call() // width)))]
+    while group := _next_variants(left, terms, jobs, max(1, tokens_per_call() // width)):
         texts = dict.fromkeys(text for text, _ in group)
         # Adapters may have come or gone since the last call.
         hidden = {t: states for t, states in hidden.items() if t in texts and states.layer == runner.shared}
@@ -69,9 +79,28 @@ def score_batch(
             hidden |= {text: states[torch.tensor([i], device=states.states.device)] for i, text in enumerate(new)}
         for term, value in _evaluate(runner, hidden, group, terms).items():
             found.setdefault((term.job, term.setting, term.choice), []).append(value)
-        if left:
-            yield []
-    yield [_result(found, index, job) for index, job in enumerate(jobs)]
+            lacking[term.job] -= 1
+        hidden = {text: states for text, states in hidden.items() if left and text == left[0][0]}
+        complete = [index for index, terms_left in lacking.items() if not terms_left]
+        yield [(jobs[index], _result(found, index, jobs[index])) for index in complete]
+        for index in complete:
+            del lacking[index]
+
+
+def _fewest_settings(jobs: Sequence[ScoreJob], terms: list[_Term]) -> int:
+    return min(len(jobs[term.job].request.steers) for term in terms)
+
+
+def _next_variants(
+    left: deque[Variant], terms: dict[Variant, list[_Term]], jobs: Sequence[ScoreJob], most: int
+) -> list[Variant]:
+    """The next variants that somebody waits for, out of those that are left."""
+    group: list[Variant] = []
+    while left and len(group) < most:
+        variant = left.popleft()
+        if not all(jobs[term.job].cancelled for term in terms[variant]):
+            group.append(variant)
+    return group
 
 
 def _terms(jobs: Sequence[ScoreJob]) -> dict[Variant, list[_Term]]:

@@ -7,6 +7,9 @@ from array import array
 from hashlib import blake2b
 from itertools import count
 
+import torch
+from torch import Tensor
+
 from .base import GenerationRequest, Row, SamplingParams, TokenLogprob, TokenOut
 
 _arrivals = count()
@@ -19,11 +22,20 @@ class Job:
         self.loop = loop
         self.outputs: asyncio.Queue[list[TokenOut] | Exception] = asyncio.Queue()
         self.sequences = [Sequence(self, index, row, request.sampling) for index, row in enumerate(request.rows)]
+        self._bias = request.sampling.logit_bias
+        self._bias_tensors: tuple[Tensor, Tensor] | None = None
 
     @property
     def cancelled(self) -> bool:
         """Whether nobody waits for any of its sequences."""
         return all(sequence.ended for sequence in self.sequences)
+
+    def logit_bias(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Token ids and what their logits get added, (tokens,) each; made at the first step, for all rows and steps."""
+        if self._bias_tensors is None:
+            ids, values = torch.tensor(list(self._bias)), torch.tensor(list(self._bias.values()), dtype=torch.float32)
+            self._bias_tensors = ids.to(device), values.to(device)
+        return self._bias_tensors
 
     def cancel(self) -> None:
         """Give up what is left of the request; the worker frees its slots before its next step."""

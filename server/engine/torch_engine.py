@@ -76,6 +76,10 @@ class TorchEngine(Engine):
     def adapters(self) -> Mapping[str, AnyAdapter]:
         return self._worker.adapters
 
+    @property
+    def healthy(self) -> bool:
+        return self._worker.alive
+
     async def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
         if len(request.rows) > self.max_batch:
             raise ConfigError(f"{len(request.rows)} rows are more than the {self.max_batch} that can run at a time.")

@@ -109,6 +109,8 @@ class VllmEngine(Engine):
         self._gate = Gate(max_batch, started.max_loras)
         self._score_gate = Gate(SCORE_ROWS, SCORE_SETTINGS)
         self._running: dict[asyncio.Task[Any], asyncio.AbstractEventLoop] = {}
+        self._adding = asyncio.Lock()
+        self._untried: str | None = None  # an adapter that vLLM may yet refuse
         self._closed = False
 
     def _read_config(self) -> None:
@@ -150,7 +152,7 @@ class VllmEngine(Engine):
 
     @property
     def adapters(self) -> Mapping[str, Adapter]:
-        return dict(self._loras.adapters)
+        return {name: adapter for name, adapter in self._loras.adapters.items() if name != self._untried}
 
     @property
     def healthy(self) -> bool:
@@ -186,6 +188,7 @@ class VllmEngine(Engine):
         self, index: int, row: Row, sampling: SamplingParams, outputs: asyncio.Queue[TokenOut | BaseException]
     ) -> None:
         """One row, from waiting for its turn to its last token or its error."""
+        told_end = False
         try:
             setting = setting_of(row.steer)
             async with self._gate.enter(setting or None), self._lora(setting) as lora:
@@ -193,7 +196,10 @@ class VllmEngine(Engine):
                 prompt = TokensPrompt(prompt_token_ids=row.prompt_ids)
                 async for output in self._llm.generate(prompt, params, random_uuid(), lora_request=lora):
                     for token in tokens_out(index, output, row, sampling):
+                        told_end = token.finish_reason is not None
                         outputs.put_nowait(token)
+            if not told_end:
+                raise RuntimeError("vLLM ended a row before its answer was complete; send the request again.")
         except asyncio.CancelledError:
             if self._closed:
                 outputs.put_nowait(OverloadedError("The server is shutting down."))
@@ -231,6 +237,10 @@ class VllmEngine(Engine):
     # --- adapters -----------------------------------------------------------------------------
 
     async def add_adapter(self, name: str, adapter: AnyAdapter) -> None:
+        async with self._adding:  # one after the other, as each is checked with those that are there
+            await self._add(name, adapter)
+
+    async def _add(self, name: str, adapter: AnyAdapter) -> None:
         if name in self.adapters:
             raise AdapterExistsError(f"An adapter named {name!r} is loaded already; choose another name.")
         baker = Baker({**self.adapters, name: adapter})
@@ -241,12 +251,15 @@ class VllmEngine(Engine):
                 f"With the adapter {name!r} the adapters together have rank {rank}, and this server takes "
                 f"{self._max_rank}; start it with a larger --vllm max_lora_rank=RANK."
             )
+        self._untried = name
         self._loras.adapters[name] = baker.adapters[name]
         try:
             await self._try(name)
         except BaseException:
             del self._loras.adapters[name]
             raise
+        finally:
+            self._untried = None
 
     async def remove_adapter(self, name: str) -> None:
         self._check_loaded([name])
@@ -256,9 +269,9 @@ class VllmEngine(Engine):
 
     async def _try(self, name: str) -> None:
         """Load an adapter at one α, or ConfigError with vLLM's reason."""
-        adapter = self.adapters[name]
+        adapter = self._loras.adapters[name]
         low, high = adapter.alpha_range
-        async with self._lora(((name, high or low),)) as lora:
+        async with self._loras.held(((name, high or low),)) as lora:
             try:
                 await self._llm.add_lora(lora)
             except Exception as error:

@@ -10,10 +10,21 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Hashable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+
+@dataclass(eq=False)
+class _Waiting:
+    setting: Hashable
+    place: asyncio.Future[None]
+    passed: int = 0  # rows that came after it and went in before it
 
 
 class Gate:
     """Lets rows in while there is room, in the order they came, but past those whose setting has no place yet.
+
+    A row that as many have passed as there is room for is passed by no setting any more, or its own might never get
+    a place.
 
     Args:
         rows: Most rows inside.
@@ -23,7 +34,7 @@ class Gate:
     def __init__(self, rows: int, settings: int) -> None:
         self._rows, self._settings = rows, settings
         self._inside: Counter[Hashable] = Counter()
-        self._waiting: deque[tuple[Hashable, asyncio.Future[None]]] = deque()
+        self._waiting: deque[_Waiting] = deque()
 
     @property
     def waiting(self) -> int:
@@ -38,27 +49,34 @@ class Gate:
     @asynccontextmanager
     async def enter(self, setting: Hashable) -> AsyncIterator[None]:
         """Wait for a place, and hold it until the block ends."""
-        entry = (setting, asyncio.get_running_loop().create_future())
-        self._waiting.append(entry)
+        row = _Waiting(setting, asyncio.get_running_loop().create_future())
+        self._waiting.append(row)
         try:
             self._admit()
-            await entry[1]
+            await row.place
             yield
         finally:
-            if entry in self._waiting:  # cancelled before it got in
-                self._waiting.remove(entry)
+            if row in self._waiting:  # cancelled before it got in
+                self._waiting.remove(row)
+                self._admit()
             else:
                 self._inside -= Counter({setting: 1})  # and forgets it with its last row
                 self._admit()
 
     def _admit(self) -> None:
-        for entry in list(self._waiting):
-            setting, place = entry
-            if self._has_room(setting):
-                self._waiting.remove(entry)
-                self._inside[setting] += 1
-                if not place.done():
-                    place.set_result(None)
+        left: list[_Waiting] = []
+        for row in list(self._waiting):
+            stopped = row.setting is not None and left and left[0].passed >= self._rows  # the first is passed most
+            if stopped or not self._has_room(row.setting):
+                left.append(row)
+                continue
+            self._waiting.remove(row)
+            self._inside[row.setting] += 1
+            if not row.place.done():
+                row.place.set_result(None)
+            if row.setting is not None:  # the base model keeps no setting's place
+                for earlier in left:
+                    earlier.passed += 1
 
     def _has_room(self, setting: Hashable) -> bool:
         known = setting is None or setting in self._inside

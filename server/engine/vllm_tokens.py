@@ -59,7 +59,7 @@ def tokens_out(index: int, output: vllm.RequestOutput, row: Row, sampling: Sampl
     echoed = _prompt_logprobs(row, output.prompt_logprobs, top) if output.prompt_logprobs and top is not None else None
     completion = output.outputs[0]
     if sampling.max_tokens == 0:
-        if completion.finish_reason:
+        if completion.finish_reason in END:
             yield TokenOut(index, None, None, echoed, "length")
         return
     tokens = list(completion.token_ids)

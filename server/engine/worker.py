@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,11 +42,12 @@ from .pace import Pace
 from .runner import Read, Runner
 from .sampler import choose_tokens, token_logprobs
 from .scheduler import Scheduler
-from .scores import ScoreJob, score_batch
+from .scores import ScoreJob, of_similar_length, score_batch
 from .sequence import Job, Sequence
 
 logger = logging.getLogger(__name__)
 DEFAULT_MODEL_LEN = 4096
+SCORES_IN_TURN = 8  # batches of them that have begun; each holds a text's hidden states
 
 
 class Worker:
@@ -75,8 +78,7 @@ class Worker:
     ) -> None:
         self._mailbox = mailbox
         self._generated_tokens = 0
-        self._scoring: Iterator[None] | None = None
-        self._scoring_jobs: list[ScoreJob] = []
+        self._scoring: deque[tuple[list[ScoreJob], Iterator[None]]] = deque()  # jobs, and a step of them
 
         def load() -> None:
             model, self.tokenizer = load_model(model_name, device=device, dtype=dtype)
@@ -104,6 +106,11 @@ class Worker:
     def adapters(self) -> Mapping[str, AnyAdapter]:
         """The adapters on the model."""
         return self._steered.adapters
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
 
     def stats(self) -> dict[str, Any]:
         """What `Engine.stats` says."""
@@ -138,10 +145,11 @@ class Worker:
             raise UnknownAdapterError(f"The adapter {name!r} is not loaded.")
         scheduler, mailbox = self._scheduler, self._mailbox
         waiting = [sequence for sequences in scheduler.waiting for sequence in sequences]
-        arrived = [sequence for job in mailbox.generations for sequence in job.sequences]
+        generations, scores = mailbox.requests()
+        arrived = [sequence for job in generations for sequence in job.sequences]
         live = [each.spec.steer for each in (*scheduler.running, *waiting, *arrived) if not each.ended]
-        scores = [steer for job in (*self._scoring_jobs, *mailbox.scores) for steer in job.request.steers]
-        if named(name) or any(name in steer for steer in (*live, *scores)):
+        scored = [job.request.steers for job in (*self._scoring_jobs(), *scores) if not job.cancelled]
+        if named(name) or any(name in steer for steer in chain(live, *scored)):
             raise AdapterInUseError(f"The adapter {name!r} steers requests that are still running; try again later.")
         self._steered.remove(name)
         self._runner.find_shared_layers()
@@ -176,32 +184,33 @@ class Worker:
             self._mailbox.calls.popleft().run()
 
     def _score(self) -> None:
-        """One model call for scores: begin with all that wait, or go on with those that have begun."""
-        arrived = self._mailbox.scores
-        if self._scoring is None and arrived:
-            jobs = [arrived.popleft() for _ in range(len(arrived))]
-            jobs = [job for job in jobs if not job.cancelled and self._adapters_are_there(job, job.request.steers)]
-            self._scoring, self._scoring_jobs = self._score_together(jobs), jobs
-        if self._scoring is not None and next(self._scoring, "done") == "done":
-            self._scoring, self._scoring_jobs = None, []
+        """One model call for scores. Those that came together take turns with those that came before them."""
+        self._mailbox.drop_cancelled_scores()
+        if len(self._scoring) < SCORES_IN_TURN:
+            arrived = self._mailbox.take_scores()
+            there = [job for job in arrived if self._adapters_are_there(job, job.request.steers)]
+            self._scoring.extend((jobs, self._score_together(jobs)) for jobs in of_similar_length(there))
+        while self._scoring:
+            _, calls = self._scoring[0]
+            if next(calls, "done") != "done":
+                self._scoring.rotate(-1)
+                return
+            self._scoring.popleft()
 
     def _score_together(self, jobs: list[ScoreJob]) -> Iterator[None]:
-        """Scores of similar lengths share a batch; yields after every model call."""
-        jobs = sorted(jobs, key=lambda job: job.tokens)
-        while jobs:
-            together = [job for job in jobs if job.tokens <= max(2 * jobs[0].tokens, 64)]
-            jobs = jobs[len(together) :]
-            try:
-                for results in score_batch(self._runner, together, self._budget):
-                    for job, result in zip(together, results, strict=False):
-                        answer(job, result)
-                    if all(job.cancelled for job in together):
-                        break
-                    yield
-            except Exception as error:
-                self._report(error)
-                for job in together:
-                    fail(job, error)
+        """Answer each as soon as it is scored; yields after every model call."""
+        try:
+            for scored in score_batch(self._runner, jobs, self._budget):
+                for job, result in scored:
+                    answer(job, result)
+                yield
+        except Exception as error:
+            self._report(error)
+            for job in jobs:
+                fail(job, error)
+
+    def _scoring_jobs(self) -> list[ScoreJob]:
+        return [job for jobs, _ in self._scoring for job in jobs]
 
     def _budget(self) -> int:
         """Tokens that the next prefill or score call may have."""
@@ -303,19 +312,15 @@ class Worker:
 
     def _end_everything(self) -> None:
         error = OverloadedError("The server is shutting down.")
-        self._scoring = None
         self._runner.close()
         self._steered.detach()
         for call in self._mailbox.calls:
             answer(call, error)
         waiting = [sequence for sequences in self._scheduler.waiting for sequence in sequences]
         jobs = dict.fromkeys(sequence.job for sequence in (*self._scheduler.running, *waiting))
-        left: list[Job | ScoreJob] = [
-            *jobs,
-            *self._mailbox.generations,
-            *self._scoring_jobs,
-            *self._mailbox.scores,
-        ]
+        generations, scores = self._mailbox.requests()
+        left: list[Job | ScoreJob] = [*jobs, *generations, *self._scoring_jobs(), *scores]
+        self._scoring.clear()
         for job in left:
             fail(job, error)
 
