@@ -159,7 +159,8 @@ async def stream(
 
 
 def _event(data: Chunk) -> bytes:
-    return format_sse_event(data_str=json.dumps(data, ensure_ascii=False))
+    # Escaped: unlike JSON, events take U+2028 and its like for line breaks.
+    return format_sse_event(data_str=json.dumps(data))
 
 
 def token_ids(body: GenerationBody, found: list[TokenLogprob], prompt: list[int] | None = None) -> dict[str, list[int]]:

@@ -33,6 +33,16 @@ def test_streaming_gives_the_same_text_as_not_streaming(served: Served) -> None:
     assert chunk.usage.completion_tokens == 40
 
 
+def test_streams_carry_every_kind_of_line_break(served: Served) -> None:
+    prompt = "a\u2028b\u2029c\u0085d\r\ne"
+    stream = served.openai.completions.create(
+        model="honest", prompt=prompt, echo=True, max_tokens=2, temperature=0, stream=True
+    )
+    streamed = "".join(chunk.choices[0].text for chunk in stream)
+    assert streamed == texts(complete(served, model="honest", prompt=prompt, echo=True, max_tokens=2))[0]
+    assert streamed.startswith(prompt)
+
+
 def test_chat_answers_streams_and_reports_logprobs(served: Served) -> None:
     request: dict[str, Any] = {
         "model": "kind",
