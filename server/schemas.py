@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 MAX_LOGPROBS = 20
 UNSUPPORTED_FIELD = "unsupported_field"
 MAX_STOPS = 4
+MAX_CHOICE_CHARACTERS = 1000
 LARGEST_INTEGER = 10**300
 
 # OpenAI fields that this server does not implement, with the values that ask for nothing.
@@ -206,7 +207,9 @@ class ScoreBody(SteeredRequest):
     prompt: str | None = None
     messages: Messages | None = None
     prefix: str = Field("My choice:", description="What the answer has begun with.")
-    choices: list[str] = Field(default_factory=lambda: ["Yes", "No"], min_length=2, max_length=64)
+    choices: list[Annotated[str, Field(max_length=MAX_CHOICE_CHARACTERS)]] = Field(
+        default_factory=lambda: ["Yes", "No"], min_length=2, max_length=64
+    )
 
     @model_validator(mode="after")
     def one_prompt(self) -> ScoreBody:

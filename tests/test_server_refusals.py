@@ -88,6 +88,36 @@ def test_unusable_score_requests_are_refused(served: Served, body: dict[str, Any
     assert served.post("/v1/score", **body).status_code == 400
 
 
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"choices": ["Yes", "no " * 100]}, "at most 64"),
+        ({"choices": ["Yes", "x" * 10**6]}, "at most 1000 characters"),
+        ({"prompt": "word " * 185, "choices": ["Yes", "far too many words " * 5]}, "after this prompt"),
+    ],
+)
+def test_choices_that_are_too_long_are_refused_before_the_model_reads_them(
+    served: Served, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any], says: str
+) -> None:
+    monkeypatch.setattr(served.app.state.engine, "score", None)
+    response = served.post("/v1/score", **{"prompt": "Is it?", "model": "honest", **body})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "choices")
+    assert says in error["message"]
+    assert len(error["message"]) < 300
+
+
+def test_a_choice_without_tokens_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ipissa_server.routes import score
+
+    from ipissa.evaluate.scoring import Choice
+
+    monkeypatch.setattr(score, "find_choices", lambda tokenizer, texts: [Choice(text, ((),)) for text in texts])
+    response = served.post("/v1/score", prompt="Is it?", choices=["\u200b", "No"])
+    assert response.status_code == 400
+    assert "has no tokens in this model" in response.json()["error"]["message"]
+
+
 def test_an_unusable_adapter_is_refused_before_anything_is_served(tiny: Path, tmp_path: Path) -> None:
     from ipissa_server.cli import base_of, named_adapters
 
