@@ -65,6 +65,26 @@ def test_chat_answers_streams_and_reports_logprobs(served: Served) -> None:
     assert streamed == [entry.logprob for entry in content]
 
 
+def test_an_answer_can_be_sent_back_as_the_client_dumps_it(served: Served) -> None:
+    first = served.openai.chat.completions.create(model="honest", messages=MESSAGES, max_tokens=4, temperature=0)
+    said = first.choices[0].message
+    assert said.model_dump().keys() >= {"refusal", "annotations", "tool_calls", "function_call", "audio"}
+    again = {"role": "user", "content": "Go on.", "name": "me"}
+    for message in (said.model_dump(), {**said.model_dump(), "annotations": [], "tool_calls": [], "tool_call_id": ""}):
+        answer = served.openai.chat.completions.create(
+            model="honest", messages=[*MESSAGES, message, again], max_tokens=4, temperature=0
+        )
+        plain = [*MESSAGES, {"role": "assistant", "content": said.content}, {"role": "user", "content": "Go on."}]
+        expected = served.openai.chat.completions.create(model="honest", messages=plain, max_tokens=4, temperature=0)
+        assert answer.choices[0].message == expected.choices[0].message
+
+
+def test_null_and_false_are_what_asks_for_nothing(served: Served) -> None:
+    nothing = complete(served, top_k=None, min_p=None, logprobs=False)
+    assert nothing["choices"] == complete(served)["choices"]
+    assert nothing["choices"][0]["logprobs"] is None
+
+
 def test_stop_strings_end_the_text_before_them_in_both_forms(served: Served) -> None:
     full = texts(complete(served, max_tokens=30))[0]
     stop = full[7:10]

@@ -50,6 +50,14 @@ def test_what_cannot_be_served_is_refused_in_openais_form(
     assert set(error) == {"message", "type", "param", "code"}
 
 
+def test_what_a_message_asks_for_beyond_its_text_is_refused(served: Served) -> None:
+    for extra in ({"tool_calls": [{"id": "x"}]}, {"refusal": "No."}, {"annotations": [{}]}, {"colour": None}):
+        messages = [{"role": "assistant", "content": "Hi.", **extra}]
+        response = served.post("/v1/chat/completions", messages=messages)
+        assert response.status_code == 400
+        assert next(iter(extra)) in response.json()["error"]["message"]
+
+
 def test_half_a_surrogate_pair_is_refused(served: Served) -> None:
     raw = '{"prompt": "\\ud800"}'
     response = served.http.post("/v1/completions", content=raw, headers={"Content-Type": "application/json"})
