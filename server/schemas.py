@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import time
 import uuid
 from typing import Annotated, Any, ClassVar, Literal
@@ -55,7 +56,7 @@ def _check_alpha(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST_INTEGER:
         value = math.inf  # beyond what a float holds
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"steer_alpha {value!r} is not a finite number; use for example 0.7.")
+        raise ValueError(f"steer_alpha {reprlib.repr(value)} is not a finite number; use for example 0.7.")
     return float(value)
 
 
@@ -103,20 +104,20 @@ class RequestBody(BaseModel):
     def refuse_unsupported(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        if _has_lone_surrogate(data):
-            raise ValueError("The request holds half of a surrogate pair, which is not text; send valid Unicode.")
+        _check_text(data)
         for name, inert in cls.unsupported.items():
             if name in data and name not in cls.model_fields and not any(_same(data[name], each) for each in inert):
                 raise PydanticCustomError(UNSUPPORTED_FIELD, "{field} is not supported; remove it.", {"field": name})
         return {key: value for key, value in data.items() if key not in cls.unsupported or key in cls.model_fields}
 
 
-def _has_lone_surrogate(data: Any) -> bool:
+def _check_text(data: Any) -> None:
     try:
         json.dumps(data, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return True
-    return False
+        raise ValueError("The request holds half of a surrogate pair, which is not text; send valid Unicode.") from None
+    except RecursionError:
+        raise ValueError("The request is nested too deeply; no field needs more than a few levels.") from None
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -65,6 +65,22 @@ def test_half_a_surrogate_pair_is_refused(served: Served) -> None:
     assert "valid Unicode" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("depth", [50, 900, 950, 5000])
+@pytest.mark.parametrize("field", ["steer_alpha", "metadata", "tools"])
+def test_deeply_nested_bodies_are_refused(served: Served, field: str, depth: int) -> None:
+    raw = f'{{"prompt": "x", "model": "kind", "{field}": {"[" * depth}{"]" * depth}}}'
+    response = served.http.post("/v1/completions", content=raw, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert len(response.json()["error"]["message"]) < 200
+
+
+def test_refusals_name_long_values_by_their_beginning(served: Served) -> None:
+    for body in ({"steer_alpha": "x" * 10**5}, {"steer_alpha": {"x" * 10**5: 1}}, {"model": "x" * 10**5}):
+        message = served.post("/v1/completions", prompt="x", **body).json()["error"]["message"]
+        assert "'xxx" in message
+        assert len(message) < 300
+
+
 def test_a_default_alpha_needs_to_know_its_adapter(tiny: Path) -> None:
     with in_thread(**settings_for(tiny, "honest", "kind"), default_alpha=0.5) as server:
         assert complete(server, model="kind")["choices"][0]["steer"] == {"kind": 0.5}
