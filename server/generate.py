@@ -11,6 +11,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from fastapi import Request
@@ -24,6 +25,7 @@ from .schemas import GenerationBody, Usage
 from .steer import SteerSpec
 
 logger = logging.getLogger(__name__)
+MOST_TEXTS = 2**18  # of tokens, kept because a large answer tells a million and decoding one takes 10 µs
 Chunk = dict[str, Any]
 
 
@@ -37,6 +39,17 @@ class FinishedRow:
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
+def check_rows(prompts: int, steer: SteerSpec, body: GenerationBody, engine: Engine) -> None:
+    """400 if there are too many rows; asked before the prompts are tokenized, which takes long if there are many."""
+    n = body.n or 1
+    rows_asked = prompts * len(steer.settings) * n
+    if rows_asked > engine.max_batch:
+        raise bad_request(
+            f"{prompts} prompts x {len(steer.settings)} α x n = {n} make {rows_asked} sequences; "
+            f"this server takes at most {engine.max_batch} in one request."
+        )
+
+
 def build_request(
     body: GenerationBody,
     prompts: list[list[int]],
@@ -47,14 +60,9 @@ def build_request(
     top_logprobs: int | None,
     echo: bool = False,
 ) -> GenerationRequest:
-    """The rows of a request, checked against what the engine can hold."""
+    """The rows of a request, whose number `check_rows` allows, checked against what the engine can hold."""
     n = body.n or 1
     rows_asked = len(prompts) * len(steer.settings) * n
-    if rows_asked > engine.max_batch:
-        raise bad_request(
-            f"{len(prompts)} prompts x {len(steer.settings)} α x n = {n} make {rows_asked} sequences; "
-            f"this server takes at most {engine.max_batch} in one request."
-        )
     longest = max(map(len, prompts))
     needed = 1 if max_tokens is None else max_tokens
     if min(map(len, prompts)) == 0:
@@ -85,8 +93,8 @@ def build_request(
         max_tokens=engine.max_model_len - longest if max_tokens is None else max_tokens,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=body.top_k,
-        min_p=body.min_p,
+        top_k=body.top_k or 0,
+        min_p=body.min_p or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         logit_bias=body.logit_bias or {},
@@ -159,7 +167,8 @@ async def stream(
 
 
 def _event(data: Chunk) -> bytes:
-    return format_sse_event(data_str=json.dumps(data, ensure_ascii=False))
+    # Escaped: unlike JSON, events take U+2028 and its like for line breaks.
+    return format_sse_event(data_str=json.dumps(data))
 
 
 def token_ids(body: GenerationBody, found: list[TokenLogprob], prompt: list[int] | None = None) -> dict[str, list[int]]:
@@ -172,7 +181,12 @@ def token_ids(body: GenerationBody, found: list[TokenLogprob], prompt: list[int]
 
 def token_text(engine: Engine, token_id: int) -> str:
     """How one token reads on its own."""
-    return engine.tokenizer.decode([token_id])
+    return _text_of(engine.tokenizer, token_id)
+
+
+@lru_cache(maxsize=MOST_TEXTS)
+def _text_of(tokenizer: Any, token_id: int) -> str:
+    return tokenizer.decode([token_id])
 
 
 def top_tokens(engine: Engine, logprob: TokenLogprob) -> list[tuple[str, float]]:

@@ -31,7 +31,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             "layers": _table(folder / "layers.csv"),
             "samples": _text(folder / "samples.md"),
         }
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, yaml.YAMLError) as error:
         raise AdapterFileError(f"The training run in {folder.name} cannot be read: {error}.") from error
 
 
@@ -40,7 +40,11 @@ def _text(path: Path) -> str:
 
 
 def _table(path: Path) -> list[dict[str, float | str | None]]:
-    return [{name: _cell(text) for name, text in row.items()} for row in csv.DictReader(_text(path).splitlines())]
+    # A line may be cut short: training writes the file while it is read.
+    rows = list(csv.DictReader(_text(path).splitlines(), restkey="", restval=""))
+    if any("" in row for row in rows):
+        raise ValueError(f"{path.name} has a line with more cells than it has columns")
+    return [{name: _cell(text) for name, text in row.items()} for row in rows]
 
 
 def _cell(text: str) -> float | str | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 import time
 import uuid
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -14,6 +15,7 @@ from pydantic_core import PydanticCustomError
 MAX_LOGPROBS = 20
 UNSUPPORTED_FIELD = "unsupported_field"
 MAX_STOPS = 4
+MAX_CHOICE_CHARACTERS = 1000
 LARGEST_INTEGER = 10**300
 
 # OpenAI fields that this server does not implement, with the values that ask for nothing.
@@ -38,6 +40,15 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "verbosity": (None,),
     "web_search_options": (None,),
 }
+# The same of messages, which clients send back as they got them.
+UNSUPPORTED_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "annotations": (None, []),
+    "audio": (None,),
+    "function_call": (None,),
+    "refusal": (None, ""),
+    "tool_call_id": (None, ""),
+    "tool_calls": (None, []),
+}
 
 
 def _check_alpha(value: Any) -> Any:
@@ -45,7 +56,7 @@ def _check_alpha(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST_INTEGER:
         value = math.inf  # beyond what a float holds
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"steer_alpha {value!r} is not a finite number; use for example 0.7.")
+        raise ValueError(f"steer_alpha {reprlib.repr(value)} is not a finite number; use for example 0.7.")
     return float(value)
 
 
@@ -86,26 +97,27 @@ class RequestBody(BaseModel):
     """Base of requests: unknown fields are refused, unsupported ones unless they ask for nothing."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    unsupported: ClassVar[dict[str, tuple[Any, ...]]] = UNSUPPORTED
 
     @model_validator(mode="before")
     @classmethod
     def refuse_unsupported(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        if _has_lone_surrogate(data):
-            raise ValueError("The request holds half of a surrogate pair, which is not text; send valid Unicode.")
-        for name, inert in UNSUPPORTED.items():
+        _check_text(data)
+        for name, inert in cls.unsupported.items():
             if name in data and name not in cls.model_fields and not any(_same(data[name], each) for each in inert):
                 raise PydanticCustomError(UNSUPPORTED_FIELD, "{field} is not supported; remove it.", {"field": name})
-        return {key: value for key, value in data.items() if key not in UNSUPPORTED or key in cls.model_fields}
+        return {key: value for key, value in data.items() if key not in cls.unsupported or key in cls.model_fields}
 
 
-def _has_lone_surrogate(data: Any) -> bool:
+def _check_text(data: Any) -> None:
     try:
         json.dumps(data, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        return True
-    return False
+        raise ValueError("The request holds half of a surrogate pair, which is not text; send valid Unicode.") from None
+    except RecursionError:
+        raise ValueError("The request is nested too deeply; no field needs more than a few levels.") from None
 
 
 def _same(value: Any, other: Any) -> bool:
@@ -130,8 +142,10 @@ class GenerationBody(SteeredRequest):
 
     temperature: float | None = Field(1.0, ge=0, le=2)
     top_p: float | None = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="Sample from the k likeliest tokens; 0 for all.")
-    min_p: float = Field(0.0, ge=0, le=1, description="Leave out tokens less likely than this share of the likeliest.")
+    top_k: int | None = Field(0, ge=0, description="Sample from the k likeliest tokens; 0 for all.")
+    min_p: float | None = Field(
+        0.0, ge=0, le=1, description="Leave out tokens less likely than this share of the likeliest."
+    )
     n: int | None = Field(1, ge=1, le=128)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -154,7 +168,9 @@ class CompletionRequest(GenerationBody):
 
     prompt: str | list[str] | list[int] | list[list[int]] = Field(description="Text or token ids, one or several.")
     max_tokens: int | None = Field(16, ge=0)
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: Annotated[int | None, BeforeValidator(lambda value: None if value is False else value)] = Field(
+        None, ge=0, le=MAX_LOGPROBS
+    )
     echo: bool | None = Field(False, description="Begin with the prompt, and with its log-probabilities.")
 
     @model_validator(mode="after")
@@ -170,8 +186,11 @@ class TextPart(RequestBody):
 
 
 class ChatMessage(RequestBody):
+    unsupported = UNSUPPORTED_IN_MESSAGES
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
+    name: str | None = Field(None, description="Accepted and unused, as it only labels the speaker.")
 
     def plain(self) -> dict[str, str]:
         """The message as chat templates take it; `developer` is what OpenAI now calls `system`."""
@@ -206,7 +225,9 @@ class ScoreBody(SteeredRequest):
     prompt: str | None = None
     messages: Messages | None = None
     prefix: str = Field("My choice:", description="What the answer has begun with.")
-    choices: list[str] = Field(default_factory=lambda: ["Yes", "No"], min_length=2, max_length=64)
+    choices: list[Annotated[str, Field(max_length=MAX_CHOICE_CHARACTERS)]] = Field(
+        default_factory=lambda: ["Yes", "No"], min_length=2, max_length=64
+    )
 
     @model_validator(mode="after")
     def one_prompt(self) -> ScoreBody:

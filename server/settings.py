@@ -75,12 +75,22 @@ class Settings:
             raise ConfigError(f"max_cache_tokens {self.max_cache_tokens} is not at least 2.")
         if self.max_model_len is not None and self.max_model_len < 2:
             raise ConfigError(f"max_model_len {self.max_model_len} is not at least 2.")
-        if self.api_key is not None and not self.api_key.strip():
-            raise ConfigError("api_key is empty, which would let everybody in; give a key or leave the option out.")
+        self._check_key()
         if self.adapter_dir is not None and not self.adapter_dir.is_dir():
             raise ConfigError(f"adapter_dir {str(self.adapter_dir)!r} is not a folder.")
         if self.model in self.adapters:
             raise ConfigError(f"An adapter cannot have the base model's name {self.model!r}; choose another name.")
+
+    def _check_key(self) -> None:
+        """Drop blanks around the key, which a header cannot carry, and refuse a key that no header carries."""
+        if self.api_key is None:
+            return
+        key = self.api_key.strip()
+        if not key:
+            raise ConfigError("api_key is empty, which would let everybody in; give a key or leave the option out.")
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError("api_key holds characters that no header can carry; use ASCII letters, digits and signs.")
+        object.__setattr__(self, "api_key", key)
 
     @property
     def bucket(self) -> float:

@@ -6,6 +6,7 @@ mapping from adapter names to bucketed α.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -46,7 +47,9 @@ def check_model(model: str | None, adapters: Collection[str], settings: Settings
     if model is not None and model != settings.model and model not in adapters:
         known = ", ".join([settings.model, *adapters])
         raise not_found(
-            f"The model {model!r} does not exist; use one of {known}.", param="model", code="model_not_found"
+            f"The model {reprlib.repr(model)} does not exist; use one of {known}.",
+            param="model",
+            code="model_not_found",
         )
 
 
@@ -83,7 +86,7 @@ def _check_names(names: Iterable[str], adapters: dict[str, AnyAdapter]) -> None:
         if name not in adapters:
             known = ", ".join(adapters) or "none"
             raise not_found(
-                f"The adapter {name!r} does not exist; loaded adapters: {known}.",
+                f"The adapter {reprlib.repr(name)} does not exist; loaded adapters: {known}.",
                 param="steer_alpha",
                 code="adapter_not_found",
             )

@@ -33,6 +33,16 @@ def test_streaming_gives_the_same_text_as_not_streaming(served: Served) -> None:
     assert chunk.usage.completion_tokens == 40
 
 
+def test_streams_carry_every_kind_of_line_break(served: Served) -> None:
+    prompt = "a\u2028b\u2029c\u0085d\r\ne"
+    stream = served.openai.completions.create(
+        model="honest", prompt=prompt, echo=True, max_tokens=2, temperature=0, stream=True
+    )
+    streamed = "".join(chunk.choices[0].text for chunk in stream)
+    assert streamed == texts(complete(served, model="honest", prompt=prompt, echo=True, max_tokens=2))[0]
+    assert streamed.startswith(prompt)
+
+
 def test_chat_answers_streams_and_reports_logprobs(served: Served) -> None:
     request: dict[str, Any] = {
         "model": "kind",
@@ -53,6 +63,26 @@ def test_chat_answers_streams_and_reports_logprobs(served: Served) -> None:
     assert all(entry.top_logprobs[0].logprob >= entry.logprob - 1e-6 for entry in content)
     streamed = [entry.logprob for c in chunks if c.choices[0].logprobs for entry in c.choices[0].logprobs.content]
     assert streamed == [entry.logprob for entry in content]
+
+
+def test_an_answer_can_be_sent_back_as_the_client_dumps_it(served: Served) -> None:
+    first = served.openai.chat.completions.create(model="honest", messages=MESSAGES, max_tokens=4, temperature=0)
+    said = first.choices[0].message
+    assert said.model_dump().keys() >= {"refusal", "annotations", "tool_calls", "function_call", "audio"}
+    again = {"role": "user", "content": "Go on.", "name": "me"}
+    for message in (said.model_dump(), {**said.model_dump(), "annotations": [], "tool_calls": [], "tool_call_id": ""}):
+        answer = served.openai.chat.completions.create(
+            model="honest", messages=[*MESSAGES, message, again], max_tokens=4, temperature=0
+        )
+        plain = [*MESSAGES, {"role": "assistant", "content": said.content}, {"role": "user", "content": "Go on."}]
+        expected = served.openai.chat.completions.create(model="honest", messages=plain, max_tokens=4, temperature=0)
+        assert answer.choices[0].message == expected.choices[0].message
+
+
+def test_null_and_false_are_what_asks_for_nothing(served: Served) -> None:
+    nothing = complete(served, top_k=None, min_p=None, logprobs=False)
+    assert nothing["choices"] == complete(served)["choices"]
+    assert nothing["choices"][0]["logprobs"] is None
 
 
 def test_stop_strings_end_the_text_before_them_in_both_forms(served: Served) -> None:
@@ -93,6 +123,33 @@ def test_echo_gives_the_prompt_and_its_own_log_probabilities(served: Served, tin
     assert chunks[0].choices[0].text == PROMPT
 
 
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("prompt", [PROMPT, "Héllo 🙂 wörld 你好"])
+def test_text_offsets_say_where_tokens_begin_streamed_or_not(served: Served, prompt: str, echo: bool) -> None:
+    request: dict[str, Any] = {"prompt": prompt, "echo": echo, "logprobs": 3, "max_tokens": 20, "temperature": 0}
+    whole = complete(served, model="honest", steer_alpha=0.7, **request)["choices"][0]
+    body = {"steer_alpha": [0.7, -0.7]}
+    stream = served.openai.completions.create(model="honest", **request, stream=True, extra_body=body)
+    told = [c.logprobs for chunk in stream for c in chunk.choices if c.index == 0 and c.logprobs]
+    tokens, offsets = whole["logprobs"]["tokens"], whole["logprobs"]["text_offset"]
+    assert [offset for each in told for offset in each.text_offset] == offsets
+    assert [token for each in told for token in each.tokens] == tokens
+    assert offsets == sorted(offsets)
+    for token, offset in zip(tokens, offsets, strict=True):
+        assert "\ufffd" in token or whole["text"][offset:].startswith(token)
+
+
+def test_of_alternatives_that_read_alike_the_likeliest_is_told(served: Served) -> None:
+    from ipissa_server.engine.base import TokenLogprob
+    from ipissa_server.generate import token_text
+    from ipissa_server.routes.completions import _top
+
+    engine = served.app.state.engine
+    part, other = [token for token in range(1000) if token_text(engine, token) == "\ufffd"][:2]
+    found = _top(engine, TokenLogprob(part, -0.5, [(part, -0.5), (other, -2.0)]))
+    assert found == {"\ufffd": -0.5}
+
+
 def test_token_prompts_equal_text_prompts(served: Served) -> None:
     ids = served.post("/tokenize", prompt=PROMPT).json()["tokens"]
     assert texts(complete(served, prompt=ids)) == texts(complete(served))
@@ -117,15 +174,16 @@ def test_token_ids_are_told_on_request_and_read_back_as_the_same_text(served: Se
     def told(make: Any, **request: Any) -> tuple[list[int], list[list[int]]]:
         body = {"return_token_ids": True, "steer_alpha": [0.7, -0.7]}
         answer = make(model="honest", max_tokens=6, temperature=0, stream=streamed, extra_body=body, **request)
-        prompt: list[int] = []
+        prompts: list[list[int]] = []
         ids: list[list[int]] = [[], []]
         for part in answer if streamed else [answer]:
-            prompt = getattr(part, "prompt_token_ids", prompt)
+            prompts += [part.prompt_token_ids] if hasattr(part, "prompt_token_ids") else []
             for choice in part.choices:
                 assert choice.logprobs is None  # told without log-probabilities, which were not asked for
-                prompt = getattr(choice, "prompt_token_ids", prompt)
+                prompts += [choice.prompt_token_ids] if hasattr(choice, "prompt_token_ids") else []
                 ids[choice.index] += choice.token_ids
-        return prompt, ids
+        assert len(prompts) == (1 if "messages" in request else 2)  # also in a stream
+        return prompts[0], ids
 
     for make, path, request in (
         (served.openai.completions.create, "/v1/completions", {"prompt": PROMPT}),

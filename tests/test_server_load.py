@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
-from serving import PROMPT, Served, complete, in_thread, settings_for, texts
+from serving import MESSAGES, PROMPT, Served, complete, in_thread, settings_for, texts
 
 
 def wait_for(condition: Any, seconds: float = 20) -> bool:
@@ -50,6 +51,47 @@ def test_concurrent_requests_at_different_alphas_do_not_disturb_each_other(serve
     for thread in threads:
         thread.join()
     assert [found[alpha] for alpha in alphas] == alone
+
+
+def test_tokenizing_is_off_the_event_loop_and_only_of_what_can_be_served(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = served.app.state.engine.tokenizer
+    encode, calls = tokenizer.encode, []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        calls.append(asyncio._get_running_loop())
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(tokenizer, "encode", watched)
+    refused = served.post("/v1/completions", prompt=["many"] * 17)
+    assert "make 17 sequences" in refused.json()["error"]["message"]
+    assert served.post("/v1/chat/completions", messages=MESSAGES, n=17).status_code == 400
+    assert calls == []
+    complete(served, max_tokens=1)
+    for path, body in (
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 1}),
+        ("/v1/score", {"prompt": "Is it?"}),
+        ("/tokenize", {"prompt": "Is it?"}),
+    ):
+        assert served.post(path, **body).status_code == 200
+    assert len(calls) >= 4
+    assert set(calls) == {None}
+
+
+def test_a_tokens_text_is_decoded_once(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    request: dict[str, Any] = {"echo": True, "logprobs": 20, "max_tokens": 4}
+    first = complete(served, **request)
+    tokenizer = served.app.state.engine.tokenizer
+    decode, alone = tokenizer.decode, []
+
+    def watched(ids: Any, **kwargs: Any) -> Any:
+        alone.extend(ids if len(ids) == 1 and not kwargs else [])
+        return decode(ids, **kwargs)
+
+    monkeypatch.setattr(tokenizer, "decode", watched)
+    assert complete(served, **request)["choices"] == first["choices"]
+    assert alone == []
 
 
 def test_a_score_does_not_wait_behind_a_generation(served: Served) -> None:

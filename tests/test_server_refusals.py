@@ -50,11 +50,35 @@ def test_what_cannot_be_served_is_refused_in_openais_form(
     assert set(error) == {"message", "type", "param", "code"}
 
 
+def test_what_a_message_asks_for_beyond_its_text_is_refused(served: Served) -> None:
+    for extra in ({"tool_calls": [{"id": "x"}]}, {"refusal": "No."}, {"annotations": [{}]}, {"colour": None}):
+        messages = [{"role": "assistant", "content": "Hi.", **extra}]
+        response = served.post("/v1/chat/completions", messages=messages)
+        assert response.status_code == 400
+        assert next(iter(extra)) in response.json()["error"]["message"]
+
+
 def test_half_a_surrogate_pair_is_refused(served: Served) -> None:
     raw = '{"prompt": "\\ud800"}'
     response = served.http.post("/v1/completions", content=raw, headers={"Content-Type": "application/json"})
     assert response.status_code == 400
     assert "valid Unicode" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("depth", [50, 900, 950, 5000])
+@pytest.mark.parametrize("field", ["steer_alpha", "metadata", "tools"])
+def test_deeply_nested_bodies_are_refused(served: Served, field: str, depth: int) -> None:
+    raw = f'{{"prompt": "x", "model": "kind", "{field}": {"[" * depth}{"]" * depth}}}'
+    response = served.http.post("/v1/completions", content=raw, headers={"Content-Type": "application/json"})
+    assert response.status_code == 400
+    assert len(response.json()["error"]["message"]) < 200
+
+
+def test_refusals_name_long_values_by_their_beginning(served: Served) -> None:
+    for body in ({"steer_alpha": "x" * 10**5}, {"steer_alpha": {"x" * 10**5: 1}}, {"model": "x" * 10**5}):
+        message = served.post("/v1/completions", prompt="x", **body).json()["error"]["message"]
+        assert "'xxx" in message
+        assert len(message) < 300
 
 
 def test_a_default_alpha_needs_to_know_its_adapter(tiny: Path) -> None:
@@ -86,6 +110,36 @@ def test_harmless_values_of_unsupported_fields_are_accepted(served: Served) -> N
 )
 def test_unusable_score_requests_are_refused(served: Served, body: dict[str, Any]) -> None:
     assert served.post("/v1/score", **body).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ({"choices": ["Yes", "no " * 100]}, "at most 64"),
+        ({"choices": ["Yes", "x" * 10**6]}, "at most 1000 characters"),
+        ({"prompt": "word " * 185, "choices": ["Yes", "far too many words " * 5]}, "after this prompt"),
+    ],
+)
+def test_choices_that_are_too_long_are_refused_before_the_model_reads_them(
+    served: Served, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any], says: str
+) -> None:
+    monkeypatch.setattr(served.app.state.engine, "score", None)
+    response = served.post("/v1/score", **{"prompt": "Is it?", "model": "honest", **body})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, "choices")
+    assert says in error["message"]
+    assert len(error["message"]) < 300
+
+
+def test_a_choice_without_tokens_is_refused(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ipissa_server.routes import score
+
+    from ipissa.evaluate.scoring import Choice
+
+    monkeypatch.setattr(score, "find_choices", lambda tokenizer, texts: [Choice(text, ((),)) for text in texts])
+    response = served.post("/v1/score", prompt="Is it?", choices=["\u200b", "No"])
+    assert response.status_code == 400
+    assert "has no tokens in this model" in response.json()["error"]["message"]
 
 
 def test_an_unusable_adapter_is_refused_before_anything_is_served(tiny: Path, tmp_path: Path) -> None:

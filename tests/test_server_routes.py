@@ -66,17 +66,20 @@ def test_adapters_change_only_with_key_and_folder(tiny: Path) -> None:
         assert server.post("/v1/completions", prompt="x", model="kind").status_code == 404
 
 
-def test_an_empty_api_key_is_refused() -> None:
+def test_an_api_key_that_is_empty_or_that_nobody_can_send_is_refused() -> None:
     from ipissa_server.settings import Settings
 
     from ipissa.errors import ConfigError
 
     with pytest.raises(ConfigError, match="would let everybody in"):
         Settings(api_key=" ")
+    for key in ("sésame", "open\nsesame"):
+        with pytest.raises(ConfigError, match="no header can carry"):
+            Settings(api_key=key)
 
 
 def test_an_api_key_guards_v1_and_leaves_health_open(tiny: Path) -> None:
-    with in_thread(**settings_for(tiny, "honest"), api_key="secret") as server:
+    with in_thread(**settings_for(tiny, "honest"), api_key=" secret\n") as server:
         error = server.post("/v1/completions", prompt="x").json()["error"]
         assert error["code"] == "invalid_api_key"
         assert server.http.get("/health").status_code == 200
@@ -86,23 +89,36 @@ def test_an_api_key_guards_v1_and_leaves_health_open(tiny: Path) -> None:
 
 
 def test_a_training_run_beside_an_adapter_is_told(tiny: Path, tmp_path: Path) -> None:
-    for name in ("calm", "broken", "bare"):
+    for name in ("calm", "broken", "long", "bare"):
         (tmp_path / f"{name}.safetensors").write_bytes((tiny / "adapters" / "honest.safetensors").read_bytes())
-    for name in ("calm", "broken"):
+    for name in ("calm", "broken", "long"):
         (tmp_path / f"{name}.run").mkdir()
     (tmp_path / "calm.run" / "config.yaml").write_text("rank: 4\n")
-    (tmp_path / "calm.run" / "history.csv").write_text("loss,kl,step\n2.5,nan,1\n1.0,,2\n")
+    (tmp_path / "calm.run" / "history.csv").write_text("loss,kl,step\n2.5,nan,1\n1.0,,2\n0.5")
     (tmp_path / "calm.run" / "samples.md").write_text("## Samples é\n")
+    (tmp_path / "long.run" / "history.csv").write_text("loss,step\n2.5,1,7\n")
     (tmp_path / "broken.run" / "config.yaml").write_bytes(b"\xff\xfe\xff")
-    adapters = {name: tmp_path / f"{name}.safetensors" for name in ("calm", "broken", "bare")}
+    adapters = {name: tmp_path / f"{name}.safetensors" for name in ("calm", "broken", "long", "bare")}
     with in_thread(**{**settings_for(tiny), "adapters": adapters}) as server:
         listed = server.http.get("/v1/adapters").json()["data"]
-        assert {each["id"]: each["has_run"] for each in listed} == {"calm": True, "broken": True, "bare": False}
+        assert {each["id"]: each["has_run"] for each in listed} == {
+            "calm": True,
+            "broken": True,
+            "long": True,
+            "bare": False,
+        }
         run = server.http.get("/v1/adapters/calm/run").json()
-        assert run["history"] == [{"loss": 2.5, "kl": None, "step": 1.0}, {"loss": 1.0, "kl": None, "step": 2.0}]
+        assert run["history"] == [
+            {"loss": 2.5, "kl": None, "step": 1.0},
+            {"loss": 1.0, "kl": None, "step": 2.0},
+            {"loss": 0.5, "kl": None, "step": None},
+        ]
         assert (run["config"], run["layers"], run["samples"]) == ({"rank": 4}, [], "## Samples é\n")
         broken = server.http.get("/v1/adapters/broken/run")
         assert broken.status_code == 400
         assert "broken.run cannot be read" in broken.json()["error"]["message"]
+        long = server.http.get("/v1/adapters/long/run")
+        assert long.status_code == 400
+        assert "more cells" in long.json()["error"]["message"]
         assert server.http.get("/v1/adapters/bare/run").json()["error"]["code"] == "run_not_found"
         assert server.http.get("/v1/adapters/nobody/run").json()["error"]["code"] == "adapter_not_found"

@@ -128,6 +128,21 @@ def test_the_page_on_its_own_passes_on_how_its_server_is(served: Served) -> None
             assert "ipissa" in page.http.get("/").text
 
 
+def test_the_page_answers_no_route_that_moves_files_or_fetches_for_others() -> None:
+    with standalone(f"http://127.0.0.1:{free_port()}", status=502) as page:
+        files = {"files": ("a.txt", b"text")}
+        for route in ("upload", "process_recording", "component_server", "vibe-code"):
+            assert page.http.post(f"/gradio_api/{route}", files=files).status_code == 404, route
+        for route in (
+            "file=https://example.com/", "file/x", "proxy=https://a.hf.space/x", "deep_link?session_hash=x",
+            "upload_progress?upload_id=x", "/file=https://example.com/", "runs",
+        ):  # fmt: skip
+            assert page.http.get(f"/gradio_api/{route}").status_code == 404, route
+        assert page.http.get("/monitoring").status_code == 404
+        for route in ("/", "/config", "/theme.css", "/gradio_api/info"):
+            assert page.http.get(route).status_code == 200, route
+
+
 def test_the_command_refuses_what_is_no_address_without_a_traceback() -> None:
     command = [str(Path(sys.executable).parent / "ipissa-ui"), "--server", "localhost:8000"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

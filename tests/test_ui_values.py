@@ -69,6 +69,7 @@ def test_a_link_restores_every_setting() -> None:
         packed('{"alphas": {"honest": NaN}}'),
         packed('{"alphas": {"honest": 1e300}}'),
         packed(json.dumps({"prompt": "a" * 1_000_000})),
+        packed('{"alphas": ' + "[" * 5000 + "]" * 5000 + "}"),
         to_link(VIEW)[:-20].split("=", 1)[1],
     ],
 )

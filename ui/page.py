@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from .client import Client, ServerError
 from .controls import Controls
+from .gradio_routes import OnlyCalledRoutes
 from .tabs.adapters import AdapterTab
 from .tabs.chat import ChatTab
 from .tabs.compare import CompareTab
@@ -40,6 +41,7 @@ def mount_page(app: FastAPI, client: Client) -> FastAPI:
             await client.close()
 
     app.router.lifespan_context = closing
+    app.add_middleware(OnlyCalledRoutes)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     return gr.mount_gradio_app(
         app,
@@ -50,6 +52,7 @@ def mount_page(app: FastAPI, client: Client) -> FastAPI:
         theme=theme,
         ssr_mode=False,
         run_history=False,
+        max_file_size="1b",  # nothing is uploaded
         footer_links=[],
     )
 

@@ -105,7 +105,7 @@ def from_link(packed: str) -> View:
         if not isinstance(changed, dict):
             raise ValueError("no settings in it")
         return replace(View(), **{name: _checked(name, value) for name, value in changed.items()})
-    except (ValueError, TypeError, zlib.error) as error:
+    except (ValueError, TypeError, RecursionError, zlib.error) as error:
         raise ValueError(f"This link is damaged ({error}), so the page shows its usual settings.") from error
 
 

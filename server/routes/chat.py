@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import jinja2
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 
 from ipissa.data.chat import chat_ids
 
 from ..deps import EngineDep, SettingsDep, unless_disconnected
 from ..engine.base import Delta, Engine, TokenLogprob
 from ..errors import bad_request
-from ..generate import build_request, collect, stream, token_ids, token_text, top_tokens, usage
+from ..generate import build_request, check_rows, collect, stream, token_ids, token_text, top_tokens, usage
 from ..schemas import ChatMessage, ChatRequest, new_id, now
 from ..steer import resolve_steer
 
@@ -21,12 +22,11 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions", response_model=None)
-async def chat_completions(
-    body: ChatRequest, request: Request, engine: EngineDep, settings: SettingsDep
-) -> dict[str, Any] | Response:
+async def chat_completions(body: ChatRequest, request: Request, engine: EngineDep, settings: SettingsDep) -> Response:
     """Answer a conversation, at one α, several, or a composition."""
     steer = resolve_steer(body.model, body.steer_alpha, dict(engine.adapters), settings)
-    prompts = [conversation_ids(engine, body.messages)]
+    check_rows(1, steer, body, engine)
+    prompts = [await asyncio.to_thread(conversation_ids, engine, body.messages)]
     job = build_request(
         body,
         prompts,
@@ -41,8 +41,7 @@ async def chat_completions(
         "model": body.model or settings.model,
         "steer_adapters": steer.digests,
     }
-    if body.return_token_ids:
-        head["prompt_token_ids"] = prompts[0]
+    prompt_ids = {"prompt_token_ids": prompts[0]} if body.return_token_ids else {}
 
     def choice(row: int, finish_reason: str | None, found: list[TokenLogprob], **content: Any) -> dict[str, Any]:
         logprobs = {"content": _logprobs(engine, found), "refusal": None} if body.logprobs else None
@@ -67,21 +66,28 @@ async def chat_completions(
             return {**chunk_head, "choices": [part]}
 
         roles = [choice(row, None, [], delta={"role": "assistant", "content": ""}) for row in range(len(job.rows))]
+        opening = [{**chunk_head, "choices": [role]} for role in roles]
+        opening[0] |= prompt_ids
         return await stream(
             request,
             engine,
             job,
-            opening=[{**chunk_head, "choices": [role]} for role in roles],
+            opening=opening,
             chunk=chunk,
             closing=closing,
         )
     rows = await unless_disconnected(request, collect(engine, job))
-    choices = [
-        choice(i, row.finish_reason, row.logprobs, message={"role": "assistant", "content": row.text})
-        for i, row in enumerate(rows)
-    ]
-    total = usage(prompts, sum(row.tokens for row in rows)).model_dump()
-    return {**head, "object": "chat.completion", "choices": choices, "usage": total}
+
+    def whole() -> Response:
+        choices = [
+            choice(i, row.finish_reason, row.logprobs, message={"role": "assistant", "content": row.text})
+            for i, row in enumerate(rows)
+        ]
+        total = usage(prompts, sum(row.tokens for row in rows)).model_dump()
+        return JSONResponse({**head, **prompt_ids, "object": "chat.completion", "choices": choices, "usage": total})
+
+    # Log-probabilities may make it large, which must not hold up the event loop.
+    return await asyncio.to_thread(whole)
 
 
 def conversation_ids(engine: Engine, messages: list[ChatMessage], prefill: str = "") -> list[int]:

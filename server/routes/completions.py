@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
 
 from ..deps import EngineDep, SettingsDep, unless_disconnected
 from ..engine.base import Engine, TokenLogprob
 from ..errors import bad_request
-from ..generate import build_request, collect, stream, token_ids, token_text, top_tokens, usage
+from ..generate import build_request, check_rows, collect, stream, token_ids, token_text, top_tokens, usage
+from ..offsets import TextOffsets
 from ..schemas import CompletionRequest, new_id, now
 from ..steer import resolve_steer
 
@@ -19,12 +20,13 @@ router = APIRouter()
 
 
 @router.post("/v1/completions", response_model=None)
-async def completions(
-    body: CompletionRequest, request: Request, engine: EngineDep, settings: SettingsDep
-) -> dict[str, Any] | Response:
+async def completions(body: CompletionRequest, request: Request, engine: EngineDep, settings: SettingsDep) -> Response:
     """Continue a prompt, at one α, several, or a composition."""
     steer = resolve_steer(body.model, body.steer_alpha, dict(engine.adapters), settings)
-    prompts = _prompt_ids(body, engine)
+    echo = body.echo or False
+    asked = _prompts(body)
+    check_rows(len(asked), steer, body, engine)
+    prompts = await asyncio.to_thread(_prompt_ids, asked, engine)
     job = build_request(
         body,
         prompts,
@@ -32,7 +34,7 @@ async def completions(
         engine,
         max_tokens=16 if body.max_tokens is None else body.max_tokens,
         top_logprobs=body.logprobs,
-        echo=body.echo or False,
+        echo=echo,
     )
     head = {
         "id": new_id("cmpl"),
@@ -42,14 +44,19 @@ async def completions(
         "steer_adapters": steer.digests,
     }
 
+    offsets: dict[int, TextOffsets] = {}  # of the rows that were told of before
+
     def choice(row: int, text: str, finish_reason: str | None, logprobs: list[TokenLogprob]) -> dict[str, Any]:
+        prompt = None if row in offsets else job.rows[row].prompt_ids
+        if prompt is not None:
+            offsets[row] = TextOffsets(engine.tokenizer, prompt, echo=echo)
         return {
             "index": row,
             "text": text,
-            "logprobs": None if body.logprobs is None else _logprobs(engine, logprobs),
+            "logprobs": None if body.logprobs is None else _logprobs(engine, logprobs, offsets[row]),
             "finish_reason": finish_reason,
             "steer": dict(job.rows[row].steer),
-            **token_ids(body, logprobs, job.rows[row].prompt_ids),
+            **token_ids(body, logprobs, prompt),
         }
 
     if body.stream:
@@ -70,28 +77,42 @@ async def completions(
             closing=closing,
         )
     rows = await unless_disconnected(request, collect(engine, job))
-    choices = [choice(i, row.text, row.finish_reason, row.logprobs) for i, row in enumerate(rows)]
-    return {**head, "choices": choices, "usage": usage(prompts, sum(row.tokens for row in rows)).model_dump()}
+
+    def whole() -> Response:
+        choices = [choice(i, row.text, row.finish_reason, row.logprobs) for i, row in enumerate(rows)]
+        total = usage(prompts, sum(row.tokens for row in rows)).model_dump()
+        return JSONResponse({**head, "choices": choices, "usage": total})
+
+    # Log-probabilities may make it large, which must not hold up the event loop.
+    return await asyncio.to_thread(whole)
 
 
-def _prompt_ids(body: CompletionRequest, engine: Engine) -> list[list[int]]:
-    """Token ids of every prompt."""
+def _prompts(body: CompletionRequest) -> list[str] | list[list[int]]:
+    """Every prompt as it was given."""
     prompt = body.prompt
     if not prompt:
         raise bad_request("prompt is empty; give at least one token.", param="prompt")
-    if isinstance(prompt, str):
-        return [engine.tokenizer.encode(prompt)]
-    if isinstance(prompt[0], int):
-        return [prompt]
-    return [engine.tokenizer.encode(each) if isinstance(each, str) else each for each in prompt]
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt  # type: ignore[return-value]
 
 
-def _logprobs(engine: Engine, found: list[TokenLogprob]) -> dict[str, Any]:
+def _prompt_ids(prompts: list[str] | list[list[int]], engine: Engine) -> list[list[int]]:
+    """Token ids of every prompt."""
+    return [engine.tokenizer.encode(each) if isinstance(each, str) else each for each in prompts]
+
+
+def _logprobs(engine: Engine, found: list[TokenLogprob], offsets: TextOffsets) -> dict[str, Any]:
     """OpenAI's log-probabilities of completions: four parallel lists. A prompt's first token has none."""
-    tokens = [token_text(engine, each.token_id) for each in found]
     return {
-        "tokens": tokens,
+        "tokens": [token_text(engine, each.token_id) for each in found],
         "token_logprobs": [each.logprob for each in found],
-        "top_logprobs": [None if each.logprob is None else dict(top_tokens(engine, each)) for each in found],
-        "text_offset": list(accumulate(map(len, tokens), initial=0))[:-1],
+        "top_logprobs": [None if each.logprob is None else _top(engine, each) for each in found],
+        "text_offset": offsets.of([each.token_id for each in found]),
     }
+
+
+def _top(engine: Engine, logprob: TokenLogprob) -> dict[str, float]:
+    """The likeliest alternatives by text; of those that read alike, the likeliest."""
+    found: dict[str, float] = {}
+    for text, value in top_tokens(engine, logprob):
+        found.setdefault(text, value)
+    return found

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import reprlib
+
 from fastapi import APIRouter, Request
+
+from ipissa.evaluate.scoring import find_choices
 
 from ..deps import EngineDep, SettingsDep, unless_disconnected
 from ..engine.base import Engine, ScoreRequest
@@ -14,6 +19,7 @@ from .chat import conversation_ids
 
 router = APIRouter()
 MAX_SWEEP = 1024
+MAX_CHOICE_TOKENS = 64
 
 
 @router.post("/v1/score")
@@ -22,12 +28,13 @@ async def score(body: ScoreBody, request: Request, engine: EngineDep, settings: 
     steer = resolve_steer(body.model, body.steer_alpha, dict(engine.adapters), settings)
     if len(steer.settings) > MAX_SWEEP:
         raise bad_request(f"steer_alpha lists {len(steer.settings)} α; give at most {MAX_SWEEP}.", param="steer_alpha")
-    context = _context_ids(engine, body)
+    context = await asyncio.to_thread(_context_ids, engine, body)
     if not 0 < len(context) < engine.max_model_len:
         raise bad_request(
             f"The prompt has {len(context)} tokens; give between 1 and {engine.max_model_len - 1}.",
             param="messages" if body.messages else "prompt",
         )
+    await asyncio.to_thread(_check_choices, engine, body.choices, len(context))
     scores = await unless_disconnected(request, engine.score(ScoreRequest(context, body.choices, steer.settings)))
     return ScoreResponse(
         id=new_id("score"),
@@ -56,3 +63,18 @@ def _context_ids(engine: Engine, body: ScoreBody) -> list[int]:
     prompt = body.prompt or ""
     gap = "\n" if prompt and body.prefix and not prompt[-1].isspace() else ""
     return engine.tokenizer.encode(prompt + gap + body.prefix)
+
+
+def _check_choices(engine: Engine, choices: list[str], context_tokens: int) -> None:
+    """400 unless every spelling of every choice has tokens, and few enough to follow the context."""
+    most = min(MAX_CHOICE_TOKENS, engine.max_model_len - context_tokens)
+    for choice in find_choices(engine.tokenizer, choices):
+        lengths = [len(variant) for variant in choice.variants]
+        if min(lengths) == 0:
+            raise bad_request(f"The choice {choice.text!r} has no tokens in this model; give another.", param="choices")
+        if max(lengths) > most:
+            raise bad_request(
+                f"The choice {reprlib.repr(choice.text)} has {max(lengths)} tokens; after this prompt a choice may "
+                f"have at most {most}.",
+                param="choices",
+            )

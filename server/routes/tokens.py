@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -20,9 +22,10 @@ async def tokenize(body: TokenizeBody, engine: EngineDep, settings: SettingsDep)
     """Token ids of a prompt or a conversation."""
     check_model(body.model, engine.adapters, settings)
     if body.messages is not None:
-        tokens = conversation_ids(engine, body.messages)
+        read = partial(conversation_ids, engine, body.messages)
     else:
-        tokens = engine.tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        read = partial(engine.tokenizer.encode, body.prompt, add_special_tokens=body.add_special_tokens)
+    tokens = await asyncio.to_thread(read)  # which must not hold up the event loop
     return {"tokens": tokens, "count": len(tokens), "max_model_len": engine.max_model_len}
 
 
@@ -34,4 +37,4 @@ async def detokenize(body: DetokenizeBody, engine: EngineDep, settings: Settings
     for token in body.tokens:
         if token >= vocab:
             raise bad_request(f"The token id {token} is not in the vocabulary of {vocab} tokens.", param="tokens")
-    return {"prompt": engine.tokenizer.decode(body.tokens)}
+    return {"prompt": await asyncio.to_thread(engine.tokenizer.decode, body.tokens)}
