@@ -215,6 +215,50 @@ def test_an_engine_whose_thread_has_died_is_not_healthy(tiny: Path) -> None:
         asyncio.run(scenario(engine))
 
 
+async def poisoned(engine: TorchEngine, slot: int) -> None:
+    """Make what a running sequence holds in the cache overflow."""
+
+    def poison() -> None:
+        for tensors in engine._worker._runner._cache._layers.values():
+            for tensor in tensors:
+                tensor[slot].fill_(torch.nan)
+
+    await engine._call(poison)
+
+
+@pytest.mark.parametrize("reading", [False, True])  # its prompt, when it is given up; or writing, when it fails
+def test_numbers_that_are_not_finite_fail_their_request_and_reach_nobody_else(
+    reading: bool, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reading:
+        monkeypatch.setattr(Pace, "tokens", lambda self, decoding: 8)
+    short = GenerationRequest([Row([5, 6, 7], {})], SamplingParams(6, temperature=0, top_logprobs=0))
+    steered = GenerationRequest([Row([8] * 2000, {"kind": 0.5})], SamplingParams(3000, logit_bias={2: -100}))
+
+    async def scenario(engine: TorchEngine) -> None:
+        (alone,) = await run(engine, short)
+        other = engine.generate(request(300, 3000))
+        await anext(other)
+        victim = asyncio.ensure_future(run(engine, steered if reading else replace(steered, rows=[Row([8], {})])))
+        scheduler = engine._worker._scheduler
+        await within(WAIT, lambda: len(scheduler.running) == 2 and scheduler.running[1].cached)
+        await poisoned(engine, 1)
+        if reading:
+            victim.cancel()
+        else:
+            with pytest.raises(ConfigError, match="Without steering the numbers of the model outgrow float32"):
+                await victim
+        await within(WAIT, lambda: len(scheduler.running) == 1)
+        (beside,) = await run(engine, short)
+        assert [entry.token_id for entry in beside] == [entry.token_id for entry in alone]
+        assert [entry.logprob for entry in beside] == pytest.approx([entry.logprob for entry in alone], abs=1e-3)
+        assert len(scheduler.running) == 1
+        await other.aclose()
+
+    with engine_for(tiny, max_model_len=4096) as engine:
+        asyncio.run(scenario(engine))
+
+
 def of_layers(adapter: Adapter, *layers: int) -> Adapter:
     modules = {n: f for n, f in adapter.modules.items() if any(f".layers.{i}." in n for i in layers)}
     return replace(adapter, config=replace(adapter.config, modules=tuple(modules)), modules=modules)

@@ -72,6 +72,12 @@ class SlotCache:
             for tensor in tensors:
                 tensor[target].copy_(tensor[source])
 
+    def clear(self, slot: int) -> None:
+        """Forget what is in a slot; even masked, what is not finite would reach who comes next (0 x NaN = NaN)."""
+        for tensors in self._layers.values():
+            for tensor in tensors:
+                tensor[slot].zero_()
+
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, (slots, heads, length, dim); `like` (batch, heads, tokens, dim)."""
         if index not in self._layers:

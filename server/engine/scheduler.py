@@ -128,7 +128,7 @@ class Scheduler:
 
     def retire(self, sequence: Sequence) -> None:
         """Free a sequence's slot, and close the gap it leaves."""
-        hole = sequence.slot
+        hole, last = sequence.slot, self.running[-1]
         assert hole is not None
         if hole < self.decoding:
             self.decoding -= 1
@@ -141,6 +141,8 @@ class Scheduler:
         sequence.slot = None
         if not self.running:
             self._cache.release()
+        elif not (sequence.sound and last.sound):  # the free slot holds what one of the two left there
+            self._cache.clear(len(self.running))
 
     def abandon(self) -> list[Sequence]:
         """Take everybody's slot and give all memory back, after an error that may have left things half done."""

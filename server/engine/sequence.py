@@ -62,6 +62,7 @@ class Sequence:
         self.slot: int | None = None
         self.cached = 0
         self.ended = False
+        self.sound = False  # whether all it holds in the cache is known to be finite
         self.steer_key = tuple(sorted(spec.steer.items()))
         self.text_key = b""
         self.waits()
@@ -84,7 +85,7 @@ class Sequence:
 
     def waits(self) -> None:
         """Hold nothing in the cache. Sequences of equal `text_key` have the same tokens to read."""
-        self.slot, self.cached = None, 0
+        self.slot, self.cached, self.sound = None, 0, False
         if not self.generated:
             self.prompt_logprobs = []  # they are read again
         self.text_key = blake2b(array("q", self.tokens).tobytes()).digest()

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from ipissa.adapter import AnyAdapter
-from ipissa.errors import IpissaError
+from ipissa.errors import ConfigError, IpissaError
 from ipissa.models import end_token_ids, load_model
 from ipissa.steering import attach
 
@@ -257,6 +257,7 @@ class Worker:
     def _emit(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         """Choose the next token of every sequence, hand them to the event loop, and retire what ended."""
         chosen = choose_tokens(logits, sequences)
+        self._fail_overflowed(sequences, logits.gather(-1, chosen[:, None])[:, 0])
         told = [i for i, sequence in enumerate(sequences) if sequence.sampling.top_logprobs is not None]
         logprobs: dict[int, TokenLogprob] = {}
         if told:
@@ -269,6 +270,13 @@ class Worker:
             if sequence.ended:
                 self._scheduler.retire(sequence)
         hand_over(outputs)
+
+    def _fail_overflowed(self, sequences: list[Sequence], chosen_logits: torch.Tensor) -> None:
+        """End the requests whose keys, values or logits are not finite; (sequences,) logits tell."""
+        for sequence, sound in zip(sequences, chosen_logits.isfinite().tolist(), strict=True):
+            sequence.sound = sound
+            if not sound:
+                fail(sequence.job, ConfigError(_overflow(sequence, self._steered.model.dtype)))
 
     def _advance(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> TokenOut:
         """Append a token, unless none was asked for, and end the sequence if that ends it."""
@@ -323,6 +331,14 @@ class Worker:
         self._scoring.clear()
         for job in left:
             fail(job, error)
+
+
+def _overflow(sequence: Sequence, dtype: torch.dtype) -> str:
+    at = "Without steering" if not sequence.spec.steer else f"At steer_alpha {dict(sequence.spec.steer)}"
+    return (
+        f"{at} the numbers of the model outgrow {str(dtype).removeprefix('torch.')}; "
+        "use an alpha nearer 0, or a server with --dtype float32."
+    )
 
 
 def _keep_prompt_logprobs(reads: list[Read]) -> None:
