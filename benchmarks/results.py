@@ -15,7 +15,7 @@ from typing import Any
 import pandas as pd
 
 from ipissa.evaluate.analysis import SAME_BASE_NATS
-from ipissa.evaluate.report.seeds import AT_BEST
+from ipissa.evaluate.report.seeds import AT_BEST, FIRST_SHOWS, MORE, WORSE
 
 from .written import with_block
 
@@ -101,11 +101,11 @@ def _rank(name: str, medians: pd.DataFrame) -> str:
     unequal = at_cost.index[at_cost == 0]
     if len(unequal):
         text += f" Not compared, as their cost was not equal at every seed: {_listed(unequal)}."
-    best = medians[medians["figure"] == f"trait_gain worse{AT_BEST}"].set_index("method").drop(other, errors="ignore")
+    best = medians[medians["figure"] == WORSE + AT_BEST].set_index("method").drop(other, errors="ignore")
     if best.empty:
         return text
     nearest = best["median"].idxmax()
-    own = medians[medians["figure"] == "trait_gain worse"].set_index("method").loc[ADAPTER, "median"]
+    own = medians[medians["figure"] == WORSE].set_index("method").loc[ADAPTER, "median"]
     return (
         f"{text} With each at the best of nine scales, from 1/64 to 4 times that one, or times the one that it was "
         f"trained at, whatever that costs: {_apart(name, medians, best.index, AT_BEST)} The nearest at its worse pole, "
@@ -116,9 +116,7 @@ def _rank(name: str, medians: pd.DataFrame) -> str:
 def _apart(name: str, medians: pd.DataFrame, methods: Iterable[str], suffix: str = "") -> str:
     """Which methods the adapter is above at both poles and every seed, and what is seen of each other one."""
     more = medians.set_index(["method", "figure"])
-    sides = {
-        method: {pole: more.loc[(method, f"adapter_more {pole}{suffix}")] for pole in ("+", "-")} for method in methods
-    }
+    sides = {method: {pole: more.loc[(method, f"{MORE} {pole}{suffix}")] for pole in ("+", "-")} for method in methods}
     clear = [
         method for method, poles in sides.items() if all(side["above"] == side["seeds"] for side in poles.values())
     ]
@@ -171,7 +169,7 @@ def _dilemmas(medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
             f" Telling the model to be so moves them by {told:.3f}, {_way(told)} what the rule asks (over dilemmas p "
             f"from {told_p['lowest']:.2g} to {told_p['highest']:.2g}; no chance was drawn for it)."
         )
-    first = facts.get("first_shows")
+    first = facts.get(FIRST_SHOWS)
     if first is not None and not ONE_SIDED < first < 1 - ONE_SIDED:
         text += (
             f" In {first:.0%} of these dilemmas the action that shows it is listed first, so that its place may pass "

@@ -29,6 +29,7 @@ from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Sampling, generate_ids, seeded
 from ipissa.data.personas import Trait
 from ipissa.errors import NotFiniteError, TrainingError
+from ipissa.evaluate.held_out import LEAST_LOGPROB
 from ipissa.sequences import continuation_logprobs, pad_batch
 from ipissa.steering import SteeredModel
 
@@ -39,7 +40,6 @@ MIN_DISTINCT = 0.9
 MAX_VARIATION = 0.5
 NGRAM = 3
 DRAWS_AT_ZERO = 4  # answers per prompt
-LEAST_LOGPROB = -1e4
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,10 @@ def _read_draw(
     batch = pad_batch(contexts, answers, pad_id=tokenizer.pad_token_id, device=steered.model.device)
     with steered.alpha(0.0):
         base = continuation_logprobs(steered.model, batch)
-    with steered.alpha(alpha):
-        shifted = continuation_logprobs(steered.model, batch)
+    shifted = base
+    if alpha:
+        with steered.alpha(alpha):
+            shifted = continuation_logprobs(steered.model, batch)
     variation = (base.exp() - shifted.exp()).abs().sum(-1) / 2  # (batch, tokens)
     drawn_from = sampling.kept(shifted.flatten(0, 1)).softmax(-1).view_as(shifted)
     nats = -(drawn_from * base.clamp(min=LEAST_LOGPROB)).sum(-1)
