@@ -11,7 +11,6 @@ import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 from fastapi import Request
@@ -25,7 +24,6 @@ from .schemas import GenerationBody, Usage
 from .steer import SteerSpec
 
 logger = logging.getLogger(__name__)
-MOST_TEXTS = 2**18  # of tokens, kept because a large answer tells a million and decoding one takes 10 µs
 Chunk = dict[str, Any]
 
 
@@ -177,18 +175,3 @@ def token_ids(body: GenerationBody, found: list[TokenLogprob], prompt: list[int]
         return {}
     ids = {"token_ids": [each.token_id for each in found]}
     return ids if prompt is None else {"prompt_token_ids": prompt, **ids}
-
-
-def token_text(engine: Engine, token_id: int) -> str:
-    """How one token reads on its own."""
-    return _text_of(engine.tokenizer, token_id)
-
-
-@lru_cache(maxsize=MOST_TEXTS)
-def _text_of(tokenizer: Any, token_id: int) -> str:
-    return tokenizer.decode([token_id])
-
-
-def top_tokens(engine: Engine, logprob: TokenLogprob) -> list[tuple[str, float]]:
-    """The likeliest alternatives as text."""
-    return [(token_text(engine, token), value) for token, value in logprob.top]

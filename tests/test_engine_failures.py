@@ -199,14 +199,17 @@ def test_requests_may_arrive_while_those_that_wait_are_looked_through(tiny: Path
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_whose_thread_has_died_is_not_healthy(tiny: Path) -> None:
+def test_an_engine_whose_thread_has_died_is_not_healthy_and_leaves_nobody_waiting(tiny: Path) -> None:
     async def scenario(engine: TorchEngine) -> None:
         await run(engine, request(1))
         assert engine.healthy
         engine._worker._scheduler.admit = dies
-        work = asyncio.ensure_future(run(engine, request(1)))
+        waiting = [asyncio.ensure_future(outcome(run(engine, request(1)))) for _ in range(3)]
+        scores = ScoreRequest([5], ["Yes", "No"], [{}])
+        found = await asyncio.wait_for(asyncio.gather(*waiting), WAIT)
+        found.append(await asyncio.wait_for(outcome(engine.score(scores)), WAIT))
+        assert [type(each) for each in found] == [OverloadedError] * 4
         await within(WAIT, lambda: not engine.healthy)
-        work.cancel()
 
     def dies() -> None:
         raise SystemExit

@@ -163,18 +163,24 @@ class Worker:
             loaded.set_exception(error)
             return
         loaded.set_result(None)
-        while self._mailbox.wait(self._has_work):
-            self._take_calls()
-            self._score()
-            try:
-                self._admit()
-                self._prefill()
-                self._decode()
-            except Exception as error:  # in no batch of its own, such as no memory left for the cache
-                self._report(error)
-                for job in dict.fromkeys(sequence.job for sequence in self._scheduler.abandon()):
-                    fail(job, error)
-        self._end_everything()
+        try:
+            while self._mailbox.wait(self._has_work):
+                self._step()
+        finally:  # of a thread that dies, too, nobody must be left waiting
+            self._mailbox.close()
+            self._end_everything()
+
+    def _step(self) -> None:
+        self._take_calls()
+        self._score()
+        try:
+            self._admit()
+            self._prefill()
+            self._decode()
+        except Exception as error:  # in no batch of its own, such as no memory left for the cache
+            self._report(error)
+            for job in dict.fromkeys(sequence.job for sequence in self._scheduler.abandon()):
+                fail(job, error)
 
     def _has_work(self) -> bool:
         return bool(self._scoring or self._scheduler.running or self._scheduler.waiting)

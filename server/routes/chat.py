@@ -14,9 +14,10 @@ from ipissa.data.chat import chat_ids
 from ..deps import EngineDep, SettingsDep, unless_disconnected
 from ..engine.base import Delta, Engine, TokenLogprob
 from ..errors import bad_request
-from ..generate import build_request, check_rows, collect, stream, token_ids, token_text, top_tokens, usage
+from ..generate import build_request, check_rows, collect, stream, token_ids, usage
 from ..schemas import ChatMessage, ChatRequest, new_id, now
 from ..steer import resolve_steer
+from ..token_texts import token_bytes, token_text
 
 router = APIRouter()
 
@@ -106,13 +107,11 @@ def conversation_ids(engine: Engine, messages: list[ChatMessage], prefill: str =
 def _logprobs(engine: Engine, found: list[TokenLogprob]) -> list[dict[str, Any]]:
     """OpenAI's log-probabilities of chat: one object per token."""
 
-    def entry(text: str, logprob: float | None) -> dict[str, Any]:
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
+        text, spelt = token_text(engine.tokenizer, token_id), token_bytes(engine.tokenizer, token_id)
+        return {"token": text, "logprob": logprob, "bytes": list(spelt)}
 
     return [
-        {
-            **entry(token_text(engine, each.token_id), each.logprob),
-            "top_logprobs": [entry(text, value) for text, value in top_tokens(engine, each)],
-        }
+        {**entry(each.token_id, each.logprob), "top_logprobs": [entry(token, value) for token, value in each.top]}
         for each in found
     ]

@@ -11,10 +11,11 @@ from fastapi.responses import JSONResponse, Response
 from ..deps import EngineDep, SettingsDep, unless_disconnected
 from ..engine.base import Engine, TokenLogprob
 from ..errors import bad_request
-from ..generate import build_request, check_rows, collect, stream, token_ids, token_text, top_tokens, usage
+from ..generate import build_request, check_rows, collect, stream, token_ids, usage
 from ..offsets import TextOffsets
 from ..schemas import CompletionRequest, new_id, now
 from ..steer import resolve_steer
+from ..token_texts import token_text
 
 router = APIRouter()
 
@@ -103,7 +104,7 @@ def _prompt_ids(prompts: list[str] | list[list[int]], engine: Engine) -> list[li
 def _logprobs(engine: Engine, found: list[TokenLogprob], offsets: TextOffsets) -> dict[str, Any]:
     """OpenAI's log-probabilities of completions: four parallel lists. A prompt's first token has none."""
     return {
-        "tokens": [token_text(engine, each.token_id) for each in found],
+        "tokens": [token_text(engine.tokenizer, each.token_id) for each in found],
         "token_logprobs": [each.logprob for each in found],
         "top_logprobs": [None if each.logprob is None else _top(engine, each) for each in found],
         "text_offset": offsets.of([each.token_id for each in found]),
@@ -113,6 +114,6 @@ def _logprobs(engine: Engine, found: list[TokenLogprob], offsets: TextOffsets) -
 def _top(engine: Engine, logprob: TokenLogprob) -> dict[str, float]:
     """The likeliest alternatives by text; of those that read alike, the likeliest."""
     found: dict[str, float] = {}
-    for text, value in top_tokens(engine, logprob):
-        found.setdefault(text, value)
+    for token, value in logprob.top:
+        found.setdefault(token_text(engine.tokenizer, token), value)
     return found
