@@ -141,8 +141,8 @@ def test_text_offsets_say_where_tokens_begin_streamed_or_not(served: Served, pro
 
 def test_of_alternatives_that_read_alike_the_likeliest_is_told(served: Served) -> None:
     from ipissa_server.engine.base import TokenLogprob
-    from ipissa_server.token_texts import token_text
     from ipissa_server.routes.completions import _top
+    from ipissa_server.token_texts import token_text
 
     engine = served.app.state.engine
     part, other = [token for token in range(1000) if token_text(engine.tokenizer, token) == "\ufffd"][:2]
