@@ -5,6 +5,7 @@ Rows are laid out prompt by prompt, then α by α, then by n; a choice's index i
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import secrets
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.sse import format_sse_event
 
 from .deps import unless_disconnected
@@ -111,7 +112,51 @@ def usage(prompts: list[list[int]], completion_tokens: int) -> Usage:
     return Usage(prompt_tokens=read, completion_tokens=completion_tokens, total_tokens=read + completion_tokens)
 
 
-async def collect(engine: Engine, request: GenerationRequest) -> list[FinishedRow]:
+async def respond(
+    client: Request,
+    engine: Engine,
+    body: GenerationBody,
+    request: GenerationRequest,
+    prompts: list[list[int]],
+    *,
+    head: Chunk,
+    choice: Callable[[int, FinishedRow], Chunk],
+    chunk_head: Chunk,
+    chunk_choice: Callable[[Delta], Chunk],
+    opening: list[Chunk] | None = None,
+) -> Response:
+    """Run a request and answer it, whole or streamed, as the body asks.
+
+    Args:
+        head: What an answer has beside its choices and its usage.
+        choice: Of a finished row.
+        chunk_head: What every chunk has beside its choices.
+        chunk_choice: Of what one step adds to a row.
+        opening: Chunks before the first that has text.
+    """
+    if body.stream:
+        usage_asked = body.stream_options is not None and body.stream_options.include_usage
+        return await _stream(
+            client,
+            engine,
+            request,
+            opening=opening or [],
+            chunk=lambda delta: {**chunk_head, "choices": [chunk_choice(delta)]},
+            closing=lambda tokens: (
+                [{**chunk_head, "choices": [], "usage": usage(prompts, tokens).model_dump()}] if usage_asked else []
+            ),
+        )
+    rows = await unless_disconnected(client, _collect(engine, request))
+
+    def whole() -> Response:
+        total = usage(prompts, sum(row.tokens for row in rows)).model_dump()
+        return JSONResponse({**head, "choices": [choice(i, row) for i, row in enumerate(rows)], "usage": total})
+
+    # Log-probabilities may make it large, which must not hold up the event loop.
+    return await asyncio.to_thread(whole)
+
+
+async def _collect(engine: Engine, request: GenerationRequest) -> list[FinishedRow]:
     """Run a request to its end."""
     rows = [FinishedRow() for _ in request.rows]
     async with aclosing(engine.generate(request)) as steps:  # type: ignore[type-var]
@@ -125,7 +170,7 @@ async def collect(engine: Engine, request: GenerationRequest) -> list[FinishedRo
     return rows
 
 
-async def stream(
+async def _stream(
     client: Request,
     engine: Engine,
     request: GenerationRequest,

@@ -7,14 +7,14 @@ from typing import Any
 
 import jinja2
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from ipissa.data.chat import chat_ids
 
-from ..deps import EngineDep, SettingsDep, unless_disconnected
+from ..deps import EngineDep, SettingsDep
 from ..engine.base import Delta, Engine, TokenLogprob
 from ..errors import bad_request
-from ..generate import build_request, check_rows, collect, stream, token_ids, usage
+from ..generate import FinishedRow, build_request, check_rows, respond, token_ids
 from ..schemas import ChatMessage, ChatRequest, new_id, now
 from ..steer import resolve_steer
 from ..token_texts import token_bytes, token_text
@@ -42,6 +42,7 @@ async def chat_completions(body: ChatRequest, request: Request, engine: EngineDe
         "model": body.model or settings.model,
         "steer_adapters": steer.digests,
     }
+    chunk_head = {**head, "object": "chat.completion.chunk"}
     prompt_ids = {"prompt_token_ids": prompts[0]} if body.return_token_ids else {}
 
     def choice(row: int, finish_reason: str | None, found: list[TokenLogprob], **content: Any) -> dict[str, Any]:
@@ -55,40 +56,27 @@ async def chat_completions(body: ChatRequest, request: Request, engine: EngineDe
             **token_ids(body, found),
         }
 
-    if body.stream:
-        chunk_head = {**head, "object": "chat.completion.chunk"}
+    def message(row: int, answer: FinishedRow) -> dict[str, Any]:
+        return choice(row, answer.finish_reason, answer.logprobs, message={"role": "assistant", "content": answer.text})
 
-        def closing(tokens: int) -> list[dict[str, Any]]:
-            wanted = body.stream_options and body.stream_options.include_usage
-            return [{**chunk_head, "choices": [], "usage": usage(prompts, tokens).model_dump()}] if wanted else []
+    def part(delta: Delta) -> dict[str, Any]:
+        return choice(delta.row, delta.finish_reason, delta.logprobs, delta={"content": delta.text})
 
-        def chunk(delta: Delta) -> dict[str, Any]:
-            part = choice(delta.row, delta.finish_reason, delta.logprobs, delta={"content": delta.text})
-            return {**chunk_head, "choices": [part]}
-
-        roles = [choice(row, None, [], delta={"role": "assistant", "content": ""}) for row in range(len(job.rows))]
-        opening = [{**chunk_head, "choices": [role]} for role in roles]
-        opening[0] |= prompt_ids
-        return await stream(
-            request,
-            engine,
-            job,
-            opening=opening,
-            chunk=chunk,
-            closing=closing,
-        )
-    rows = await unless_disconnected(request, collect(engine, job))
-
-    def whole() -> Response:
-        choices = [
-            choice(i, row.finish_reason, row.logprobs, message={"role": "assistant", "content": row.text})
-            for i, row in enumerate(rows)
-        ]
-        total = usage(prompts, sum(row.tokens for row in rows)).model_dump()
-        return JSONResponse({**head, **prompt_ids, "object": "chat.completion", "choices": choices, "usage": total})
-
-    # Log-probabilities may make it large, which must not hold up the event loop.
-    return await asyncio.to_thread(whole)
+    roles = [choice(row, None, [], delta={"role": "assistant", "content": ""}) for row in range(len(job.rows))]
+    opening = [{**chunk_head, "choices": [role]} for role in roles]
+    opening[0] |= prompt_ids
+    return await respond(
+        request,
+        engine,
+        body,
+        job,
+        prompts,
+        head={**head, **prompt_ids, "object": "chat.completion"},
+        choice=message,
+        chunk_head=chunk_head,
+        chunk_choice=part,
+        opening=opening,
+    )
 
 
 def conversation_ids(engine: Engine, messages: list[ChatMessage], prefill: str = "") -> list[int]:

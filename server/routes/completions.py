@@ -6,12 +6,12 @@ import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from ..deps import EngineDep, SettingsDep, unless_disconnected
+from ..deps import EngineDep, SettingsDep
 from ..engine.base import Engine, TokenLogprob
 from ..errors import bad_request
-from ..generate import build_request, check_rows, collect, stream, token_ids, usage
+from ..generate import build_request, check_rows, respond, token_ids
 from ..offsets import TextOffsets
 from ..schemas import CompletionRequest, new_id, now
 from ..steer import resolve_steer
@@ -60,32 +60,17 @@ async def completions(body: CompletionRequest, request: Request, engine: EngineD
             **token_ids(body, logprobs, prompt),
         }
 
-    if body.stream:
-
-        def closing(tokens: int) -> list[dict[str, Any]]:
-            wanted = body.stream_options and body.stream_options.include_usage
-            return [{**head, "choices": [], "usage": usage(prompts, tokens).model_dump()}] if wanted else []
-
-        return await stream(
-            request,
-            engine,
-            job,
-            opening=[],
-            chunk=lambda delta: {
-                **head,
-                "choices": [choice(delta.row, delta.text, delta.finish_reason, delta.logprobs)],
-            },
-            closing=closing,
-        )
-    rows = await unless_disconnected(request, collect(engine, job))
-
-    def whole() -> Response:
-        choices = [choice(i, row.text, row.finish_reason, row.logprobs) for i, row in enumerate(rows)]
-        total = usage(prompts, sum(row.tokens for row in rows)).model_dump()
-        return JSONResponse({**head, "choices": choices, "usage": total})
-
-    # Log-probabilities may make it large, which must not hold up the event loop.
-    return await asyncio.to_thread(whole)
+    return await respond(
+        request,
+        engine,
+        body,
+        job,
+        prompts,
+        head=head,
+        choice=lambda row, answer: choice(row, answer.text, answer.finish_reason, answer.logprobs),
+        chunk_head=head,
+        chunk_choice=lambda delta: choice(delta.row, delta.text, delta.finish_reason, delta.logprobs),
+    )
 
 
 def _prompts(body: CompletionRequest) -> list[str] | list[list[int]]:
