@@ -163,7 +163,9 @@ def _score_ratios(server: Server, model: Any, text: list[int], rounds: int) -> l
 
 def _gap_ratio(server: Server, streams: list[dict[str, Any]], text: list[int]) -> float:
     """The worst gap between tokens once a long prompt has arrived, over the median gap before."""
-    late = {"prompt": text, "max_tokens": 1, "wait": 2.0}
+    alone = server.streams(streams)
+    midway = statistics.median(s.arrivals[len(s.arrivals) // 2] - s.started for s in alone)
+    late = {"prompt": text, "max_tokens": 1, "wait": midway}
     *running, newcomer = server.streams([*streams, late])
     before = [
         b - a

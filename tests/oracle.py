@@ -21,21 +21,26 @@ def rotation(a: np.ndarray, alpha: float, method: str) -> np.ndarray:
     return scipy.linalg.expm(alpha * a)
 
 
-def delta_weight(factors: Any, config: Any, alpha: float) -> np.ndarray:
-    """ΔW(α) = U [R_u diag(S(α)) R_vᵀ - diag(S)] Vᵀ, shape (d_out, d_in)."""
-    u, s, v = (np.asarray(value, dtype=np.float64) for value in (factors.U, factors.S, factors.V))
+def scaled(factors: Any, config: Any, alpha: float) -> np.ndarray:
+    """S(α), (r,)."""
+    s = np.asarray(factors.S, dtype=np.float64)
     d = np.zeros_like(s) if factors.delta_s is None else np.asarray(factors.delta_s, dtype=np.float64)
-    scaled = {
+    return {
         "add2": s + alpha * d,
         "add_tanh": s + alpha * np.tanh(d) * s,
         "mult": s * np.exp(alpha * d),
         "none": s,
     }[config.scale_mode]
+
+
+def delta_weight(factors: Any, config: Any, alpha: float) -> np.ndarray:
+    """ΔW(α) = U [R_u diag(S(α)) R_vᵀ - diag(S)] Vᵀ, shape (d_out, d_in)."""
+    u, s, v = (np.asarray(value, dtype=np.float64) for value in (factors.U, factors.S, factors.V))
     r_v = rotation(np.asarray(factors.rotation_v, dtype=np.float64), alpha, config.rotation)
     r_u = np.eye(len(s))
     if factors.rotation_u is not None:
         r_u = rotation(np.asarray(factors.rotation_u, dtype=np.float64), alpha, config.rotation)
-    return u @ (r_u @ np.diag(scaled) @ r_v.T - np.diag(s)) @ v.T
+    return u @ (r_u @ np.diag(scaled(factors, config, alpha)) @ r_v.T - np.diag(s)) @ v.T
 
 
 def edited_model(model: Any, adapters: list[tuple[Any, float]]) -> Any:

@@ -185,6 +185,7 @@ def results(tmp_path: Path) -> Path:
             "trait_gain_negative": depth,
             "plain_gain_positive": 0.0,
             "plain_gain_negative": 0.0,
+            "symmetry": depth / 2,
             "final_loss": 1.0,
             "error": "",
         }
@@ -204,6 +205,7 @@ def test_a_setting_of_a_sweep_is_compared_within_equal_other_settings(results: P
     assert list(table["runs"]) == [3] * 4
     assert table["enough_seeds"].all()
     assert list(table["trait_gain_positive"]) == pytest.approx([0.51, 0.91, 0.61, 1.01])
+    assert list(table["symmetry"]) == pytest.approx([0.25, 0.45, 0.25, 0.45])
 
 
 def test_tables_and_figures_of_a_sweep_are_generated_from_its_csv(results: Path, tmp_path: Path) -> None:

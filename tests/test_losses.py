@@ -125,6 +125,15 @@ def test_every_direction_is_a_unit_vector_towards_chosen(name: str) -> None:
     assert found.difference.mean(0) @ u > 0
 
 
+@pytest.mark.parametrize("name", ["top_diff_snorm", "adapter_dims"])
+def test_states_in_units_of_the_singular_values_are_not_divided_by_them_again(name: str) -> None:
+    outputs = states()
+    units = outputs.S.clamp(min=0.1 * float(outputs.S.median()))
+    inputs = PairStates(outputs.chosen / units, outputs.rejected / units, outputs.S, outputs.dims, snormed=True)
+    kept = [(DIRECTIONS[name](each) != 0).nonzero()[:, 0].tolist() for each in (outputs, inputs)]
+    assert kept[0] == kept[1]
+
+
 @pytest.mark.parametrize("name", ["top_s", "top_diff", "top_diff_snorm", "adapter_dims", "adapter_dims_raw"])
 def test_masked_directions_are_the_mean_difference_in_the_kept_dimensions(name: str) -> None:
     found = states()
@@ -222,13 +231,15 @@ def test_coherence_is_free_below_the_threshold_and_one_easy_token_cannot_pay_for
     assert masked_mean(torch.tensor([[1.0, 5.0]]), torch.tensor([[1, 0]])).item() == 1
 
 
-def barrier(reference: list[float], now: list[float], k: int | None = None) -> float:
+def barrier(reference: list[float], now: list[float], k: int | None = None, weight: float = 10.0) -> float:
     """At one token, against the k likeliest tokens of the reference."""
     p = torch.tensor([[reference]])
     top = p.topk(k or len(reference))
     entropy = -torch.special.xlogy(p, p).sum(-1)
     logprobs = torch.tensor([[now]]).log()
-    return total_variation_barrier(logprobs, top.indices, top.values.log(), entropy, torch.ones(1, 1)).item()
+    return total_variation_barrier(
+        logprobs, top.indices, top.values.log(), entropy, torch.ones(1, 1), weight=weight
+    ).item()
 
 
 def test_the_total_variation_barrier_is_zero_inside_and_hand_computed_outside() -> None:
@@ -238,6 +249,7 @@ def test_the_total_variation_barrier_is_zero_inside_and_hand_computed_outside() 
     excess = 0.8 - allowed
     expected = math.log(1 + 10 * excess) ** 2 + excess
     assert barrier([0.99, 0.01], [0.19, 0.81]) == pytest.approx(expected, rel=1e-4)
+    assert barrier([0.99, 0.01], [0.19, 0.81], weight=0) == 0
     assert barrier([0.25] * 4, [0.0, 0.0, 0.0, 1.0]) == 0  # H = log 4 > 1.21
     assert math.isfinite(barrier([0.0, 0.0, 0.0, 1.0], [0.25] * 4))
 
@@ -284,6 +296,17 @@ def test_antiparallel_shifts_along_the_reference_reach_the_minimum() -> None:
     # What a pair costs does not depend on those that it shares a batch with.
     one = antiparallel_loss(*(each[:1] for each in (reference + scaled, reference - scaled, reference)), basis, spread)
     assert one.item() == pytest.approx(apart[0].item())
+
+
+def test_a_pair_that_nothing_shifts_has_a_finite_gradient() -> None:
+    reference = torch.tensor([[1.0, 2.0, 0.0], [-1.0, 2.0, 1.0]])
+    shift = torch.tensor([[0.0, 0.0, 0.0], [0.1, 0.2, 0.3]], requires_grad=True)
+    spread = reference_spread(reference)
+    loss = antiparallel_loss(reference + shift, reference - shift, reference, torch.eye(3)[:, :2], spread)
+    loss.sum().backward()
+    assert shift.grad is not None
+    assert shift.grad.isfinite().all()
+    assert shift.grad[1].any()
 
 
 def test_shifts_outside_the_subspace_are_discounted() -> None:

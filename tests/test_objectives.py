@@ -32,7 +32,7 @@ from ipissa.train.losses.antiparallel import antiparallel_loss
 from ipissa.train.losses.separation import separation_loss, symlog
 from ipissa.train.objectives.antiparallel import Antiparallel, AntiparallelConfig
 from ipissa.train.objectives.base import WeightedSum
-from ipissa.train.objectives.build import contrastive_config, objective_weights
+from ipissa.train.objectives.build import antiparallel_config, contrastive_config, objective_weights
 from ipissa.train.objectives.contrastive import Contrastive, ContrastiveConfig
 from ipissa.train.objectives.distill import Distillation, Target
 from ipissa.train.selection import SELECTIONS
@@ -331,6 +331,110 @@ def test_beside_distillation_the_contrastive_part_does_not_choose_the_poles() ->
     assert contrastive_config({}, beside=["guided", "contrastive"]).flip == "none"
     assert contrastive_config({"flip": "per_layer"}, beside=["guided", "contrastive"]).flip == "per_layer"
     assert contrastive_config({}, beside=["contrastive", "antiparallel"]).flip == "global"
+    assert antiparallel_config({}, beside=["antiparallel"]).either_way
+    assert not antiparallel_config({}, beside=["guided", "antiparallel"]).either_way
+
+
+def test_an_antiparallel_part_that_may_not_choose_the_order_asks_for_chosen_at_plus_one(
+    tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    model, wrap = fresh(tokenizer)
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    wrapped = wrap()
+
+    def order(sign: float, **settings: Any) -> float:
+        model.load_state_dict(base, strict=False)
+        objective = Antiparallel(model, pairs, AntiparallelConfig(**settings), pad_id=tokenizer.pad_token_id)
+        batch = objective.collate(objective.examples(objective.prompts))
+        with torch.no_grad():
+            return float(objective.loss(wrapped, batch | {"alpha": sign * batch["alpha"]}, 1.0)[1]["order"])
+
+    assert order(1.0) == pytest.approx(order(-1.0), rel=1e-4)
+    either, one, other = order(1.0), order(1.0, either_way=False), order(-1.0, either_way=False)
+    assert min(one, other) == pytest.approx(either, rel=1e-4)
+    assert abs(one - other) > 1e-3
+
+
+@pytest.mark.parametrize("objective", [(Contrastive, ContrastiveConfig), (Antiparallel, AntiparallelConfig)])
+def test_pairs_that_would_be_read_where_they_are_padded_or_show_no_variance_are_refused(
+    objective: Any, tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    model, _ = fresh(tokenizer)
+    kind, settings = objective
+    shortest = min(min(len(pair.chosen), len(pair.rejected)) + len(pair.opening) for pair in pairs)
+    kind(model, pairs, settings(last_tokens=shortest), pad_id=tokenizer.pad_token_id)
+    with pytest.raises(ConfigError, match=f"last_tokens {shortest + 1} is more than the {shortest}"):
+        kind(model, pairs, settings(last_tokens=shortest + 1), pad_id=tokenizer.pad_token_id)
+    with pytest.raises(ConfigError, match="1 pair does not show how activations vary"):
+        kind(model, pairs[:1], settings(), pad_id=tokenizer.pad_token_id)
+
+
+def test_what_a_module_reads_is_masked_by_its_own_variance(tokenizer: Any, pairs: list[ContrastivePair]) -> None:
+    """x V is y U in units of the singular values already, so both sides keep what `cho_var_snorm` selects."""
+    model, _ = fresh(tokenizer)
+    linear = model.get_submodule(SITE)
+    _, _, Vh = torch.linalg.svd(linear.weight.double(), full_matrices=False)
+    read = [
+        torch.stack([input_alone(model, linear, getattr(pair, side) + pair.opening) for pair in pairs]).double() @ Vh.T
+        for side in ("chosen", "rejected")
+    ]
+    first = read[0].var(0).topk(4).indices.tolist()
+    then = [i for i in read[1].var(0).argsort(descending=True).tolist() if i not in first][:4]
+    settings = ContrastiveConfig(direction="adapter_dims", dims=8, depths=(0.5,), last_tokens=N)
+    (found,) = Contrastive(model, pairs, settings, pad_id=tokenizer.pad_token_id).directions.values()
+    assert found.nonzero()[:, 0].tolist() == sorted(first + then)
+
+
+def input_alone(model: Any, linear: Any, ids: list[int]) -> Tensor:
+    """What a module reads at the last of these tokens."""
+    seen: list[Tensor] = []
+    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0][0, -1]))
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ids]))
+    handle.remove()
+    return seen[0]
+
+
+def test_poles_that_change_places_do_so_in_every_term(tokenizer: Any, pairs: list[ContrastivePair]) -> None:
+    model, wrap = fresh(tokenizer, init_std=0.3)
+    objective = Contrastive(model, pairs, ContrastiveConfig(last_tokens=N), pad_id=tokenizer.pad_token_id)
+    batch, wrapped = objective.collate(objective.examples(objective.prompts)), wrap().eval()
+
+    def figures(evidence: float, sign: float) -> dict[str, float]:
+        objective.load_state_dict({"": evidence})
+        with torch.no_grad():
+            found = objective.loss(wrapped, batch | {"alpha": sign * batch["alpha"]}, 1.0)[1]
+        return {name: float(value) for name, value in found.items()}
+
+    kept, swapped = figures(1.0, 1.0), figures(-1.0, 1.0)
+    assert abs(kept["order"] - swapped["order"]) > 1e-3
+    # The adapter turned round, and the poles with it, is the same: only which term is called positive differs.
+    turned = figures(-1.0, -1.0)
+    assert turned["order"] == pytest.approx(kept["order"], rel=1e-4)
+    assert turned["coherence_negative"] == pytest.approx(kept["coherence_positive"], rel=1e-4)
+
+
+def test_a_constraint_of_weight_0_is_left_out(tokenizer: Any, pairs: list[ContrastivePair]) -> None:
+    model, wrap = fresh(tokenizer, init_std=0.3)
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    wrapped = wrap().eval()
+
+    def total(**settings: Any) -> tuple[float, dict[str, Tensor]]:
+        model.load_state_dict(base, strict=False)
+        config = ContrastiveConfig(last_tokens=N, flip="none", **settings)
+        objective = Contrastive(model, pairs, config, pad_id=tokenizer.pad_token_id)
+        with torch.no_grad():
+            loss, figures = objective.loss(wrapped, objective.collate(objective.examples(objective.prompts)), 1.0)
+        return float(loss), figures
+
+    whole, figures = total()
+    coherence = float(figures["coherence_positive"] + figures["coherence_negative"])
+    order = float(figures["order"])
+    assert coherence > 0.1
+    assert order > 0.1
+    assert total(coherence=0.0)[0] == pytest.approx(whole - coherence, rel=1e-4)
+    assert total(monotonic=0.0)[0] == pytest.approx(whole - order, rel=1e-4)
+    assert total(coherence=0.0, monotonic=0.0)[0] == pytest.approx(whole - coherence - order, abs=1e-3)
 
 
 def test_the_antiparallel_constraints_weigh_the_same_in_every_validation(
@@ -417,6 +521,58 @@ def test_chosen_triples_are_those_of_what_the_module_writes_on_the_pairs(
     select_triples(wrapped, tokenizer, pairs, rule="dhs")
     kept = wrapped.base_model.model.model.layers[1].mlp.down_proj.innerpissa_S["default"]
     assert (kept.double().sort().values - S[expected].sort().values).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["down_proj", "up_proj"])
+def test_wanda_looks_at_the_stream_that_the_module_writes_to_or_reads_from(
+    name: str, tokenizer: Any, pairs: list[ContrastivePair]
+) -> None:
+    """After its block, along its u, for a module that writes; before it, along its v, for one that reads."""
+    model, wrap = fresh(tokenizer, target_modules=[name])
+    block = model.model.layers[1]
+    streams: list[Tensor] = []
+    handle = block.register_forward_hook(
+        lambda _, args, output: streams.append((output if name == "down_proj" else args[0])[0, -1])
+    )
+    with torch.no_grad():
+        for pair in pairs:
+            for context in (pair.chosen, pair.rejected):
+                model(input_ids=torch.tensor([context + pair.opening]))
+    handle.remove()
+    U, S, Vh = torch.linalg.svd(getattr(block.mlp, name).weight.double(), full_matrices=False)
+    along = torch.stack(streams).double() @ (U if name == "down_proj" else Vh.T)
+    chosen, rejected = along.unflatten(0, (-1, 2)).unbind(1)
+    scores = [S * each for each in (chosen.abs().mean(0), rejected.abs().mean(0), (chosen - rejected).mean(0).abs())]
+    expected = {int(i) for score in scores for i in score.topk(2).indices}
+    others = [int(i) for i in torch.stack(scores).amax(0).argsort(descending=True) if int(i) not in expected]
+    expected |= set(others[: 8 - len(expected)])
+    wrapped = wrap()
+    select_triples(wrapped, tokenizer, pairs, rule="wanda_trip")
+    kept = getattr(wrapped.base_model.model.model.layers[1].mlp, name).innerpissa_S["default"]
+    assert (kept.double().sort().values - S[sorted(expected)].sort().values).abs().max() < 1e-5
+
+
+def test_variance_over_one_pair_selects_nothing(tokenizer: Any, pairs: list[ContrastivePair]) -> None:
+    _, wrap = fresh(tokenizer)
+    with pytest.raises(ConfigError, match="1 pair does not show how activations vary for cho_var_snorm"):
+        select_triples(wrap(), tokenizer, pairs[:1], rule="cho_var_snorm")
+
+
+def test_weight_decay_shrinks_what_is_learnt(tokenizer: Any, pairs: list[ContrastivePair], tmp_path: Path) -> None:
+    model, wrap = fresh(tokenizer)
+    base = {name: value.clone() for name, value in model.state_dict().items()}
+    sizes = []
+    for decay in (0.0, 10.0):
+        model.load_state_dict(base, strict=False)
+        torch.manual_seed(0)
+        wrapped = wrap()
+        objective = Contrastive(model, pairs, ContrastiveConfig(last_tokens=N), pad_id=tokenizer.pad_token_id)
+        config = TrainConfig("kind", "angry", epochs=2, batch_size=12, lr=1e-2, weight_decay=decay)
+        fit(wrapped, objective, config, tmp_path / str(decay))
+        learnt = [value for name, value in wrapped.named_parameters() if value.requires_grad and "_p_" in name]
+        sizes.append(float(torch.stack([value.detach().norm() for value in learnt]).norm()))
+        wrapped.unload()
+    assert sizes[1] < 0.95 * sizes[0]
 
 
 def test_activations_are_those_at_the_last_token_of_every_opening(tokenizer: Any, pairs: list[ContrastivePair]) -> None:

@@ -22,6 +22,7 @@ import ipissa
 from ipissa.cli import app
 from ipissa.cli_errors import assignments
 from ipissa.errors import ConfigError, IpissaError
+from ipissa.evaluate.side_by_side import cell
 from ipissa.models import load_model
 from ipissa.scaling import SCALE_MODES
 from ipissa.train import TrainConfig, answers, train, trainer
@@ -53,12 +54,31 @@ def test_a_run_leaves_an_adapter_its_card_and_what_it_takes_to_train_again(confi
     samples = (run / "samples.md").read_text()
     assert samples.count("| α | before training | midway | after |") == 3  # held-out prompts
     assert [samples.count(f"\n| {alpha} | ") for alpha in ("-1", "+0", "+1")] == [3, 3, 3]
+    assert_samples_are_what_is_written_at_their_alpha(samples, config, result)
     card = (tmp_path / "kind.md").read_text()
     assert "## Yardsticks on 3 held-out prompts" in card
     assert "--set checkpoint_every=4" in card
     y = {p["alpha"]: p["positive"] - p["negative"] for p in result.adapter.evaluation["response"]}
     alike = min(abs(y[1]), abs(y[-1])) / max(abs(y[1]), abs(y[-1])) if y[1] * y[-1] < 0 else 0.0
     assert f"over the larger: {alike:.2f}." in card
+
+
+def assert_samples_are_what_is_written_at_their_alpha(samples: str, config: TrainConfig, result: Any) -> None:
+    """What is in the column `after`, written again by the finished adapter and, for α = 0, by the model alone."""
+    model, tokenizer = load_model(config.model, device="cpu", dtype="float32")
+    steered = ipissa.attach(model, {"kind": result.adapter})
+    prompt = next(iter(result.samples_after))
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    written = {}
+    for alpha in (-1, 0, 1):
+        with steered.alpha(alpha):
+            answer = model.generate(**ids, max_new_tokens=40, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        written[f"{alpha:+g}"] = tokenizer.decode(answer, skip_special_tokens=True).strip()
+        assert cell(written[f"{alpha:+g}"]) in samples
+    assert result.samples_after[prompt] == written
+    assert len(set(written.values())) == 3, "all poles write alike, so nothing was compared"
 
 
 @pytest.mark.parametrize(
@@ -239,4 +259,9 @@ def test_layer_changes_equal_dense_weights(make_adapter: Any, llama: Any) -> Non
         assert row.change == pytest.approx(np.linalg.norm(up) / np.linalg.norm(factors.S), rel=1e-4)
         assert row.even == pytest.approx(np.linalg.norm(up + down) / np.linalg.norm(up), rel=1e-4)
         turned = np.linalg.eigvals(oracle.rotation(factors.rotation_v.double().numpy(), 1.0, adapter.config.rotation))
-        assert row.largest_angle == pytest.approx(np.degrees(np.abs(np.angle(turned)).max()), abs=1e-3)
+        angles = np.degrees(np.abs(np.angle(turned)))
+        assert row.largest_angle == pytest.approx(angles.max(), abs=1e-3)
+        planes = np.sort(angles)[::-1][: 2 * (len(angles) // 2)]  # each stands twice; of an odd rank one stays
+        assert row.mean_angle == pytest.approx(planes.mean(), abs=1e-3)
+        scaled = oracle.scaled(factors, adapter.config, 1.0)
+        assert row.scaling == pytest.approx(np.linalg.norm(scaled - factors.S.numpy()) / np.linalg.norm(factors.S))

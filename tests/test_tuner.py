@@ -113,6 +113,19 @@ def test_saving_and_loading_with_peft_keeps_logits(peft_model: Any, tmp_path: Pa
     assert torch.equal(logits_of(loaded, IDS), logits_of(peft_model, IDS))
 
 
+def test_chosen_triples_are_saved_with_what_turns_them(tmp_path: Path) -> None:
+    model = wrapped()
+    layers = [module for module in model.modules() if isinstance(module, InnerPissaLayer)]
+    for layer in layers:
+        layer.keep_triples("default", torch.arange(3, 11))
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    assert torch.equal(logits_of(loaded, IDS), logits_of(model, IDS))
+    for layer in layers:
+        layer.keep_triples("default", torch.arange(8))
+    assert (logits_of(loaded, IDS) - logits_of(model, IDS)).abs().max() > 1e-3  # others would be seen
+
+
 def test_merging_equals_and_unmerging_is_exact(peft_model: Any) -> None:
     base = {name: value.clone() for name, value in peft_model.state_dict().items()}
     expected = logits_of(peft_model, IDS)

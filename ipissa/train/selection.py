@@ -150,10 +150,12 @@ def select(rule: str, stats: TripleStatistics, r: int) -> Tensor:
     """Indices of r triples by a rule of `SELECTIONS`, rising; all of them where the module has fewer.
 
     Raises:
-        ConfigError: the activations are not finite, so no ranking means anything.
+        ConfigError: the activations are not finite, or of one pair only, so no ranking means anything.
     """
     if r >= stats.S.numel():
         return torch.arange(stats.S.numel())
+    if rule not in WITHOUT_TEXTS and len(stats.chosen) < 2:
+        raise ConfigError(f"1 pair does not show how activations vary for {rule}; give at least two suffixes.")
     for values in (stats.chosen, stats.rejected, stats.stream_chosen, stats.stream_rejected):
         if not values.isfinite().all():
             raise ConfigError(f"Activations of {stats.name} are not finite; load the model with --dtype float32.")

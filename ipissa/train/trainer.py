@@ -321,6 +321,7 @@ def _objective(
     config, model, pad_id = task.config, task.model, task.tokenizer.pad_token_id
     weights = objective_weights(config.objective)
     contrastive = contrastive_config(config.contrastive, beside=weights)
+    antiparallel = antiparallel_config(config.antiparallel, beside=weights)
 
     def distillation(kind: str) -> Distillation:
         targets = training_targets(model, task.tokenizer, task.trait, config, continuations, kind, answers)
@@ -331,7 +332,7 @@ def _objective(
         {
             **{kind: partial(distillation, kind) for kind in KINDS},
             "contrastive": lambda: Contrastive(model, pairs, contrastive, pad_id=pad_id),
-            "antiparallel": lambda: Antiparallel(model, pairs, antiparallel_config(config.antiparallel), pad_id=pad_id),
+            "antiparallel": lambda: Antiparallel(model, pairs, antiparallel, pad_id=pad_id),
         },
     )
 

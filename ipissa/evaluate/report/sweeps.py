@@ -17,7 +17,14 @@ from matplotlib.figure import Figure
 from ipissa.errors import ConfigError
 from ipissa.evaluate.report.seeds import ENOUGH_SEEDS
 
-FIGURES = ("trait_gain_positive", "trait_gain_negative", "plain_gain_positive", "plain_gain_negative", "final_loss")
+FIGURES = (
+    "trait_gain_positive",
+    "trait_gain_negative",
+    "plain_gain_positive",
+    "plain_gain_negative",
+    "symmetry",
+    "final_loss",
+)
 
 
 def read_results(path: Path) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from torch.nn.functional import cosine_similarity
 
 SCALE = 30.0
 FOCUS = 0.75  # 1 - 0.25: how strongly shifts outside the subspace are discounted
+EPS = 1e-8  # beside norms, so that a shift of 0 has a gradient
 MIN_SPREAD = 0.05
 SPREAD_FLOOR = 0.1  # times the median spread
 
@@ -35,7 +36,7 @@ def antiparallel_loss(positive: Tensor, negative: Tensor, reference: Tensor, bas
     inside = [shift @ basis for shift in shifts]
     q = cosine_similarity(inside[0], ref, dim=-1) * cosine_similarity(inside[1], ref, dim=-1)
     for part, whole in zip(inside, shifts, strict=True):
-        q = q * (part.norm(dim=-1) / whole.norm(dim=-1).clamp(min=1e-8)) ** FOCUS
+        q = q * ((part.norm(dim=-1) + EPS) / (whole.norm(dim=-1) + EPS)) ** FOCUS
     return SCALE * q + torch.relu(SCALE * q) ** 2
 
 

@@ -41,7 +41,10 @@ def total_variation_barrier(
         top_ids, top_logprobs: The reference, (rows, tokens, k).
         entropy: The reference's, (rows, tokens).
         mask: (rows, tokens).
+        weight: 0 leaves the barrier out.
     """
+    if not weight:
+        return logprobs.new_zeros(len(logprobs))
     p_ref, p = top_logprobs.exp(), logprobs.gather(-1, top_ids).exp()
     variation = ((p_ref - p).abs().sum(-1) + (p_ref.sum(-1) - p.sum(-1)).abs()) / 2
     excess = torch.relu(variation - TV_SCALE * (entropy + TV_OFFSET).sqrt())

@@ -26,7 +26,7 @@ class PairStates:
         chosen, rejected: (pairs, k), float32.
         S: Singular values of the basis, falling, (k,).
         dims: How many dimensions the masked methods keep.
-        snormed: Whether the states are already in units of the singular values.
+        snormed: Whether the states are already in units of the singular values, as x V is: y U = S ∘ (x V).
     """
 
     chosen: Tensor

@@ -29,7 +29,7 @@ from ipissa.train.losses.constraints import monotonic_hinge, ramp, total_variati
 from ipissa.train.losses.separation import masked_mean
 from ipissa.train.losses.subspaces import intersect, suppressed_subspace, task_subspace, writable_subspace
 from ipissa.train.objectives.base import Batch, check_weights
-from ipissa.train.objectives.sites import last_mask, last_tokens, site_blocks
+from ipissa.train.objectives.sites import check_pairs, last_mask, last_tokens, site_blocks
 
 PAIRS_PER_BATCH = 16
 MARGIN_SLOPE, MARGIN_OFFSET = 0.5, 0.04  # the hinge's margin is 0.5 √H + 0.04 nats
@@ -46,8 +46,10 @@ class AntiparallelConfig:
         rank: Dimensions of the subspace.
         last_tokens: States and predictions that count, from the end of every opening.
         teacher_top_k: Reference probabilities kept per token for the barrier.
-        barrier: Weight inside the total-variation barrier.
+        barrier: Weight inside the total-variation barrier; 0 leaves it out.
         monotonic: Weight of the ordering term.
+        either_way: Whether the ordering may be either, which every batch decides; False, the default in a sum with an
+            objective that says which pole is which, asks for chosen at +1.
         ramp: Fraction of training over which both constraints rise to their weight.
     """
 
@@ -57,6 +59,7 @@ class AntiparallelConfig:
     teacher_top_k: int = 256
     barrier: float = 10.0
     monotonic: float = 30.0
+    either_way: bool = True
     ramp: float = 0.2
 
     def __post_init__(self) -> None:
@@ -95,7 +98,7 @@ class Antiparallel:
     """The objective. What the base model does on the pairs, and the subspace, are computed once.
 
     Raises:
-        ConfigError: the three subspaces have nothing in common.
+        ConfigError: the three subspaces have nothing in common, or `check_pairs` refuses.
     """
 
     rows_per_example = 4  # chosen and rejected, at either pole
@@ -103,6 +106,7 @@ class Antiparallel:
     def __init__(
         self, model: Any, pairs: Sequence[ContrastivePair], config: AntiparallelConfig, *, pad_id: int
     ) -> None:
+        check_pairs(pairs, config.last_tokens)
         self.config, self.pad_id = config, pad_id
         layers = model.get_decoder().layers
         (block,) = site_blocks([config.depth], len(layers))
@@ -163,7 +167,7 @@ class Antiparallel:
         own = mask.view(4, pairs, tokens)[0]
         gaps = [masked_mean(change[pole, 0] - change[pole, 1], own) for pole in (1, 0)]
         margin = MARGIN_SLOPE * masked_mean(batch["entropy"].mean(0), own).sqrt() + MARGIN_OFFSET
-        order = monotonic_hinge(*gaps, margin=margin, weight=config.monotonic)
+        order = monotonic_hinge(*gaps, margin=margin, weight=config.monotonic, either_way=config.either_way)
 
         # Validation losses of different steps are compared, so that of a step does not depend on how far it has risen.
         risen = ramp(int(1000 * progress), 1000, fraction=config.ramp) if model.training else 1.0

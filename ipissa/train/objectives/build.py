@@ -55,9 +55,10 @@ def contrastive_config(values: Mapping[str, Any], *, beside: Collection[str] = (
     return _from_plain(ContrastiveConfig, decided | dict(values), "contrastive")
 
 
-def antiparallel_config(values: Mapping[str, Any]) -> AntiparallelConfig:
-    """`AntiparallelConfig` from plain values."""
-    return _from_plain(AntiparallelConfig, values, "antiparallel")
+def antiparallel_config(values: Mapping[str, Any], *, beside: Collection[str] = ()) -> AntiparallelConfig:
+    """`AntiparallelConfig` from plain values, for a sum with the objectives `beside` it, as `contrastive_config`."""
+    decided = {"either_way": False} if set(beside) & set(KINDS) else {}
+    return _from_plain(AntiparallelConfig, decided | dict(values), "antiparallel")
 
 
 def _from_plain(cls: Any, values: Mapping[str, Any], name: str) -> Any:

@@ -3,7 +3,8 @@
 For pairs that share their last tokens (`ipissa.data.pairs`) and for every site (`sites.py`), the
 separation of chosen and rejected states along the trait's direction must grow at α = +1 and shrink at
 α = -1 (`losses/separation.py`), while chosen tokens stay likely at +1 and rejected ones at -1
-(coherence), and the preference between them moves to different sides (monotonic hinge).
+(coherence), and the preference between them moves to different sides (monotonic hinge). Where the poles
+change places (`SignFlip`), they do so in all three.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ipissa.train.losses.separation import (
     separation_loss,
 )
 from ipissa.train.objectives.base import Batch, check_weights
-from ipissa.train.objectives.sites import SIDES, Site, find_sites, last_mask, last_tokens, recorded
+from ipissa.train.objectives.sites import SIDES, Site, check_pairs, find_sites, last_mask, last_tokens, recorded
 
 PAIRS_PER_BATCH = 16
 FLIPS = ("global", "per_layer", "none")
@@ -50,7 +51,7 @@ class ContrastiveConfig:
         modules: Names of the loss modules.
         depths: Blocks they are in, as fractions; these blocks are not adapted.
         last_tokens: States and log-probabilities that count, from the end of every opening.
-        snorm: Divide states by singular values.
+        snorm: Divide states by singular values; with `V`, whose x V are in units of them already, once more.
         flip: Whether the poles may change places: `global`, `per_layer` or `none`, which is the default in a sum with
             an objective that says which pole is which.
         coherence: Weight of the coherence term.
@@ -111,7 +112,7 @@ class Contrastive:
     """The objective. What the base model does on the pairs is computed once.
 
     Raises:
-        ConfigError: the model has none of the loss modules.
+        ConfigError: the model has none of the loss modules, or `check_pairs` refuses.
     """
 
     rows_per_example = 4  # chosen and rejected, at either pole
@@ -124,6 +125,7 @@ class Contrastive:
         *,
         pad_id: int,
     ) -> None:
+        check_pairs(pairs, config.last_tokens)
         self.config, self.pad_id = config, pad_id
         self.sites = find_sites(model, config.modules, config.depths, config.side)
         self._flip = SignFlip(per_layer=config.flip == "per_layer")
@@ -180,15 +182,14 @@ class Contrastive:
             ).mean()
             for pole in (1, -1)
         }
-        coherence = self._coherence(batch, logp_by_row, mask, swapped=sum(signs.values()) < 0)
+        swapped = sum(signs.values()) < 0
+        coherence = self._coherence(batch, logp_by_row, mask, swapped=swapped)
         weights = adaptive_weights(losses[1], losses[-1]) if config.adaptive else torch.ones(2)
         gaps = [
             masked_mean(logp_by_row[i] - logp_by_row[i + 1] - batch["logp_chosen"] + batch["logp_rejected"], mask)
-            for i in (2, 0)
+            for i in ((0, 2) if swapped else (2, 0))
         ]
-        order = monotonic_hinge(
-            *gaps, margin=config.monotonic_margin, weight=config.monotonic, either_way=config.flip != "none"
-        )
+        order = monotonic_hinge(*gaps, margin=config.monotonic_margin, weight=config.monotonic, either_way=False)
         total = losses[1] + losses[-1] + (weights.to(coherence) * coherence).sum() + order
         figures = {
             "separation_positive": losses[1],
@@ -240,7 +241,8 @@ class Contrastive:
         return snorm(z, site.S.to(z)) if self.config.snorm else z
 
     def _direction(self, site: Site, chosen: Tensor, rejected: Tensor) -> Tensor:
-        states = PairStates(chosen[:, -1], rejected[:, -1], site.S.cpu(), self.config.dims, self.config.snorm)
+        in_units = self.config.snorm or site.side == "V"
+        states = PairStates(chosen[:, -1], rejected[:, -1], site.S.cpu(), self.config.dims, in_units)
         return DIRECTIONS[self.config.direction](states)
 
     @torch.no_grad()

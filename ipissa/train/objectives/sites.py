@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ipissa.adapter.layer import thin_svd
+from ipissa.data.pairs import ContrastivePair
 from ipissa.errors import ConfigError
 from ipissa.sequences import PaddedBatch
 
@@ -90,6 +91,19 @@ def recorded(sites: Sequence[Site]) -> Iterator[dict[str, Tensor]]:
                 handle = site.module.register_forward_hook(lambda _, args, out, site=site: record(site, out))
             stack.callback(handle.remove)
         yield seen
+
+
+def check_pairs(pairs: Sequence[ContrastivePair], last_tokens: int) -> None:
+    """Refuse what would be read where it is padded, and what nothing can vary over.
+
+    Raises:
+        ConfigError: a row is shorter than `last_tokens`, or there is one pair only.
+    """
+    if len(pairs) < 2:
+        raise ConfigError(f"{len(pairs)} pair does not show how activations vary; give at least two suffixes.")
+    shortest = min(min(len(pair.chosen), len(pair.rejected)) + len(pair.opening) for pair in pairs)
+    if last_tokens > shortest:
+        raise ConfigError(f"last_tokens {last_tokens} is more than the {shortest} of the shortest pair; use fewer.")
 
 
 def last_tokens(states: Tensor, batch: PaddedBatch, count: int) -> Tensor:
