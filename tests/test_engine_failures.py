@@ -342,7 +342,7 @@ def test_score_calls_keep_to_the_pace_while_somebody_streams(tiny: Path, small_s
         shared, rest = runner.shared_hidden_states, runner.continue_from
         runner.shared_hidden_states = lambda texts, width: (calls.append((len(texts), width)), shared(texts, width))[1]
         runner.continue_from = lambda hidden, steers, picks: (
-            calls.append((len(steers), hidden.states.shape[1])),
+            calls.append((len(steers), hidden.input_ids.shape[1])),
             rest(hidden, steers, picks),
         )[1]
         choices = [f"choice number {i}" for i in range(16)]
