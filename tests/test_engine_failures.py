@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import random_adapter, tiny_model
 from engines import adapters_of, engine_for, run
 from ipissa_server.engine import cache, worker
 from ipissa_server.engine.base import (
@@ -22,6 +23,7 @@ from ipissa_server.engine.base import (
     SamplingParams,
     ScoreRequest,
 )
+from ipissa_server.engine.overflow import check_scores, overflow
 from ipissa_server.engine.pace import Pace
 from ipissa_server.engine.scheduler import Scheduler
 from ipissa_server.engine.sequence import Job, Sequence
@@ -29,6 +31,7 @@ from ipissa_server.engine.torch_engine import TorchEngine
 
 from ipissa.adapter import Adapter
 from ipissa.errors import ConfigError
+from ipissa.evaluate.scoring import ChoiceScore
 
 WAIT = 60  # seconds; far more than anything here takes
 SWEEP = [{"honest": i / 100} for i in range(200)]
@@ -260,6 +263,44 @@ def test_numbers_that_are_not_finite_fail_their_request_and_reach_nobody_else(
 
     with engine_for(tiny, max_model_len=4096) as engine:
         asyncio.run(scenario(engine))
+
+
+def test_scores_that_are_not_finite_fail_their_request_and_no_other(tiny: Path) -> None:
+    model = tiny_model("llama", vocab_size=49152)
+    adapter = random_adapter(model, suffixes=("layers.2.mlp.down_proj",), scale_mode="mult")
+    wild = {name: replace(factors, delta_s=torch.full((6,), 12.0)) for name, factors in adapter.modules.items()}
+    sweep, tame = ({"wild": 0.1}, {"wild": 10.0}), ({"wild": 0.1},)
+
+    async def scenario(engine: TorchEngine) -> None:
+        requests = [ScoreRequest([5, 6, 7], ["Yes", "No"], list(steers)) for steers in (sweep, tame)]
+        failed, scored = await asyncio.gather(*map(engine.score, requests), return_exceptions=True)
+        assert isinstance(failed, ConfigError)
+        assert str(failed).startswith("At steer_alpha {'wild': 10.0} the numbers of the model outgrow float32")
+        assert math.isfinite(scored[0].log_odds)
+
+    with engine_for(tiny, {"wild": replace(adapter, modules=wild)}) as engine:
+        asyncio.run(scenario(engine))
+
+
+def test_a_choice_that_the_model_rules_out_is_no_overflow() -> None:
+    score = ChoiceScore({"Yes": -math.inf, "No": -0.1}, -math.inf, 0.9)
+    check_scores([score], [{}], torch.float32)
+    for value in (math.nan, math.inf):
+        with pytest.raises(ConfigError, match="outgrow float32"):
+            check_scores([score, replace(score, logprobs={"Yes": -1.0, "No": value})], [{}, {"kind": 1.0}], "float32")
+
+
+@pytest.mark.parametrize(
+    ("steer", "dtype", "says"),
+    [
+        ({"kind": 9.0}, torch.bfloat16, "bfloat16; use an alpha nearer 0, or a server with --dtype float32."),
+        ({"kind": 9.0}, torch.float32, "float32; use an alpha nearer 0."),
+        ({"kind": 0.0}, torch.float16, "float16; use a server with --dtype float32."),
+        ({}, torch.float32, "float32; the model's files may be damaged."),
+    ],
+)
+def test_what_is_advised_against_overflow_would_help(steer: dict[str, float], dtype: torch.dtype, says: str) -> None:
+    assert str(overflow(steer, dtype)).endswith(says)
 
 
 def of_layers(adapter: Adapter, *layers: int) -> Adapter:

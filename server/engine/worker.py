@@ -24,6 +24,7 @@ import torch
 
 from ipissa.adapter import AnyAdapter
 from ipissa.errors import ConfigError, IpissaError
+from ipissa.evaluate.scoring import ChoiceScore
 from ipissa.models import end_token_ids, load_model
 from ipissa.steering import attach
 
@@ -38,6 +39,7 @@ from .base import (
 )
 from .cache import SlotCache
 from .mailbox import Mailbox, answer, fail, hand_over
+from .overflow import check_scores, overflow
 from .pace import Pace
 from .runner import Read, Runner
 from .sampler import choose_tokens, token_logprobs
@@ -208,12 +210,20 @@ class Worker:
         try:
             for scored in score_batch(self._runner, jobs, self._budget):
                 for job, result in scored:
-                    answer(job, result)
+                    self._answer_score(job, result)
                 yield
         except Exception as error:
             self._report(error)
             for job in jobs:
                 fail(job, error)
+
+    def _answer_score(self, job: ScoreJob, result: list[ChoiceScore]) -> None:
+        try:
+            check_scores(result, job.request.steers, self._steered.model.dtype)
+        except ConfigError as error:
+            fail(job, error)
+        else:
+            answer(job, result)
 
     def _scoring_jobs(self) -> list[ScoreJob]:
         return [job for jobs, _ in self._scoring for job in jobs]
@@ -282,7 +292,7 @@ class Worker:
         for sequence, sound in zip(sequences, chosen_logits.isfinite().tolist(), strict=True):
             sequence.sound = sound
             if not sound:
-                fail(sequence.job, ConfigError(_overflow(sequence, self._steered.model.dtype)))
+                fail(sequence.job, overflow(sequence.spec.steer, self._steered.model.dtype))
 
     def _advance(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> TokenOut:
         """Append a token, unless none was asked for, and end the sequence if that ends it."""
@@ -337,14 +347,6 @@ class Worker:
         self._scoring.clear()
         for job in left:
             fail(job, error)
-
-
-def _overflow(sequence: Sequence, dtype: torch.dtype) -> str:
-    at = "Without steering" if not sequence.spec.steer else f"At steer_alpha {dict(sequence.spec.steer)}"
-    return (
-        f"{at} the numbers of the model outgrow {str(dtype).removeprefix('torch.')}; "
-        "use an alpha nearer 0, or a server with --dtype float32."
-    )
 
 
 def _keep_prompt_logprobs(reads: list[Read]) -> None:
