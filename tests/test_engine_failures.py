@@ -415,6 +415,41 @@ def test_an_adapter_outside_the_decoder_layers_is_refused(tiny: Path, head_adapt
         assert "h" not in engine.adapters
 
 
+@pytest.mark.parametrize(
+    ("asked", "cache_tokens", "says"),
+    [
+        (4097, 65536, "max_model_len 4097 is more than the 4096 tokens the model was made for"),
+        (4096, 4095, "max_model_len 4096 is more than max_cache_tokens 4095"),
+    ],
+)
+def test_a_length_that_is_not_to_be_had_is_refused(tiny: Path, asked: int, cache_tokens: int, says: str) -> None:
+    with (
+        pytest.raises(ConfigError, match=says),
+        engine_for(tiny, {}, max_model_len=asked, max_cache_tokens=cache_tokens),
+    ):
+        pass
+
+
+def test_a_length_that_the_cache_shortens_by_default_is_told(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with engine_for(tiny, {}, max_model_len=4096) as engine:
+        assert engine.max_model_len == 4096
+    with engine_for(tiny, {}) as engine:
+        assert engine.max_model_len == 4096
+    assert not caplog.records
+    with engine_for(tiny, {}, max_cache_tokens=1000) as engine:
+        assert engine.max_model_len == 1000
+    assert "1000 tokens, as max_cache_tokens, where the model takes 4096" in caplog.text
+
+
+def test_steps_are_timed_on_the_device_they_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    for device in ("cpu", "cuda:1"):
+        with Pace.on(torch.device(device)).decode():
+            pass
+    assert waited == [torch.device("cuda:1")]
+
+
 def test_more_rows_than_slots_are_refused(tiny: Path) -> None:
     with engine_for(tiny, max_batch=2) as engine, pytest.raises(ConfigError, match="3 rows are more than the 2"):
         asyncio.run(run(engine, replace(request(1), rows=[Row([5], {})] * 3)))

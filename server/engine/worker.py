@@ -85,8 +85,7 @@ class Worker:
         def load() -> None:
             model, self.tokenizer = load_model(model_name, device=device, dtype=dtype)
             self._steered = attach(model, adapters)
-            trained_for = getattr(model.config.get_text_config(), "max_position_embeddings", DEFAULT_MODEL_LEN)
-            self.max_model_len = min(max_model_len or trained_for, trained_for, max_cache_tokens)
+            self.max_model_len = _model_len(model.config.get_text_config(), max_model_len, max_cache_tokens)
             self.vocab_size = min(len(self.tokenizer), model.get_input_embeddings().num_embeddings)
             self._end_ids = end_token_ids(model.generation_config, self.tokenizer)
             cache = SlotCache(max_cache_tokens)
@@ -94,7 +93,7 @@ class Worker:
             for adapter in adapters.values():
                 self._runner.check(adapter)
             self._scheduler = Scheduler(cache, max_batch)
-            self._pace = Pace(torch.cuda.synchronize) if model.device.type == "cuda" else Pace()
+            self._pace = Pace.on(model.device)
 
         # All tensor work happens in this one thread, loading too (`threads.py` says why).
         loaded: Future[None] = Future()
@@ -347,6 +346,28 @@ class Worker:
         self._scoring.clear()
         for job in left:
             fail(job, error)
+
+
+def _model_len(config: Any, asked: int | None, max_cache_tokens: int) -> int:
+    """Most tokens of prompt and answer together: what was asked for, or else what model and cache allow."""
+    made_for: int | None = getattr(config, "max_position_embeddings", None)
+    if asked is None:
+        length = made_for or DEFAULT_MODEL_LEN
+        if length > max_cache_tokens:
+            logger.warning(
+                "Requests may have %d tokens, as max_cache_tokens, where the model takes %d; raise --max-cache-tokens "
+                "for longer ones.",
+                max_cache_tokens,
+                length,
+            )
+        return min(length, max_cache_tokens)
+    if made_for is not None and asked > made_for:
+        raise ConfigError(f"max_model_len {asked} is more than the {made_for} tokens the model was made for; lower it.")
+    if asked > max_cache_tokens:
+        raise ConfigError(
+            f"max_model_len {asked} is more than max_cache_tokens {max_cache_tokens}; lower it, or raise the latter."
+        )
+    return asked
 
 
 def _keep_prompt_logprobs(reads: list[Read]) -> None:
