@@ -116,6 +116,21 @@ def test_layers_that_read_more_than_hidden_states_are_split_right_or_not_at_all(
     assert (found - expected).abs().max() <= 1e-4
 
 
+def test_what_breaks_in_slots_is_told_in_one_sentence() -> None:
+    model = tiny_model("llama")
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+
+    def breaking(*args: Any, slots: Any = None, **more: Any) -> Any:
+        if slots is not None:
+            raise RuntimeError("No.\nTry views.")
+        return forward(*args, **more)
+
+    attention.forward = breaking
+    with pytest.raises(ConfigError, match=r"models of type llama: RuntimeError: No\. Use --engine vllm"):
+        runner_for(model)
+
+
 def test_numbers_that_overflow_by_themselves_are_no_fault_of_slots() -> None:
     model = tiny_model("llama")
     model.model.norm.weight.data.fill_(torch.nan)

@@ -56,7 +56,8 @@ class Rehearsal:
         except (IpissaError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
+            first = str(error).strip().partition("\n")[0].rstrip(".")
+            return f"{type(error).__name__}: {first}"
         if cache.layers != staged.depth:
             return f"{staged.depth - cache.layers} of its {staged.depth} layers keep nothing in slots"
         return None
