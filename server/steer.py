@@ -6,6 +6,7 @@ mapping from adapter names to bucketed α.
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -93,10 +94,13 @@ def _check_names(names: Iterable[str], adapters: dict[str, AnyAdapter]) -> None:
 
 
 def bucketed(alpha: float, settings: Settings) -> float:
-    """α rounded to the server's bucket, or a 400 that says the range."""
+    """α rounded to the server's bucket and within its range, or a 400 that says the range."""
     limit = settings.max_alpha
     if not -limit <= alpha <= limit:
         raise bad_request(
             f"steer_alpha {alpha:g} is out of range; use a number from {-limit:g} to {limit:g}.", param="steer_alpha"
         )
-    return to_bucket(alpha, settings.bucket)
+    applied = to_bucket(alpha, settings.bucket)
+    if abs(applied) > limit:  # which lies between two multiples, and α nearer the one beyond it
+        applied = to_bucket(applied - math.copysign(settings.bucket, applied), settings.bucket)
+    return applied

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import random_adapter, tiny_model
 from engines import adapters_of, engine_for, run
 from ipissa_server.engine import cache, worker
 from ipissa_server.engine.base import (
@@ -22,6 +23,7 @@ from ipissa_server.engine.base import (
     SamplingParams,
     ScoreRequest,
 )
+from ipissa_server.engine.overflow import check_scores, overflow
 from ipissa_server.engine.pace import Pace
 from ipissa_server.engine.scheduler import Scheduler
 from ipissa_server.engine.sequence import Job, Sequence
@@ -29,6 +31,7 @@ from ipissa_server.engine.torch_engine import TorchEngine
 
 from ipissa.adapter import Adapter
 from ipissa.errors import ConfigError
+from ipissa.evaluate.scoring import ChoiceScore
 
 WAIT = 60  # seconds; far more than anything here takes
 SWEEP = [{"honest": i / 100} for i in range(200)]
@@ -262,6 +265,44 @@ def test_numbers_that_are_not_finite_fail_their_request_and_reach_nobody_else(
         asyncio.run(scenario(engine))
 
 
+def test_scores_that_are_not_finite_fail_their_request_and_no_other(tiny: Path) -> None:
+    model = tiny_model("llama", vocab_size=49152)
+    adapter = random_adapter(model, suffixes=("layers.2.mlp.down_proj",), scale_mode="mult")
+    wild = {name: replace(factors, delta_s=torch.full((6,), 12.0)) for name, factors in adapter.modules.items()}
+    sweep, tame = ({"wild": 0.1}, {"wild": 10.0}), ({"wild": 0.1},)
+
+    async def scenario(engine: TorchEngine) -> None:
+        requests = [ScoreRequest([5, 6, 7], ["Yes", "No"], list(steers)) for steers in (sweep, tame)]
+        failed, scored = await asyncio.gather(*map(engine.score, requests), return_exceptions=True)
+        assert isinstance(failed, ConfigError)
+        assert str(failed).startswith("At steer_alpha {'wild': 10.0} the numbers of the model outgrow float32")
+        assert math.isfinite(scored[0].log_odds)
+
+    with engine_for(tiny, {"wild": replace(adapter, modules=wild)}) as engine:
+        asyncio.run(scenario(engine))
+
+
+def test_a_choice_that_the_model_rules_out_is_no_overflow() -> None:
+    score = ChoiceScore({"Yes": -math.inf, "No": -0.1}, -math.inf, 0.9)
+    check_scores([score], [{}], torch.float32)
+    for value in (math.nan, math.inf):
+        with pytest.raises(ConfigError, match="outgrow float32"):
+            check_scores([score, replace(score, logprobs={"Yes": -1.0, "No": value})], [{}, {"kind": 1.0}], "float32")
+
+
+@pytest.mark.parametrize(
+    ("steer", "dtype", "says"),
+    [
+        ({"kind": 9.0}, torch.bfloat16, "bfloat16; use an alpha nearer 0, or a server with --dtype float32."),
+        ({"kind": 9.0}, torch.float32, "float32; use an alpha nearer 0."),
+        ({"kind": 0.0}, torch.float16, "float16; use a server with --dtype float32."),
+        ({}, torch.float32, "float32; the model's files may be damaged."),
+    ],
+)
+def test_what_is_advised_against_overflow_would_help(steer: dict[str, float], dtype: torch.dtype, says: str) -> None:
+    assert str(overflow(steer, dtype)).endswith(says)
+
+
 def of_layers(adapter: Adapter, *layers: int) -> Adapter:
     modules = {n: f for n, f in adapter.modules.items() if any(f".layers.{i}." in n for i in layers)}
     return replace(adapter, config=replace(adapter.config, modules=tuple(modules)), modules=modules)
@@ -342,7 +383,7 @@ def test_score_calls_keep_to_the_pace_while_somebody_streams(tiny: Path, small_s
         shared, rest = runner.shared_hidden_states, runner.continue_from
         runner.shared_hidden_states = lambda texts, width: (calls.append((len(texts), width)), shared(texts, width))[1]
         runner.continue_from = lambda hidden, steers, picks: (
-            calls.append((len(steers), hidden.states.shape[1])),
+            calls.append((len(steers), hidden.input_ids.shape[1])),
             rest(hidden, steers, picks),
         )[1]
         choices = [f"choice number {i}" for i in range(16)]
@@ -372,6 +413,41 @@ def test_an_adapter_outside_the_decoder_layers_is_refused(tiny: Path, head_adapt
         with pytest.raises(ConfigError, match="outside the decoder layers"):
             asyncio.run(engine.add_adapter("h", head_adapter))
         assert "h" not in engine.adapters
+
+
+@pytest.mark.parametrize(
+    ("asked", "cache_tokens", "says"),
+    [
+        (4097, 65536, "max_model_len 4097 is more than the 4096 tokens the model was made for"),
+        (4096, 4095, "max_model_len 4096 is more than max_cache_tokens 4095"),
+    ],
+)
+def test_a_length_that_is_not_to_be_had_is_refused(tiny: Path, asked: int, cache_tokens: int, says: str) -> None:
+    with (
+        pytest.raises(ConfigError, match=says),
+        engine_for(tiny, {}, max_model_len=asked, max_cache_tokens=cache_tokens),
+    ):
+        pass
+
+
+def test_a_length_that_the_cache_shortens_by_default_is_told(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with engine_for(tiny, {}, max_model_len=4096) as engine:
+        assert engine.max_model_len == 4096
+    with engine_for(tiny, {}) as engine:
+        assert engine.max_model_len == 4096
+    assert not caplog.records
+    with engine_for(tiny, {}, max_cache_tokens=1000) as engine:
+        assert engine.max_model_len == 1000
+    assert "1000 tokens, as max_cache_tokens, where the model takes 4096" in caplog.text
+
+
+def test_steps_are_timed_on_the_device_they_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    for device in ("cpu", "cuda:1"):
+        with Pace.on(torch.device(device)).decode():
+            pass
+    assert waited == [torch.device("cuda:1")]
 
 
 def test_more_rows_than_slots_are_refused(tiny: Path) -> None:

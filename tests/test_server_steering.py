@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+from ipissa_server.settings import Settings
+from ipissa_server.steer import bucketed
 from serving import Served, complete, in_thread, settings_for, texts
 
 
@@ -39,6 +42,21 @@ def test_alpha_is_bucketed_and_every_choice_says_what_was_applied(served: Served
     assert [c["steer"] for c in answer["choices"]] == [{"kind": 0.7}, {"kind": 0.7}, {"kind": 0.0}]
     assert texts(answer)[0] == texts(answer)[1]
     assert answer["steer_adapters"]["kind"] == served.app.state.engine.adapters["kind"].digest
+
+
+@pytest.mark.parametrize(
+    ("alpha", "bucket", "limit", "applied"),
+    [
+        (0.98, 0.05, 0.98, 0.95),
+        (-0.98, 0.05, 0.98, -0.95),
+        (0.98, 0.05, 1, 1.0),
+        (10, 0.3, 10, 9.9),
+        (0.7, 1, 0.8, 0.0),
+        (2, 0, 2, 2.0),
+    ],
+)
+def test_no_rounding_leaves_the_servers_range(alpha: float, bucket: float, limit: float, applied: float) -> None:
+    assert bucketed(alpha, Settings(alpha_bucket=bucket, max_alpha=limit)) == applied
 
 
 def test_one_adapter_needs_no_name_and_takes_the_servers_default(tiny: Path) -> None:

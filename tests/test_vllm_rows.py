@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -11,7 +12,14 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from ipissa_server.engine.base import AdapterExistsError, GenerationRequest, Row, SamplingParams, UnknownAdapterError
+from ipissa_server.engine.base import (
+    AdapterExistsError,
+    GenerationRequest,
+    Row,
+    SamplingParams,
+    ScoreRequest,
+    UnknownAdapterError,
+)
 from ipissa_server.engine.requests import Requests
 from ipissa_server.engine.vllm_gate import Gate
 
@@ -90,6 +98,7 @@ def engine_on(module: Any, llm: Any, tokenizer: Any = None) -> Any:
         _closed=False,
         _adding=asyncio.Lock(),
         _untried=None,
+        _dtype="bfloat16",
     )
     return engine
 
@@ -189,3 +198,22 @@ def test_no_request_may_name_an_adapter_before_vllm_has_taken_it(
         assert list(engine._loras.adapters) == list(engine.adapters)
 
     asyncio.run(scenario())
+
+
+def test_scores_that_are_not_finite_are_an_error(
+    vllm_engine: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def overflown(llm: Any, context: Any, choices: Any, lora: Any) -> list[float]:
+        return [math.nan if lora else -1.0 for _ in choices]
+
+    monkeypatch.setattr(vllm_engine, "choice_logprobs", overflown)
+
+    async def scenario(alpha: float) -> None:
+        engine = engine_on(vllm_engine, None, tokenizer)
+        engine._loras.adapters["kind"] = None
+        engine._score_gate = Gate(4, 2)
+        await engine.score(ScoreRequest([5, 6], ["Yes", "No"], [{}, {"kind": alpha}]))
+
+    asyncio.run(scenario(0.0))
+    with pytest.raises(ConfigError, match=r"At steer_alpha .* outgrow bfloat16; use an alpha nearer 0, or a server"):
+        asyncio.run(scenario(9.0))

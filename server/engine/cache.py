@@ -36,6 +36,11 @@ class SlotCache:
         self._length = 0
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def layers(self) -> int:
+        """How many layers have stored anything."""
+        return len(self._layers)
+
     def fits(self, slots: int, length: int) -> bool:
         """Whether so many sequences of so many positions stay within the bound."""
         return slots * length <= self.max_tokens
@@ -187,7 +192,7 @@ def slot_attention(
         is_causal=slots is None and mask is None and tokens > 1,
         enable_gqa=grouped.shape[1] != key.shape[1],
     )
-    return output.reshape(batch, heads, tokens, dim).transpose(1, 2), None
+    return output.reshape(batch, heads, tokens, dim).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, slot_attention)

@@ -16,25 +16,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ipissa.errors import ConfigError
+
 from .cache import ATTENTION, SlotView, check_attention
 
 
 @dataclass(frozen=True)
 class Hidden:
-    """Hidden states (batch, tokens, hidden) that layer `layer` is to read."""
+    """What layer `layer` is to read: hidden states, and the tokens they are of, which layers of some models look at."""
 
-    states: Tensor
+    input_ids: Tensor  # (batch, tokens)
+    states: Tensor  # (batch, tokens, hidden); before layer 0, where no layer has run, the token ids again
     layer: int
 
     def __getitem__(self, rows: Tensor) -> Hidden:
         """Some of the rows."""
-        return Hidden(self.states[rows], self.layer)
+        return Hidden(self.input_ids[rows], self.states[rows], self.layer)
 
     @classmethod
     def cat(cls, parts: Sequence[Hidden]) -> Hidden:
         """Rows of several, which all stopped before the same layer."""
         (layer,) = {part.layer for part in parts}
-        return cls(torch.cat([part.states for part in parts]), layer)
+        return cls(torch.cat([part.input_ids for part in parts]), torch.cat([part.states for part in parts]), layer)
 
 
 class StagedModel:
@@ -42,27 +45,30 @@ class StagedModel:
 
     The model is changed in two ways, undone by `close`: decoder layers outside the range that runs
     pass hidden states through, and the output embeddings see only the picked positions.
+
+    Raises:
+        ConfigError: the model has no list of layers, or its attention does what `slot_attention` does not.
     """
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._layers = list(model.get_decoder().layers)
-        check_attention(model.config.get_text_config(), self._layers)
-        self.depth = len(self._layers)
+        self.layers = _decoder_layers(model)
+        check_attention(model.config.get_text_config(), self.layers)
+        self.depth = len(self.layers)
         self._running = range(self.depth)
         self._entering: Tensor | None = None  # what the first layer of the range reads, if not the embeddings
         self._passed: Tensor | None = None  # what reached the first layer above the range
         self._picks: tuple[Tensor, Tensor] | None = None
         self._attention = model.config._attn_implementation
         model.set_attn_implementation(ATTENTION)
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self.layers):
             layer.forward = self._gated(index, layer.forward)
         self._handle = model.get_output_embeddings().register_forward_pre_hook(self._pick)
 
     def close(self) -> None:
         """Leave the model as it was."""
         self._handle.remove()
-        for layer in self._layers:
+        for layer in self.layers:
             del layer.forward
         self.model.set_attn_implementation(self._attention)
 
@@ -87,12 +93,12 @@ class StagedModel:
             Logits in float32, (picks, vocab).
         """
         self._picks = picks
+        self._running, self._entering = range(self.depth), None
         if isinstance(inputs, Hidden):
-            # Token ids that nobody looks at: models do more to embeddings they are given than to their own.
-            self._running, self._entering = range(inputs.layer, self.depth), inputs.states
-            inputs = positions.new_zeros(positions.shape)
-        else:
-            self._running, self._entering = range(self.depth), None
+            if inputs.layer:
+                self._running, self._entering = range(inputs.layer, self.depth), inputs.states
+            # Token ids again, not embeddings: models do more to embeddings they are given than to their own.
+            inputs = inputs.input_ids
         return self._call(inputs, positions, slots).logits[0].float()
 
     @torch.no_grad()
@@ -100,12 +106,14 @@ class StagedModel:
         self, input_ids: Tensor, positions: Tensor, *, slots: SlotView | None = None, until_layer: int
     ) -> Hidden:
         """What layer `until_layer`, at most the last, would read."""
+        if until_layer == 0:
+            return Hidden(input_ids, input_ids, 0)
         nowhere = input_ids.new_zeros(0)
         self._running, self._entering, self._picks = range(until_layer), None, (nowhere, nowhere)
         self._call(input_ids, positions, slots)
         passed, self._passed = self._passed, None
         assert passed is not None
-        return Hidden(passed, until_layer)
+        return Hidden(input_ids, passed, until_layer)
 
     def _call(self, input_ids: Tensor, positions: Tensor, slots: SlotView | None) -> Any:
         try:
@@ -131,3 +139,18 @@ class StagedModel:
         assert self._picks is not None
         rows, tokens = self._picks
         return (args[0][rows, tokens][None],)  # (1, picks, hidden)
+
+
+def _decoder_layers(model: Any) -> list[torch.nn.Module]:
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        raise cannot_run(model, "its decoder has no list named `layers`")
+    return list(layers)
+
+
+def cannot_run(model: Any, reason: str) -> ConfigError:
+    """The refusal of a whole kind of model."""
+    return ConfigError(
+        f"The torch engine cannot run models of type {model.config.model_type}: {reason}. "
+        "Use --engine vllm if vLLM runs them, or another model."
+    )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+
+import torch
 
 STALL = 1.5  # other work between two decode steps may take this many of them
 MOST = 8192  # tokens per call when nobody would notice
@@ -31,6 +34,11 @@ class Pace:
         if self._step is None or self._token is None:
             return FIRST
         return max(1, min(MOST, int(STALL * self._step / self._token)))
+
+    @classmethod
+    def on(cls, device: torch.device) -> Pace:
+        """For calls that run on a device."""
+        return cls(partial(torch.cuda.synchronize, device)) if device.type == "cuda" else cls()
 
     @contextmanager
     def decode(self) -> Iterator[None]:

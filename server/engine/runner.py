@@ -14,7 +14,8 @@ from ipissa.steering import SteeredModel
 
 from .base import Steer
 from .cache import SlotCache, SlotView
-from .forward import Hidden, StagedModel
+from .forward import Hidden, StagedModel, cannot_run
+from .rehearsal import Rehearsal
 from .scheduler import Chunk
 from .sequence import Sequence
 
@@ -29,11 +30,16 @@ class Read:
 
 
 class Runner:
-    """Calls the steered model for batches of sequences."""
+    """Calls the steered model for batches of sequences.
+
+    Raises:
+        ConfigError: the model is none that slots and split layers leave as it is.
+    """
 
     def __init__(self, steered: SteeredModel, cache: SlotCache) -> None:
         self.steered = steered
         self._cache = cache
+        self._rehearsal = Rehearsal(steered.model)
         self._staged = StagedModel(steered.model)
         self._device = steered.model.device
         self.find_shared_layers()
@@ -48,8 +54,7 @@ class Runner:
         Raises:
             ConfigError: a module is outside the decoder layers.
         """
-        layers = self._staged.model.get_decoder().layers
-        inside = {module for layer in layers for module in layer.modules()}
+        inside = {module for layer in self._staged.layers for module in layer.modules()}
         outside = {name for name, module in self._staged.model.named_modules() if module not in inside}
         for name in adapter.modules:
             if name in outside:
@@ -60,8 +65,11 @@ class Runner:
 
     def find_shared_layers(self) -> None:
         """Look again which layers come before every adapter; after adapters came or went."""
-        first = self.steered.first_steered_layer(self._staged.model.get_decoder().layers)
-        self.shared = min(first, self._staged.depth - 1)  # layers that α does not change
+        first = min(self.steered.first_steered_layer(self._staged.layers), self._staged.depth - 1)
+        # Layers that α does not change, or none where layers read what others hand past them.
+        self.shared = 0 if self._rehearsal.fault(self._staged, first) else first
+        if fault := self._rehearsal.fault(self._staged, self.shared):
+            raise cannot_run(self._staged.model, fault)
 
     def decode(self, sequences: Seq[Sequence]) -> Tensor:
         """Logits after the last token of sequences in the slots 0, 1, ...; (sequences, vocab)."""
@@ -119,7 +127,7 @@ class Runner:
 
     def continue_from(self, hidden: Hidden, steers: Seq[Steer], picks: tuple[Seq[int], Seq[int]]) -> Tensor:
         """Logits of texts from their shared hidden states on, each row at its own steering; (picks, vocab)."""
-        positions = torch.arange(hidden.states.shape[1], device=self._device).expand(len(steers), -1)
+        positions = torch.arange(hidden.input_ids.shape[1], device=self._device).expand(len(steers), -1)
         where = (self._tensor(list(picks[0])), self._tensor(list(picks[1])))
         with self.steered.alpha(per_adapter(steers)):
             return self._staged.logits(hidden, positions, where)

@@ -76,7 +76,7 @@ def score_batch(
         new = [text for text in texts if text not in hidden]
         if new:
             states = runner.shared_hidden_states(new, width)
-            hidden |= {text: states[torch.tensor([i], device=states.states.device)] for i, text in enumerate(new)}
+            hidden |= {text: states[torch.tensor([i], device=states.input_ids.device)] for i, text in enumerate(new)}
         for term, value in _evaluate(runner, hidden, group, terms).items():
             found.setdefault((term.job, term.setting, term.choice), []).append(value)
             lacking[term.job] -= 1

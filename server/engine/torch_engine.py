@@ -34,7 +34,7 @@ class TorchEngine(Engine):
         adapters: Adapters by the names requests use.
         max_batch: Slots: most rows in one request, and most rows running at a time.
         max_queue: Most requests waiting or running; more are refused.
-        max_model_len: Prompt and answer together, in tokens; at most what the model was made for.
+        max_model_len: Prompt and answer together, in tokens; None for as many as the model was made for.
         max_cache_tokens: Most positions in the cache, slots x longest sequence.
 
     Raises:

@@ -45,6 +45,7 @@ from .base import (
     UnknownAdapterError,
 )
 from .detokenizer import TextOut
+from .overflow import check_scores
 from .requests import Requests
 from .vllm_gate import Gate
 from .vllm_loras import Loras, Setting, setting_of
@@ -130,7 +131,7 @@ class VllmEngine(Engine):
 
     def _describe(self, dtype: str, adapters: Mapping[str, Adapter]) -> None:
         """What vLLM has found out about itself, and the store for its LoRAs."""
-        config = self._llm.vllm_config
+        self._dtype, config = dtype, self._llm.vllm_config
         self.max_model_len = config.model_config.max_model_len
         self.max_cache_tokens = (config.cache_config.num_gpu_blocks or 1) * config.cache_config.block_size
         self._loras = Loras(adapters, dtype=dtype, at_least=self.max_batch + SCORE_ROWS)
@@ -225,7 +226,9 @@ class VllmEngine(Engine):
             finally:
                 await _cancelled(tasks.values())
         logprobs = torch.tensor([found[setting_of(steer)] for steer in request.steers], dtype=torch.float64)
-        return choice_scores(logprobs, choices)
+        scores = choice_scores(logprobs, choices)
+        check_scores(scores, request.steers, self._dtype)
+        return scores
 
     async def _score_at(self, setting: Setting, context: list[int], choices: list[Choice]) -> list[float]:
         try:

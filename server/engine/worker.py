@@ -24,6 +24,7 @@ import torch
 
 from ipissa.adapter import AnyAdapter
 from ipissa.errors import ConfigError, IpissaError
+from ipissa.evaluate.scoring import ChoiceScore
 from ipissa.models import end_token_ids, load_model
 from ipissa.steering import attach
 
@@ -38,6 +39,7 @@ from .base import (
 )
 from .cache import SlotCache
 from .mailbox import Mailbox, answer, fail, hand_over
+from .overflow import check_scores, overflow
 from .pace import Pace
 from .runner import Read, Runner
 from .sampler import choose_tokens, token_logprobs
@@ -83,8 +85,7 @@ class Worker:
         def load() -> None:
             model, self.tokenizer = load_model(model_name, device=device, dtype=dtype)
             self._steered = attach(model, adapters)
-            trained_for = getattr(model.config.get_text_config(), "max_position_embeddings", DEFAULT_MODEL_LEN)
-            self.max_model_len = min(max_model_len or trained_for, trained_for, max_cache_tokens)
+            self.max_model_len = _model_len(model.config.get_text_config(), max_model_len, max_cache_tokens)
             self.vocab_size = min(len(self.tokenizer), model.get_input_embeddings().num_embeddings)
             self._end_ids = end_token_ids(model.generation_config, self.tokenizer)
             cache = SlotCache(max_cache_tokens)
@@ -92,7 +93,7 @@ class Worker:
             for adapter in adapters.values():
                 self._runner.check(adapter)
             self._scheduler = Scheduler(cache, max_batch)
-            self._pace = Pace(torch.cuda.synchronize) if model.device.type == "cuda" else Pace()
+            self._pace = Pace.on(model.device)
 
         # All tensor work happens in this one thread, loading too (`threads.py` says why).
         loaded: Future[None] = Future()
@@ -208,12 +209,20 @@ class Worker:
         try:
             for scored in score_batch(self._runner, jobs, self._budget):
                 for job, result in scored:
-                    answer(job, result)
+                    self._answer_score(job, result)
                 yield
         except Exception as error:
             self._report(error)
             for job in jobs:
                 fail(job, error)
+
+    def _answer_score(self, job: ScoreJob, result: list[ChoiceScore]) -> None:
+        try:
+            check_scores(result, job.request.steers, self._steered.model.dtype)
+        except ConfigError as error:
+            fail(job, error)
+        else:
+            answer(job, result)
 
     def _scoring_jobs(self) -> list[ScoreJob]:
         return [job for jobs, _ in self._scoring for job in jobs]
@@ -282,7 +291,7 @@ class Worker:
         for sequence, sound in zip(sequences, chosen_logits.isfinite().tolist(), strict=True):
             sequence.sound = sound
             if not sound:
-                fail(sequence.job, ConfigError(_overflow(sequence, self._steered.model.dtype)))
+                fail(sequence.job, overflow(sequence.spec.steer, self._steered.model.dtype))
 
     def _advance(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> TokenOut:
         """Append a token, unless none was asked for, and end the sequence if that ends it."""
@@ -339,12 +348,26 @@ class Worker:
             fail(job, error)
 
 
-def _overflow(sequence: Sequence, dtype: torch.dtype) -> str:
-    at = "Without steering" if not sequence.spec.steer else f"At steer_alpha {dict(sequence.spec.steer)}"
-    return (
-        f"{at} the numbers of the model outgrow {str(dtype).removeprefix('torch.')}; "
-        "use an alpha nearer 0, or a server with --dtype float32."
-    )
+def _model_len(config: Any, asked: int | None, max_cache_tokens: int) -> int:
+    """Most tokens of prompt and answer together: what was asked for, or else what model and cache allow."""
+    made_for: int | None = getattr(config, "max_position_embeddings", None)
+    if asked is None:
+        length = made_for or DEFAULT_MODEL_LEN
+        if length > max_cache_tokens:
+            logger.warning(
+                "Requests may have %d tokens, as max_cache_tokens, where the model takes %d; raise --max-cache-tokens "
+                "for longer ones.",
+                max_cache_tokens,
+                length,
+            )
+        return min(length, max_cache_tokens)
+    if made_for is not None and asked > made_for:
+        raise ConfigError(f"max_model_len {asked} is more than the {made_for} tokens the model was made for; lower it.")
+    if asked > max_cache_tokens:
+        raise ConfigError(
+            f"max_model_len {asked} is more than max_cache_tokens {max_cache_tokens}; lower it, or raise the latter."
+        )
+    return asked
 
 
 def _keep_prompt_logprobs(reads: list[Read]) -> None:
