@@ -6,7 +6,6 @@ mapping from adapter names to bucketed α.
 
 from __future__ import annotations
 
-import math
 import reprlib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -100,7 +99,4 @@ def bucketed(alpha: float, settings: Settings) -> float:
         raise bad_request(
             f"steer_alpha {alpha:g} is out of range; use a number from {-limit:g} to {limit:g}.", param="steer_alpha"
         )
-    applied = to_bucket(alpha, settings.bucket)
-    if abs(applied) > limit:  # which lies between two multiples, and α nearer the one beyond it
-        applied = to_bucket(applied - math.copysign(settings.bucket, applied), settings.bucket)
-    return applied
+    return to_bucket(alpha, settings.bucket, limit=limit)

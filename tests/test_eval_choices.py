@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import random_adapter, tiny_model
+from odd_models import model_of
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -159,6 +160,20 @@ def test_many_alpha_in_one_pass_equal_one_by_one(family: str, suffixes: tuple[st
             assert found.likeliest[i, j] == pytest.approx(logits.log_softmax(-1).max().item(), abs=1e-4)
     assert (found.choices[:, 0] - found.choices[:, 2]).abs().max() > 1e-2
     steered.detach()
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma3n_text"])
+def test_layers_that_read_more_than_hidden_states_are_given_it_for_every_alpha(kind: str, tokenizer: Any) -> None:
+    """Gemma 4's read what its tokens are; Gemma 3n's the keys of others, and states of another shape."""
+    model = model_of(kind, vocab_size=len(tokenizer))
+    (name,) = (name for name, _ in model.named_modules() if name.endswith("layers.2.self_attn.o_proj"))
+    steered = attach(model, random_adapter(model, suffixes=(name,)))
+    choices, context, alphas = find_choices(tokenizer, CHOICES), tokenizer.encode("My choice:"), (-0.7, 0.0, 0.4)
+    found = score_contexts(steered, tokenizer, [context, context[1:]], choices, alphas).choices[0]
+    for alpha, scores in zip(alphas, found, strict=True):
+        with steered.alpha(alpha):
+            assert (scores - score_choices(model, tokenizer, context, choices, 1)[0]).abs().max() < 1e-4
+    assert (found[0] - found[2]).abs().max() > 1e-3
 
 
 def test_layers_before_the_first_adapted_one_see_every_text_once(tokenizer: Any) -> None:

@@ -26,7 +26,7 @@ def rows_repeated(dial: Dial, times: int) -> Iterator[Repeat]:
     """
     layers = list(dial.model.get_decoder().layers)
     first = _first_steered(dial, layers)
-    if first is None or times == 1:
+    if first is None or times == 1 or _not_by_rows(dial.model):
         yield lambda rows: [row for row in rows for _ in range(times)]
         return
     with ExitStack() as hooks:
@@ -46,6 +46,12 @@ def _first_steered(dial: Dial, layers: list[nn.Module]) -> int | None:
     return min((owner[module] for module in steered), default=len(layers) - 1)
 
 
+def _not_by_rows(model: Any) -> bool:
+    """Whether layers read keys that others left behind, or states whose first dimension is not rows (Gemma 3n)."""
+    config = model.config.get_text_config()
+    return any(getattr(config, name, 0) for name in ("num_kv_shared_layers", "altup_num_inputs"))
+
+
 class _Repetition:
     """Pre-hooks that repeat hidden states once, and masks and positions for every layer from then on."""
 
@@ -59,11 +65,12 @@ class _Repetition:
         states, *rest = args
         self._rows = states.shape[0]
         self._repeated.clear()
-        return (states.repeat_interleave(self._times, 0), *rest), self._wide(kwargs)
+        return (states.repeat_interleave(self._times, 0), *self._wide(tuple(rest))), self._wide(kwargs)
 
     def go_on(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """For the layers after it, whose states are repeated already."""
-        return args, self._wide(kwargs)
+        states, *rest = args
+        return (states, *self._wide(tuple(rest))), self._wide(kwargs)
 
     def _wide(self, value: Any) -> Any:
         if isinstance(value, dict):

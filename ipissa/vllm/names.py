@@ -47,7 +47,7 @@ class SettingNames:
                 raise AlphaError(f"The model {name!r} names the adapter {adapter!r}; there are {known}.")
             if adapter in steer:
                 raise AlphaError(f"The model {name!r} names the adapter {adapter!r} twice; give it one α.")
-            steer[adapter] = to_bucket(self._number(name, alpha), self.bucket)
+            steer[adapter] = to_bucket(self._number(name, alpha), self.bucket, limit=self.limit)
         return steer
 
     def write(self, steer: dict[str, float]) -> str:
