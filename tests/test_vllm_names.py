@@ -117,3 +117,9 @@ def test_an_unusable_environment_is_refused(environment: pytest.MonkeyPatch) -> 
         dials.resolve("honest@1")
     environment.delenv("IPISSA_ADAPTERS")
     assert Dials.from_environment() is None
+
+
+def test_no_rounding_leaves_the_range_that_is_promised() -> None:
+    names = SettingNames(("honest",), bucket=0.3, limit=0.5)
+    assert names.read("honest@0.5") == {"honest": 0.3}
+    assert names.read("honest@-0.46") == {"honest": -0.3}
