@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -20,6 +21,8 @@ from ipissa_ui.panes import Panes, answers_csv, draw_panes
 from ipissa_ui.presets import PRESETS
 from ipissa_ui.tokens import Answer
 from ipissa_ui.view import View
+
+from ipissa.adapter.vector import VectorConfig
 
 NASTY = "<script>alert('x')</script> & \"quotes\" ${1}"
 LEFT, RIGHT = {"honest": 1.0}, {"honest": 0.0}
@@ -171,18 +174,26 @@ def test_a_conversation_remembers_at_which_alpha_each_answer_was_written() -> No
     assert shown == ["Hi", "`α = honest +1.00`\n\nHello.", "And you?", "`α = 0, the base model`\n\nFine\n\n⚠️ stopped"]
 
 
+INTERVAL = {"value": 0.336, "low": 0.23, "high": 0.434, "t": 4.8}
+ABOUT = {
+    "id": "kind", "kind": "innerpissa", "parent": "base", "alpha_range": [-1.5, 2.5], "max_alpha": 10.0,
+    "digest": "3e4b", "license": "", "config": {"modules": ["a", "b"], "rank": 32},
+    "trait": {"positive": "a kind", "negative": "an angry"}, "base_model": {"name": "smollm2-135m"},
+    "evaluation": {"yardsticks": {"alpha": 1.0, "prompts": 100, "positive": {"trait_gain": INTERVAL}}},
+}  # fmt: skip
+
+
 def test_an_adapters_page_tells_its_range_digest_and_figures() -> None:
-    interval = {"value": 0.336, "low": 0.23, "high": 0.434, "t": 4.8}
-    about = {
-        "id": "kind", "parent": "base", "alpha_range": [-1.5, 2.5], "max_alpha": 10.0, "digest": "3e4b", "license": "",
-        "config": {"modules": ["a", "b"], "rank": 32}, "trait": {"positive": "a kind", "negative": "an angry"},
-        "base_model": {"name": "smollm2-135m"},
-        "evaluation": {"yardsticks": {"alpha": 1.0, "prompts": 100, "positive": {"trait_gain": interval}}},
-    }  # fmt: skip
-    told = describe_adapter(about)
+    told = describe_adapter(ABOUT)
     for part in ("-1.5 to +2.5", "`3e4b`", "2 layers, rank 32", "0.336 [0.230, 0.434]", "100 held-out prompts"):
         assert part in told
-    assert "no evaluation" in describe_adapter({**about, "evaluation": {}})
+    assert "no evaluation" in describe_adapter({**ABOUT, "evaluation": {}})
+
+
+def test_a_vectors_page_names_its_kind_where_an_adapters_tells_the_rank() -> None:
+    told = describe_adapter({**ABOUT, "kind": "vector", "config": asdict(VectorConfig(("a", "b", "c")))})
+    assert "3 layers, by a vector" in told
+    assert "rank" not in told
 
 
 def test_a_run_becomes_lines_by_figure_and_layers_by_change() -> None:
