@@ -175,6 +175,16 @@ def test_of_requests_that_wait_only_the_newest_goes_on_and_one_runs_at_a_time() 
     assert asyncio.run(play()) == [0, 5, 10, 11]
 
 
+def test_the_choice_of_a_page_that_opens_is_scored_although_nothing_has_moved() -> None:
+    """`Asked.passing` of a fresh page."""
+
+    async def play() -> bool:
+        async with Turns().take("somebody", -0.5) as overtaken:
+            return overtaken.is_set()
+
+    assert not asyncio.run(play())
+
+
 class SlowScores:
     """A client whose server takes its time."""
 
