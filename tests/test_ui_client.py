@@ -91,6 +91,12 @@ def test_refusals_are_told_in_the_servers_words(served: Served, change: dict[str
         ask(served.url, lambda client: whole(client, served, **change))
 
 
+def test_an_adapter_that_is_gone_is_told_with_what_to_do_about_it(served: Served) -> None:
+    with pytest.raises(ServerError, match=r"The adapter 'gone' does not exist; .* load this page again") as refused:
+        ask(served.url, lambda client: client.score("", "Is it?", "So:", ["Yes", "No"], [{"gone": 0.5}]))
+    assert refused.value.status == 404
+
+
 def test_a_server_that_is_not_there_is_told_in_words() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(ServerError, match="does not answer"):

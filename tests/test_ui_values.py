@@ -14,7 +14,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from ipissa_ui.client import Score
+from ipissa_ui.client import Score, ServerError
 from ipissa_ui.controls import Controls
 from ipissa_ui.curve import Curve
 from ipissa_ui.dial import dial_value, dials_of, start
@@ -193,29 +193,70 @@ class SlowScores:
         return [Score(steer, {"Yes": -1.0, "No": -2.0}, 1.0, 0.9) for steer in settings]
 
 
+class LosingScores(SlowScores):
+    """A client whose server refuses whatever names `kind`."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+    async def score(self, key: str, question: str, prefix: str, choices: list[str], settings: list[Any]) -> list[Score]:
+        if any("kind" in steer for steer in settings):
+            raise ServerError("It is not to be had.", self.status)
+        return await super().score(key, question, prefix, choices, settings)
+
+
+SOMEBODY: Any = SimpleNamespace(session_hash="somebody")
+
+
+def compare_tab(client: Any) -> CompareTab:
+    with gr.Blocks():
+        return CompareTab(Controls(client))
+
+
+def values_of(tab: CompareTab, *names: str, moved: int = 0) -> list[Any]:
+    """What the page sends with the first adapter's dial at 0.5."""
+    adapters = [about(-1, 1) | {"id": name} for name in names]
+    dial = dial_value(dials_of(adapters), {names[0]: 0.5}, names[0]) | {"moved": moved}
+    view = tab.controls.restored(View(), adapters)
+    return ["", adapters, dial, *view[1:2], dial | {"moved": 0}, *view[3:], Curve()]
+
+
 @pytest.mark.parametrize(("moved", "drawn"), [(3, 1), (4, 0)])
 def test_only_a_dial_that_has_moved_on_overtakes_a_curve_that_is_measured(moved: int, drawn: int) -> None:
     """The browser asks for both, over two connections, as a dial is let go: what was sent first may come last."""
 
     async def play() -> int:
-        with gr.Blocks():
-            controls = Controls(SlowScores())  # type: ignore[arg-type]
-            tab = CompareTab(controls)
-        dials = dials_of([about(-1, 1)])
-        request = SimpleNamespace(session_hash="somebody")
-
-        def values(moved: int) -> list[Any]:
-            dial = dial_value(dials, {"good": 0.5}, "good") | {"moved": moved}
-            view = controls.restored(View(), [about(-1, 1)])
-            return ["", [about(-1, 1)], dial, *view[1:2], dial | {"moved": 0}, *view[3:], Curve()]
-
-        curves = tab.measure(request, *values(3))
+        tab = compare_tab(SlowScores())
+        curves = tab.measure(SOMEBODY, *values_of(tab, "good", moved=3))
         first = asyncio.create_task(anext(curves, None))
         await asyncio.sleep(0.01)
-        await tab.score(request, *values(moved))
+        await tab.score(SOMEBODY, *values_of(tab, "good", moved=moved))
         return int(await first is not None)
 
     assert asyncio.run(play()) == drawn
+
+
+@pytest.mark.parametrize(("status", "lines"), [(404, ["good", "calm"]), (429, ["good"])])
+def test_a_curve_that_cannot_be_had_is_told_beside_the_others_and_the_choice_stays(
+    status: int, lines: list[str]
+) -> None:
+    async def play() -> list[tuple[Any, ...]]:
+        tab = compare_tab(LosingScores(status))
+        return [step async for step in tab.measure(SOMEBODY, *values_of(tab, "good", "kind", "calm"))]
+
+    bars, _, notes, curves = zip(*asyncio.run(play()), strict=True)
+    assert all("refusal" not in drawn for drawn in bars)
+    assert "No curve of kind: It is not to be had." in notes[-1]
+    assert [line.name for line in [each for each in curves if isinstance(each, Curve)][-1].lines] == lines
+
+
+def test_a_choice_that_cannot_be_had_is_refused_in_its_place() -> None:
+    async def play() -> list[tuple[Any, ...]]:
+        tab = compare_tab(LosingScores(404))
+        return [step async for step in tab.measure(SOMEBODY, *values_of(tab, "kind", "good"))]
+
+    ((bars, *_),) = asyncio.run(play())
+    assert "It is not to be had." in bars
 
 
 def test_users_do_not_wait_for_each_other() -> None:

@@ -170,6 +170,8 @@ async def _told(call: Any) -> Any:
         message = str(body.get("message") or error.message)
         if error.status_code == 429:
             message = f"The server is busy. {message}"
+        if body.get("code") == "adapter_not_found":
+            message += " It was unloaded; load this page again to see what there is."
         raise ServerError(message, error.status_code) from error
     except openai.APITimeoutError as error:
         raise ServerError(f"The server did not answer within {REQUEST_SECONDS:.0f} seconds.") from error

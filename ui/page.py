@@ -93,7 +93,7 @@ def _open(
     )
     # The present choice first, which is quick, then the whole curve.
     scored = opened.success(compare.score, [*c.inputs, compare.curve], [compare.bars, compare.drawing], **c.quick)
-    scored.then(compare.measure, [*c.inputs, compare.curve], [compare.bars, compare.drawing, compare.curve], **c.slow)
+    scored.then(compare.measure, [*c.inputs, compare.curve], compare.measured, **c.slow)
     opened.success(compare.write, c.inputs, [compare.answers, compare.panes], **c.slow)
     opened.success(share.describe, [*c.inputs, share.what, share.form], [share.query, share.code], **c.quick)
     page.unload(c.leave)
