@@ -35,10 +35,15 @@ class Score:
 
 
 class Client:
-    """Talks to one ipissa server over HTTP; one connection pool for all users of a page."""
+    """Talks to one ipissa server over HTTP; one connection pool for all users of a page.
 
-    def __init__(self, base_url: str) -> None:
-        self.url = base_url.rstrip("/")
+    Args:
+        base_url: Where this process finds the server.
+        has_page: The server shows the page itself, so that browsers find it where they found the page.
+    """
+
+    def __init__(self, base_url: str, *, has_page: bool = False) -> None:
+        self.url, self.has_page = base_url.rstrip("/"), has_page
         # The server is this machine's; a proxy from the environment could not reach it.
         http = openai.DefaultAsyncHttpxClient(trust_env=False, timeout=REQUEST_SECONDS)
         self._openai = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=http)

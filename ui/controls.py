@@ -76,6 +76,7 @@ class Controls:
         self.scores, self.generations, self.readings, self.conversations = Turns(), Turns(), Turns(), Turns()
         self.key = gr.Textbox(label="API key", type="password", visible=False, elem_id="api-key", **later)
         self.adapters = gr.State([], **later)
+        self.url = gr.State(client.url, **later)  # where the user finds the server
         self.dial = dials(label="α", elem_id="dial", **later)
         self.compare = gr.Radio(list(COMPARISONS), value=BASE, label="Compare with", elem_id="compare", **later)
         self.other = dials(label="α of the other setting", elem_id="other-dial", visible=False, **later)

@@ -88,6 +88,17 @@ def test_the_python_and_curl_that_the_page_shows_do_what_the_page_did(page: Stee
     expect(code).to_contain_text('"choices"')
 
 
+def test_requests_are_shown_with_the_address_at_which_whoever_reads_them_finds_the_server(
+    visit: Visit, server: Served
+) -> None:
+    elsewhere = server.url.replace("127.0.0.1", "localhost")  # as a proxy or another machine has a name of its own
+    with standalone(server.url) as alone:
+        for opened, shown in ((elsewhere, elsewhere), (alone.url, server.url)):
+            page = visit(opened + short())
+            page.tab("Keep and share")
+            expect(page.page.locator("#snippet .cm-content")).to_contain_text(f"curl -s {shown}/v1/", timeout=PATIENCE)
+
+
 def test_curves_and_answers_download_as_csv_and_png(page: SteeringPage) -> None:
     page.has_curve(lines=2)
     page.tab("Keep and share")
