@@ -6,7 +6,7 @@ import csv
 import io
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -74,6 +74,14 @@ def test_panes_mark_what_follows_the_first_difference_and_say_both_log_probabili
         "setting": "honest +1.00", "token": "1", "text": " like", "logprob": "-1.0",
         "other_setting": "0, the base model", "logprob_there": "-2.0",
     }  # fmt: skip
+
+
+def test_answers_are_named_by_the_alpha_that_was_applied() -> None:
+    left, right = replace(answer("I", " like"), steer={"honest": 0.95}), answer("I", " hate")
+    html = draw_panes(Panes("p", (LEFT, RIGHT), (left.against([-0.5, -2.0]), right), True))
+    assert "α = honest +0.95" in html
+    assert "-1.00 at honest +0.95" in html
+    assert "honest +1.00" not in html
 
 
 def test_equal_answers_have_nothing_marked_and_are_said_to_be_equal() -> None:
@@ -170,8 +178,10 @@ def test_a_conversation_remembers_at_which_alpha_each_answer_was_written() -> No
         {"role": "assistant", "content": "Hello."},
         {"role": "user", "content": "And you?"},
     ]
-    shown = [message["content"] for message in transcript(answered(turns, "Fine", "stopped"))]
+    shown = [message["content"] for message in transcript(answered(turns, answer("Fine"), "stopped"))]
     assert shown == ["Hi", "`α = honest +1.00`\n\nHello.", "And you?", "`α = 0, the base model`\n\nFine\n\n⚠️ stopped"]
+    applied = replace(answer("Fine"), steer={"honest": 0.25})
+    assert transcript(answered(turns, applied))[-1]["content"] == "`α = honest +0.25`\n\nFine"
 
 
 INTERVAL = {"value": 0.336, "low": 0.23, "high": 0.434, "t": 4.8}

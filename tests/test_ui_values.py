@@ -188,6 +188,8 @@ def test_the_choice_of_a_page_that_opens_is_scored_although_nothing_has_moved() 
 class SlowScores:
     """A client whose server takes its time."""
 
+    url = "http://127.0.0.1:8000"
+
     async def score(self, key: str, question: str, prefix: str, choices: list[str], settings: list[Any]) -> list[Score]:
         await asyncio.sleep(0.02)
         return [Score(steer, {"Yes": -1.0, "No": -2.0}, 1.0, 0.9) for steer in settings]
@@ -203,6 +205,14 @@ class LosingScores(SlowScores):
         if any("kind" in steer for steer in settings):
             raise ServerError("It is not to be had.", self.status)
         return await super().score(key, question, prefix, choices, settings)
+
+
+class RoundingScores(SlowScores):
+    """A client whose server has a coarse bucket."""
+
+    async def score(self, key: str, question: str, prefix: str, choices: list[str], settings: list[Any]) -> list[Score]:
+        rounded = [{name: round(alpha / 0.4) * 0.4 for name, alpha in steer.items()} for steer in settings]
+        return await super().score(key, question, prefix, choices, rounded)
 
 
 SOMEBODY: Any = SimpleNamespace(session_hash="somebody")
@@ -248,6 +258,17 @@ def test_a_curve_that_cannot_be_had_is_told_beside_the_others_and_the_choice_sta
     assert all("refusal" not in drawn for drawn in bars)
     assert "No curve of kind: It is not to be had." in notes[-1]
     assert [line.name for line in [each for each in curves if isinstance(each, Curve)][-1].lines] == lines
+
+
+def test_choice_and_curve_are_shown_at_the_alpha_that_was_applied() -> None:
+    async def play() -> tuple[Any, ...]:
+        tab = compare_tab(RoundingScores())
+        return await anext(tab.measure(SOMEBODY, *values_of(tab, "good")))
+
+    bars, drawing, _, curve = asyncio.run(play())
+    assert "α = good +0.40" in bars
+    assert "<title>α +0.40:" in drawing
+    assert {round(alpha, 1) for alpha in curve.lines[0].alphas} == {-0.8, -0.4, 0.0, 0.4, 0.8}
 
 
 def test_a_choice_that_cannot_be_had_is_refused_in_its_place() -> None:

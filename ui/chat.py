@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .client import Message
+from .tokens import Answer
 from .view import Steer, describe
 
 
@@ -39,6 +40,7 @@ def transcript(turns: list[Turn]) -> list[dict[str, Any]]:
     return shown
 
 
-def answered(turns: list[Turn], text: str, note: str = "") -> list[Turn]:
-    """The conversation with the last answer as it is now."""
-    return [*turns[:-1], replace(turns[-1], answered=text, note=note)]
+def answered(turns: list[Turn], answer: Answer, note: str = "") -> list[Turn]:
+    """The conversation with the last answer as it is now, at the α that were applied."""
+    steer = answer.steer or turns[-1].steer
+    return [*turns[:-1], replace(turns[-1], steer=steer, answered=answer.text, note=note)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import openai
@@ -26,7 +26,7 @@ class ServerError(Exception):
 
 @dataclass(frozen=True)
 class Score:
-    """The choices at one setting."""
+    """The choices at one setting: the α that were applied, which the server may have rounded."""
 
     steer: Steer
     logprobs: dict[str, float]
@@ -89,8 +89,8 @@ class Client:
 
     async def read(
         self, key: str, texts: Sequence[Sequence[int]], settings: Sequence[Steer]
-    ) -> list[list[list[tuple[str, float | None]]]]:
-        """(text, log-probability) of every token of every text, under every setting, in one request."""
+    ) -> tuple[list[list[list[tuple[str, float | None]]]], list[Steer]]:
+        """(text, log-probability) of every token of every text, under every setting, and the settings as applied."""
         body = {
             "prompt": [list(ids) for ids in texts],
             "steer_alpha": list(settings),
@@ -103,7 +103,8 @@ class Client:
             list(zip(choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"], strict=True))
             for choice in choices
         ]
-        return [rows[i : i + len(settings)] for i in range(0, len(rows), len(settings))]
+        applied = [choice["steer"] for choice in choices[: len(settings)]]
+        return [rows[i : i + len(settings)] for i in range(0, len(rows), len(settings))], applied
 
     async def chat(
         self,
@@ -153,7 +154,9 @@ class Client:
 def _grown(answer: Answer, choice: Any) -> Answer:
     """The answer with what a chunk adds; the text of several tokens belongs to the last of them."""
     logprobs = choice.logprobs.content if choice.logprobs and choice.logprobs.content else []
-    ids = (choice.model_extra or {}).get("token_ids", [])
+    extra = choice.model_extra or {}
+    ids = extra.get("token_ids", [])
+    answer = replace(answer, steer=extra.get("steer", answer.steer))
     for left, token_id, token in zip(range(len(ids) - 1, -1, -1), ids, logprobs, strict=True):
         text = "" if left else choice.delta.content or ""
         answer = answer.add(text, token_id, token.logprob, last=not left and choice.finish_reason is not None)

@@ -23,7 +23,7 @@ COLOURS = 6  # classes line-0, line-1, ... of the style sheet
 
 @dataclass(frozen=True)
 class Line:
-    """One adapter's curve: scores by its α, ascending."""
+    """One adapter's curve: scores by its α as applied, ascending."""
 
     name: str
     alphas: tuple[float, ...]

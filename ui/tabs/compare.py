@@ -128,7 +128,7 @@ class CompareTab:
         if scores is None:
             return None
         present, base, *line = scores
-        return present, base, Line(name, alphas, tuple(line))
+        return present, base, Line(name, tuple(score.steer[name] for score in line), tuple(line))
 
     async def _scores(self, asked: Asked, settings: list[Any]) -> list[Score]:
         view = asked.view
@@ -140,10 +140,10 @@ class CompareTab:
         """The bars and the curve with the present point."""
         view = asked.view
         current = curve.key == curve_key(view, asked.dials)
-        bars = [("α = " + describe(view.left), score)]
-        if current and curve.base and any(view.left.values()):
+        bars = [("α = " + describe(score.steer), score)]
+        if current and curve.base and any(score.steer.values()):
             bars.append(("α = " + describe({}), curve.base))
-        point = (view.alphas[view.held], score) if current else None
+        point = (score.steer[view.held], score) if current else None
         return draw_choice(bars, view.choice_list), draw_curve(curve, view.choice_list, point)
 
     async def write(self, request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, Any]]:
@@ -178,7 +178,7 @@ class CompareTab:
         client, (left, right) = self.controls.client, panes.answers
         start = await client.tokenize(asked.key, messages=[{"role": "user", "content": panes.prompt}])
         texts = [[*start, *left.ids], [*start, *right.ids]]
-        read = await client.read(asked.key, texts, panes.settings)
+        read, _ = await client.read(asked.key, texts, panes.settings)
         crossed = [[value for _, value in read[side][1 - side][len(start) :]] for side in (0, 1)]
         return Panes(panes.prompt, panes.settings, (left.against(crossed[0]), right.against(crossed[1])))
 
