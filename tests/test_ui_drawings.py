@@ -173,6 +173,8 @@ def test_the_heat_map_colours_by_the_change_and_names_the_extremes() -> None:
 
 def test_a_conversation_remembers_at_which_alpha_each_answer_was_written() -> None:
     turns = [Turn("Hi", LEFT, "Hello."), Turn("And you?", RIGHT)]
+    unanswered = Turn("Hm?", LEFT, note="stopped")
+    assert messages_of([unanswered, *turns[:1], unanswered, turns[1]]) == messages_of(turns)
     assert messages_of(turns) == [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello."},

@@ -14,11 +14,12 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from ipissa_ui.client import Score, ServerError
+from ipissa_ui.client import Message, Score, ServerError
 from ipissa_ui.controls import Controls
 from ipissa_ui.curve import Curve
 from ipissa_ui.dial import dial_value, dials_of, start
 from ipissa_ui.share import ANSWERS, CHOICE, snippet
+from ipissa_ui.tabs.chat import ChatTab
 from ipissa_ui.tabs.compare import CompareTab
 from ipissa_ui.tokens import Answer, Piece, parting, pieces_of
 from ipissa_ui.turns import Turns, unless, until
@@ -45,7 +46,7 @@ def packed(text: str) -> str:
 
 def about(low: float, high: float, limit: float = 10.0) -> dict:
     trait = {"negative": "a bad", "positive": "a good"}
-    return {"id": "good", "alpha_range": [low, high], "max_alpha": limit, "trait": trait}
+    return {"id": "good", "parent": "base", "alpha_range": [low, high], "max_alpha": limit, "trait": trait}
 
 
 def test_a_link_restores_every_setting() -> None:
@@ -223,7 +224,7 @@ def compare_tab(client: Any) -> CompareTab:
         return CompareTab(Controls(client))
 
 
-def values_of(tab: CompareTab, *names: str, moved: int = 0) -> list[Any]:
+def values_of(tab: CompareTab | ChatTab, *names: str, moved: int = 0) -> list[Any]:
     """What the page sends with the first adapter's dial at 0.5."""
     adapters = [about(-1, 1) | {"id": name} for name in names]
     dial = dial_value(dials_of(adapters), {names[0]: 0.5}, names[0]) | {"moved": moved}
@@ -278,6 +279,42 @@ def test_a_choice_that_cannot_be_had_is_refused_in_its_place() -> None:
 
     ((bars, *_),) = asyncio.run(play())
     assert "It is not to be had." in bars
+
+
+class RefusingChat(SlowScores):
+    """A client whose server is busy at first, and keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[Message]] = []
+
+    async def chat(
+        self, key: str, messages: list[Message], settings: Any, **more: Any
+    ) -> AsyncGenerator[list[Answer], None]:
+        self.sent.append(messages)
+        if len(self.sent) == 1:
+            raise ServerError("The server is busy.", 429)
+        yield [grown(("Hello", 1, -1.0))]
+
+
+def test_what_a_chat_could_not_answer_is_back_in_the_box_and_not_sent_again_unasked() -> None:
+    client = RefusingChat()
+
+    async def play() -> list[tuple[Any, ...]]:
+        with gr.Blocks():
+            tab = ChatTab(Controls(client))  # type: ignore[arg-type]
+        *shared, _ = values_of(tab, "good")
+        ends, turns = [], []
+        for said in ("Hi", "Who are you?"):
+            *_, end = [step async for step in tab.answer(SOMEBODY, *shared, said, turns)]
+            turns = end[1]
+            ends.append(end)
+        return ends
+
+    (shown, _, refused), (_, _, taken) = asyncio.run(play())
+    assert "The server is busy." in shown[-1]["content"]
+    assert refused == "Hi"
+    assert taken == gr.skip()
+    assert client.sent[1] == [{"role": "user", "content": "Who are you?"}]
 
 
 def test_users_do_not_wait_for_each_other() -> None:

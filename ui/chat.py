@@ -21,13 +21,13 @@ class Turn:
 
 
 def messages_of(turns: list[Turn]) -> list[Message]:
-    """The conversation as the server takes it, up to where the assistant speaks."""
+    """The conversation as the server takes it, up to where the assistant speaks; without what was left unanswered."""
+    *before, now = turns
     messages = []
-    for turn in turns:
+    for turn in [each for each in before if each.answered]:
         messages.append({"role": "user", "content": turn.said})
-        if turn is not turns[-1]:
-            messages.append({"role": "assistant", "content": turn.answered})
-    return messages
+        messages.append({"role": "assistant", "content": turn.answered})
+    return [*messages, {"role": "user", "content": now.said}]
 
 
 def transcript(turns: list[Turn]) -> list[dict[str, Any]]:

@@ -46,7 +46,7 @@ class ChatTab:
         turns = [*turns, Turn(said.strip(), asked.view.left)]
         async with self.controls.conversations.take(asked.user) as overtaken:
             yield transcript(turns), turns, ""
-            answer, note = Answer(), ""
+            answer, note, box = Answer(), "", gr.skip()
             try:
                 sampling = {**asked.sampling, "seed": asked.view.seed + len(turns)}
                 growing = self.controls.client.chat(asked.key, messages_of(turns), [asked.view.left], **sampling)
@@ -56,8 +56,10 @@ class ChatTab:
                 note = "stopped" if overtaken.is_set() else ""
             except ServerError as error:
                 note = str(error)
+                if not answer.text:  # so that it is no part of the conversation, and can be sent again
+                    box = said
             turns = answered(turns, answer, note)
-            yield transcript(turns), turns, gr.skip()
+            yield transcript(turns), turns, box
 
     async def halt(self, request: gr.Request) -> None:
         """Overtake the answer that is being written."""
