@@ -100,7 +100,7 @@ def test_whatever_a_model_or_a_user_writes_is_text_and_never_markup() -> None:
     drawn.append(draw_heatmap(unsafe.against([-1.0, -2.0]), {NASTY: 1.0}, RIGHT))
     nasty_score = Score({}, {NASTY: -1.0, "No": -2.0}, 0.5, 0.6)
     drawn.append(draw_choice([(NASTY, nasty_score)], [NASTY, "No"]))
-    drawn.append(draw_curve(Curve().add(score(0), line(NASTY)), [NASTY, "No"], (0.0, score(0))))
+    drawn.append(draw_curve(Curve(view=View(choices=f"{NASTY}, No")).add(score(0), line(NASTY)), (0.0, score(0))))
     for html in drawn:
         found = Text(html)
         assert "script" not in found.tags
@@ -125,7 +125,7 @@ def test_a_sweep_has_41_ascending_points_over_the_range_and_zero_among_them(low:
 
 def test_the_curve_is_drawn_to_scale_with_the_present_point_on_its_line() -> None:
     curve = Curve().add(score(0), line()).add(score(0), line("kind", -0.2, -1, 1))
-    html = draw_curve(curve, ["Yes", "No"], (1.0, score(0.5)))
+    html = draw_curve(curve, (1.0, score(0.5)))
     svg = ElementTree.fromstring(re.search(r"<svg.*</svg>", html, re.DOTALL)[0])
     lines = [each.get("points", "").split() for each in svg.iter("polyline")]
     assert [len(each) for each in lines] == [41, 41]
@@ -140,8 +140,8 @@ def test_the_curve_is_drawn_to_scale_with_the_present_point_on_its_line() -> Non
 
 
 def test_a_curve_of_an_earlier_question_is_faded_and_an_empty_one_says_what_comes() -> None:
-    assert "stale" in draw_curve(Curve().add(score(0), line()), ["Yes", "No"], None)
-    assert "41 positions" in draw_curve(Curve(), ["Yes", "No"], None)
+    assert "stale" in draw_curve(Curve().add(score(0), line()), None)
+    assert "41 positions" in draw_curve(Curve(), None)
 
 
 def test_a_curve_depends_on_the_question_and_the_other_dials_but_not_on_the_held_one() -> None:
@@ -160,8 +160,18 @@ def test_curves_download_as_a_table_and_as_a_picture() -> None:
     assert len(rows) == 41
     assert float(rows[0]["log_odds"]) == -1.0
     assert float(rows[0]["logprob Yes"]) == pytest.approx(math.log(0.8 / (1 + math.e)))
-    png = curve_png(curve, ["Yes", "No"], 1.0, "Would it cost $5 or $6? " * 9)
-    assert png.startswith(b"\x89PNG")
+    assert curve_png(curve, 1.0).startswith(b"\x89PNG")
+
+
+def test_a_picture_takes_words_as_they_are_although_they_look_like_mathematics() -> None:
+    view = View(question="Would it cost $5 or $6_? " * 9, choices="$_$, B")
+    curve = Curve(view=view).add(score(0), line("honest $_$"))
+    assert curve_png(curve, None).startswith(b"\x89PNG")
+
+
+def test_a_curve_is_labelled_by_the_choices_it_was_measured_with() -> None:
+    curve = Curve(view=View(choices="Oui, Non, Peut-être")).add(score(0), line())
+    assert "Log-odds of Oui against Non" in draw_curve(curve, None)
 
 
 def test_the_heat_map_colours_by_the_change_and_names_the_extremes() -> None:

@@ -21,6 +21,7 @@ from ipissa_ui.dial import dial_value, dials_of, start
 from ipissa_ui.share import ANSWERS, CHOICE, snippet
 from ipissa_ui.tabs.chat import ChatTab
 from ipissa_ui.tabs.compare import CompareTab
+from ipissa_ui.tabs.share import CURVE_PNG, ShareTab
 from ipissa_ui.tokens import Answer, Piece, parting, pieces_of
 from ipissa_ui.turns import Turns, unless, until
 from ipissa_ui.view import OPPOSITE, OTHER, View, describe, from_link, to_link
@@ -270,6 +271,21 @@ def test_choice_and_curve_are_shown_at_the_alpha_that_was_applied() -> None:
     assert "α = good +0.40" in bars
     assert "<title>α +0.40:" in drawing
     assert {round(alpha, 1) for alpha in curve.lines[0].alphas} == {-0.8, -0.4, 0.0, 0.4, 0.8}
+
+
+def test_a_curve_is_saved_as_it_was_measured_whatever_is_asked_by_now() -> None:
+    async def play() -> tuple[Any, Any]:
+        with gr.Blocks():
+            tab = CompareTab(Controls(SlowScores()))  # type: ignore[arg-type]
+            share = ShareTab(tab.controls, tab.panes, tab.curve)
+        *shared, _ = values_of(tab, "good")
+        *_, curve = await anext(tab.measure(SOMEBODY, *shared, Curve()))
+        shared[tab.controls.inputs.index(tab.controls.choices)] = "One"
+        return curve, await share.make(CURVE_PNG, SOMEBODY, *shared, curve, None)
+
+    curve, file = asyncio.run(play())
+    assert curve.view.choice_list == ["Yes", "No"]
+    assert file["data"].startswith("data:image/png;base64,")
 
 
 def test_a_choice_that_cannot_be_had_is_refused_in_its_place() -> None:

@@ -96,7 +96,7 @@ class CompareTab:
             return
         key, curve, note = curve_key(asked.view, asked.dials), asked.rest[0], ""
         if curve.key != key:
-            curve = Curve(key=key)
+            curve = Curve(key=key, view=asked.view)
         drawn = {line.name for line in curve.lines}
         names = dict.fromkeys((asked.view.held, *(each["name"] for each in asked.dials)))
         for name in [each for each in names if each not in drawn]:
@@ -144,7 +144,7 @@ class CompareTab:
         if current and curve.base and any(score.steer.values()):
             bars.append(("α = " + describe({}), curve.base))
         point = (score.steer[view.held], score) if current else None
-        return draw_choice(bars, view.choice_list), draw_curve(curve, view.choice_list, point)
+        return draw_choice(bars, view.choice_list), draw_curve(curve, point)
 
     async def write(self, request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, Any]]:
         """Both answers, streamed from one request; then the log-probability of each token under the other setting."""

@@ -75,6 +75,5 @@ class ShareTab:
             return as_file("answers.csv", "text/csv", answers_csv(panes).encode())
         if name == CURVE_CSV:
             return as_file("curve.csv", "text/csv", curve_csv(curve).encode())
-        view = asked.view
-        png = await asyncio.to_thread(curve_png, curve, view.choice_list, view.alphas[view.held], view.question)
+        png = await asyncio.to_thread(curve_png, curve, asked.view.alphas.get(curve.view.held))
         return as_file("curve.png", "image/png", png)
