@@ -11,7 +11,7 @@ import gradio as gr
 from .client import Client
 from .dial import dial_value, dials, dials_of, start
 from .turns import Turns
-from .view import BASE, COMPARISONS, OTHER, View
+from .view import BASE, COMPARISONS, OTHER, RANGES, View
 
 Adapters = list[dict[str, Any]]
 
@@ -84,9 +84,10 @@ class Controls:
         self.question = gr.Textbox(usual.question, label="Question", lines=2, elem_id="question", **later)
         self.prefix = gr.Textbox(usual.prefix, label="The answer begins with", elem_id="prefix", **later)
         self.choices = gr.Textbox(usual.choices, label="Choices", elem_id="choices", **later)
-        self.max_tokens = gr.Slider(8, 256, value=usual.max_tokens, step=8, label="Tokens", **later)
-        self.temperature = gr.Slider(0, 1.5, value=usual.temperature, step=0.1, label="Temperature", **later)
-        self.seed = gr.Number(usual.seed, label="Seed", precision=0, minimum=0, **later)
+        tokens, temperatures, (least, most) = RANGES["max_tokens"], RANGES["temperature"], RANGES["seed"]
+        self.max_tokens = gr.Slider(*tokens, value=usual.max_tokens, step=8, label="Tokens", **later)
+        self.temperature = gr.Slider(*temperatures, value=usual.temperature, step=0.1, label="Temperature", **later)
+        self.seed = gr.Number(usual.seed, label="Seed", precision=0, minimum=least, maximum=most, **later)
 
     @property
     def settings(self) -> list[Any]:
