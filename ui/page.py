@@ -92,6 +92,8 @@ def _open(
     opened = gr.on(
         [page.load, c.key.submit], _restore(c), [c.key, address], found, js="(key) => ipissa.opened(key)", **c.quick
     )
+    # The browser looks only now and then, and may not have seen the server missing.
+    opened.failure(None, None, None, js="ipissa.missed")
     # The present choice first, which is quick, then the whole curve.
     scored = opened.success(compare.score, [*c.inputs, compare.curve], [compare.bars, compare.drawing], **c.quick)
     scored.then(compare.measure, [*c.inputs, compare.curve], compare.measured, **c.slow)

@@ -286,6 +286,17 @@ def test_a_server_that_goes_is_missed_in_words_and_the_page_goes_on_when_it_is_b
         page.shows_choice_at(f"honest {HIGH:+.2f}")
 
 
+def test_a_page_that_opened_without_its_server_opens_again_although_the_browser_saw_it_ready(visit: Visit) -> None:
+    port = free_port()
+    with standalone(f"http://127.0.0.1:{port}", status=502) as alone:
+        page = visit("about:blank")
+        page.page.route("**/health", lambda route: route.fulfill(status=200))  # as if between two looks
+        page.page.goto(alone.url + short())
+        expect(page.page.get_by_label("Prompt")).to_be_visible()
+        with in_process(port=port):
+            expect(page.dial("honest")).to_be_visible(timeout=PATIENCE)
+
+
 def test_a_slow_server_is_told_of_and_the_page_stays_as_it_is(visit: Visit, server: Served) -> None:
     page = visit(server.url + short())
     page.has_written()
