@@ -138,7 +138,7 @@ def _with_page(app: FastAPI, settings: Settings) -> FastAPI:
             f'The page needs {error.name}: run `pip install "ipissa[ui]"` (in a checkout `pip install ".[ui]"`), or '
             "pass --no-ui."
         ) from error
-    return mount_page(app, Client(_own_url(settings)))
+    return mount_page(app, Client(_own_url(settings), has_page=True))
 
 
 def _own_url(settings: Settings) -> str:

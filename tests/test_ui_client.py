@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 from ipissa_ui.client import Client, ServerError
 from ipissa_ui.tokens import Answer
+from ipissa_ui.view import Steer
 from serving import MESSAGES, Served, free_port, in_thread, settings_for, standalone
 
 T = TypeVar("T")
@@ -35,10 +36,10 @@ def ask(url: str, work: Callable[[Client], Awaitable[T]]) -> T:
     return asyncio.run(run())
 
 
-async def whole(client: Client, served: Served, **more: Any) -> list[Answer]:
-    """Both answers, at their end."""
+async def whole(client: Client, served: Served, settings: list[Steer] = SETTINGS, **more: Any) -> list[Answer]:
+    """All answers, at their end."""
     sampling = {"model": served.openai.models.list().data[0].id, "max_tokens": 12, "temperature": 0.9, "seed": 3}
-    stream = client.chat("", MESSAGES, SETTINGS, **{**sampling, **more})
+    stream = client.chat("", MESSAGES, settings, **{**sampling, **more})
     return [answers async for answers in stream][-1]
 
 
@@ -59,7 +60,7 @@ def test_an_answer_read_at_its_own_setting_is_as_likely_as_when_it_was_written(s
     async def both(client: Client) -> None:
         left, right = await whole(client, served)
         start = await client.tokenize("", messages=MESSAGES)
-        read = await client.read("", [[*start, *left.ids], [*start, *right.ids]], SETTINGS)
+        read, _ = await client.read("", [[*start, *left.ids], [*start, *right.ids]], SETTINGS)
         for side, answer in enumerate((left, right)):
             here = answer.against([value for _, value in read[side][side][len(start) :]])
             for piece in here.pieces:
@@ -68,6 +69,19 @@ def test_an_answer_read_at_its_own_setting_is_as_likely_as_when_it_was_written(s
             assert max(abs(piece.change or 0.0) for piece in there.pieces) > 0.1
 
     ask(served.url, both)
+
+
+def test_answers_readings_and_scores_tell_the_alpha_that_was_applied_where_the_server_rounds_it(served: Served) -> None:
+    asked: list[Steer] = [{"honest": 0.12345}, {"honest": 0.0, "kind": -0.00012}]
+
+    async def applied(client: Client) -> list[list[Steer]]:
+        answers = await whole(client, served, asked)
+        _, read = await client.read("", [[5, 6, 7]], asked)
+        scores = await client.score("", "Is it?", "So:", ["Yes", "No"], asked)
+        return [[answer.steer for answer in answers], read, [score.steer for score in scores]]
+
+    told = ask(served.url, applied)
+    assert told == [[{"honest": 0.123}, {"honest": 0.0, "kind": 0.0}]] * 3
 
 
 def test_scores_are_those_of_the_api(served: Served) -> None:
@@ -89,6 +103,12 @@ def test_scores_are_those_of_the_api(served: Served) -> None:
 def test_refusals_are_told_in_the_servers_words(served: Served, change: dict[str, Any], says: str) -> None:
     with pytest.raises(ServerError, match=says):
         ask(served.url, lambda client: whole(client, served, **change))
+
+
+def test_an_adapter_that_is_gone_is_told_with_what_to_do_about_it(served: Served) -> None:
+    with pytest.raises(ServerError, match=r"The adapter 'gone' does not exist; .* load this page again") as refused:
+        ask(served.url, lambda client: client.score("", "Is it?", "So:", ["Yes", "No"], [{"gone": 0.5}]))
+    assert refused.value.status == 404
 
 
 def test_a_server_that_is_not_there_is_told_in_words() -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import re
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -20,6 +21,8 @@ from ipissa_ui.panes import Panes, answers_csv, draw_panes
 from ipissa_ui.presets import PRESETS
 from ipissa_ui.tokens import Answer
 from ipissa_ui.view import View
+
+from ipissa.adapter.vector import VectorConfig
 
 NASTY = "<script>alert('x')</script> & \"quotes\" ${1}"
 LEFT, RIGHT = {"honest": 1.0}, {"honest": 0.0}
@@ -73,6 +76,14 @@ def test_panes_mark_what_follows_the_first_difference_and_say_both_log_probabili
     }  # fmt: skip
 
 
+def test_answers_are_named_by_the_alpha_that_was_applied() -> None:
+    left, right = replace(answer("I", " like"), steer={"honest": 0.95}), answer("I", " hate")
+    html = draw_panes(Panes("p", (LEFT, RIGHT), (left.against([-0.5, -2.0]), right), True))
+    assert "α = honest +0.95" in html
+    assert "-1.00 at honest +0.95" in html
+    assert "honest +1.00" not in html
+
+
 def test_equal_answers_have_nothing_marked_and_are_said_to_be_equal() -> None:
     same = answer("I", " am")
     html = draw_panes(Panes("p", (LEFT, RIGHT), (same, same), True))
@@ -89,7 +100,7 @@ def test_whatever_a_model_or_a_user_writes_is_text_and_never_markup() -> None:
     drawn.append(draw_heatmap(unsafe.against([-1.0, -2.0]), {NASTY: 1.0}, RIGHT))
     nasty_score = Score({}, {NASTY: -1.0, "No": -2.0}, 0.5, 0.6)
     drawn.append(draw_choice([(NASTY, nasty_score)], [NASTY, "No"]))
-    drawn.append(draw_curve(Curve().add(score(0), line(NASTY)), [NASTY, "No"], (0.0, score(0))))
+    drawn.append(draw_curve(Curve(view=View(choices=f"{NASTY}, No")).add(score(0), line(NASTY)), (0.0, score(0))))
     for html in drawn:
         found = Text(html)
         assert "script" not in found.tags
@@ -114,7 +125,7 @@ def test_a_sweep_has_41_ascending_points_over_the_range_and_zero_among_them(low:
 
 def test_the_curve_is_drawn_to_scale_with_the_present_point_on_its_line() -> None:
     curve = Curve().add(score(0), line()).add(score(0), line("kind", -0.2, -1, 1))
-    html = draw_curve(curve, ["Yes", "No"], (1.0, score(0.5)))
+    html = draw_curve(curve, (1.0, score(0.5)))
     svg = ElementTree.fromstring(re.search(r"<svg.*</svg>", html, re.DOTALL)[0])
     lines = [each.get("points", "").split() for each in svg.iter("polyline")]
     assert [len(each) for each in lines] == [41, 41]
@@ -129,8 +140,8 @@ def test_the_curve_is_drawn_to_scale_with_the_present_point_on_its_line() -> Non
 
 
 def test_a_curve_of_an_earlier_question_is_faded_and_an_empty_one_says_what_comes() -> None:
-    assert "stale" in draw_curve(Curve().add(score(0), line()), ["Yes", "No"], None)
-    assert "41 positions" in draw_curve(Curve(), ["Yes", "No"], None)
+    assert "stale" in draw_curve(Curve().add(score(0), line()), None)
+    assert "41 positions" in draw_curve(Curve(), None)
 
 
 def test_a_curve_depends_on_the_question_and_the_other_dials_but_not_on_the_held_one() -> None:
@@ -149,8 +160,18 @@ def test_curves_download_as_a_table_and_as_a_picture() -> None:
     assert len(rows) == 41
     assert float(rows[0]["log_odds"]) == -1.0
     assert float(rows[0]["logprob Yes"]) == pytest.approx(math.log(0.8 / (1 + math.e)))
-    png = curve_png(curve, ["Yes", "No"], 1.0, "Would it cost $5 or $6? " * 9)
-    assert png.startswith(b"\x89PNG")
+    assert curve_png(curve, 1.0).startswith(b"\x89PNG")
+
+
+def test_a_picture_takes_words_as_they_are_although_they_look_like_mathematics() -> None:
+    view = View(question="Would it cost $5 or $6_? " * 9, choices="$_$, B")
+    curve = Curve(view=view).add(score(0), line("honest $_$"))
+    assert curve_png(curve, None).startswith(b"\x89PNG")
+
+
+def test_a_curve_is_labelled_by_the_choices_it_was_measured_with() -> None:
+    curve = Curve(view=View(choices="Oui, Non, Peut-être")).add(score(0), line())
+    assert "Log-odds of Oui against Non" in draw_curve(curve, None)
 
 
 def test_the_heat_map_colours_by_the_change_and_names_the_extremes() -> None:
@@ -162,27 +183,39 @@ def test_the_heat_map_colours_by_the_change_and_names_the_extremes() -> None:
 
 def test_a_conversation_remembers_at_which_alpha_each_answer_was_written() -> None:
     turns = [Turn("Hi", LEFT, "Hello."), Turn("And you?", RIGHT)]
+    unanswered = Turn("Hm?", LEFT, note="stopped")
+    assert messages_of([unanswered, *turns[:1], unanswered, turns[1]]) == messages_of(turns)
     assert messages_of(turns) == [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Hello."},
         {"role": "user", "content": "And you?"},
     ]
-    shown = [message["content"] for message in transcript(answered(turns, "Fine", "stopped"))]
+    shown = [message["content"] for message in transcript(answered(turns, answer("Fine"), "stopped"))]
     assert shown == ["Hi", "`α = honest +1.00`\n\nHello.", "And you?", "`α = 0, the base model`\n\nFine\n\n⚠️ stopped"]
+    applied = replace(answer("Fine"), steer={"honest": 0.25})
+    assert transcript(answered(turns, applied))[-1]["content"] == "`α = honest +0.25`\n\nFine"
+
+
+INTERVAL = {"value": 0.336, "low": 0.23, "high": 0.434, "t": 4.8}
+ABOUT = {
+    "id": "kind", "kind": "innerpissa", "parent": "base", "alpha_range": [-1.5, 2.5], "max_alpha": 10.0,
+    "digest": "3e4b", "license": "", "config": {"modules": ["a", "b"], "rank": 32},
+    "trait": {"positive": "a kind", "negative": "an angry"}, "base_model": {"name": "smollm2-135m"},
+    "evaluation": {"yardsticks": {"alpha": 1.0, "prompts": 100, "positive": {"trait_gain": INTERVAL}}},
+}  # fmt: skip
 
 
 def test_an_adapters_page_tells_its_range_digest_and_figures() -> None:
-    interval = {"value": 0.336, "low": 0.23, "high": 0.434, "t": 4.8}
-    about = {
-        "id": "kind", "parent": "base", "alpha_range": [-1.5, 2.5], "max_alpha": 10.0, "digest": "3e4b", "license": "",
-        "config": {"modules": ["a", "b"], "rank": 32}, "trait": {"positive": "a kind", "negative": "an angry"},
-        "base_model": {"name": "smollm2-135m"},
-        "evaluation": {"yardsticks": {"alpha": 1.0, "prompts": 100, "positive": {"trait_gain": interval}}},
-    }  # fmt: skip
-    told = describe_adapter(about)
+    told = describe_adapter(ABOUT)
     for part in ("-1.5 to +2.5", "`3e4b`", "2 layers, rank 32", "0.336 [0.230, 0.434]", "100 held-out prompts"):
         assert part in told
-    assert "no evaluation" in describe_adapter({**about, "evaluation": {}})
+    assert "no evaluation" in describe_adapter({**ABOUT, "evaluation": {}})
+
+
+def test_a_vectors_page_names_its_kind_where_an_adapters_tells_the_rank() -> None:
+    told = describe_adapter({**ABOUT, "kind": "vector", "config": asdict(VectorConfig(("a", "b", "c")))})
+    assert "3 layers, by a vector" in told
+    assert "rank" not in told
 
 
 def test_a_run_becomes_lines_by_figure_and_layers_by_change() -> None:

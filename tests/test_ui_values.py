@@ -14,12 +14,14 @@ from typing import Any
 
 import gradio as gr
 import pytest
-from ipissa_ui.client import Score
+from ipissa_ui.client import Message, Score, ServerError
 from ipissa_ui.controls import Controls
 from ipissa_ui.curve import Curve
 from ipissa_ui.dial import dial_value, dials_of, start
 from ipissa_ui.share import ANSWERS, CHOICE, snippet
+from ipissa_ui.tabs.chat import ChatTab
 from ipissa_ui.tabs.compare import CompareTab
+from ipissa_ui.tabs.share import CURVE_PNG, ShareTab
 from ipissa_ui.tokens import Answer, Piece, parting, pieces_of
 from ipissa_ui.turns import Turns, unless, until
 from ipissa_ui.view import OPPOSITE, OTHER, View, describe, from_link, to_link
@@ -45,7 +47,7 @@ def packed(text: str) -> str:
 
 def about(low: float, high: float, limit: float = 10.0) -> dict:
     trait = {"negative": "a bad", "positive": "a good"}
-    return {"id": "good", "alpha_range": [low, high], "max_alpha": limit, "trait": trait}
+    return {"id": "good", "parent": "base", "alpha_range": [low, high], "max_alpha": limit, "trait": trait}
 
 
 def test_a_link_restores_every_setting() -> None:
@@ -64,6 +66,11 @@ def test_a_link_restores_every_setting() -> None:
         packed('{"prompt": 3}'),
         packed('{"seed": true}'),
         packed('{"seed": 1.5}'),
+        packed('{"seed": -3}'),
+        packed('{"seed": 1' + "0" * 30 + "}"),
+        packed('{"max_tokens": 1000}'),
+        packed('{"max_tokens": 0}'),
+        packed('{"temperature": 1.6}'),
         packed('{"compare": "nothing"}'),
         packed('{"alphas": {"honest": "1"}}'),
         packed('{"alphas": {"honest": NaN}}'),
@@ -175,12 +182,60 @@ def test_of_requests_that_wait_only_the_newest_goes_on_and_one_runs_at_a_time() 
     assert asyncio.run(play()) == [0, 5, 10, 11]
 
 
+def test_the_choice_of_a_page_that_opens_is_scored_although_nothing_has_moved() -> None:
+    """`Asked.passing` of a fresh page."""
+
+    async def play() -> bool:
+        async with Turns().take("somebody", -0.5) as overtaken:
+            return overtaken.is_set()
+
+    assert not asyncio.run(play())
+
+
 class SlowScores:
     """A client whose server takes its time."""
+
+    url = "http://127.0.0.1:8000"
 
     async def score(self, key: str, question: str, prefix: str, choices: list[str], settings: list[Any]) -> list[Score]:
         await asyncio.sleep(0.02)
         return [Score(steer, {"Yes": -1.0, "No": -2.0}, 1.0, 0.9) for steer in settings]
+
+
+class LosingScores(SlowScores):
+    """A client whose server refuses whatever names `kind`."""
+
+    def __init__(self, status: int) -> None:
+        self.status = status
+
+    async def score(self, key: str, question: str, prefix: str, choices: list[str], settings: list[Any]) -> list[Score]:
+        if any("kind" in steer for steer in settings):
+            raise ServerError("It is not to be had.", self.status)
+        return await super().score(key, question, prefix, choices, settings)
+
+
+class RoundingScores(SlowScores):
+    """A client whose server has a coarse bucket."""
+
+    async def score(self, key: str, question: str, prefix: str, choices: list[str], settings: list[Any]) -> list[Score]:
+        rounded = [{name: round(alpha / 0.4) * 0.4 for name, alpha in steer.items()} for steer in settings]
+        return await super().score(key, question, prefix, choices, rounded)
+
+
+SOMEBODY: Any = SimpleNamespace(session_hash="somebody")
+
+
+def compare_tab(client: Any) -> CompareTab:
+    with gr.Blocks():
+        return CompareTab(Controls(client))
+
+
+def values_of(tab: CompareTab | ChatTab, *names: str, moved: int = 0) -> list[Any]:
+    """What the page sends with the first adapter's dial at 0.5."""
+    adapters = [about(-1, 1) | {"id": name} for name in names]
+    dial = dial_value(dials_of(adapters), {names[0]: 0.5}, names[0]) | {"moved": moved}
+    view = tab.controls.restored(View(), adapters)
+    return ["", adapters, dial, *view[1:2], dial | {"moved": 0}, *view[3:], Curve()]
 
 
 @pytest.mark.parametrize(("moved", "drawn"), [(3, 1), (4, 0)])
@@ -188,24 +243,99 @@ def test_only_a_dial_that_has_moved_on_overtakes_a_curve_that_is_measured(moved:
     """The browser asks for both, over two connections, as a dial is let go: what was sent first may come last."""
 
     async def play() -> int:
-        with gr.Blocks():
-            controls = Controls(SlowScores())  # type: ignore[arg-type]
-            tab = CompareTab(controls)
-        dials = dials_of([about(-1, 1)])
-        request = SimpleNamespace(session_hash="somebody")
-
-        def values(moved: int) -> list[Any]:
-            dial = dial_value(dials, {"good": 0.5}, "good") | {"moved": moved}
-            view = controls.restored(View(), [about(-1, 1)])
-            return ["", [about(-1, 1)], dial, *view[1:2], dial | {"moved": 0}, *view[3:], Curve()]
-
-        curves = tab.measure(request, *values(3))
+        tab = compare_tab(SlowScores())
+        curves = tab.measure(SOMEBODY, *values_of(tab, "good", moved=3))
         first = asyncio.create_task(anext(curves, None))
         await asyncio.sleep(0.01)
-        await tab.score(request, *values(moved))
+        await tab.score(SOMEBODY, *values_of(tab, "good", moved=moved))
         return int(await first is not None)
 
     assert asyncio.run(play()) == drawn
+
+
+@pytest.mark.parametrize(("status", "lines"), [(404, ["good", "calm"]), (429, ["good"])])
+def test_a_curve_that_cannot_be_had_is_told_beside_the_others_and_the_choice_stays(
+    status: int, lines: list[str]
+) -> None:
+    async def play() -> list[tuple[Any, ...]]:
+        tab = compare_tab(LosingScores(status))
+        return [step async for step in tab.measure(SOMEBODY, *values_of(tab, "good", "kind", "calm"))]
+
+    bars, _, notes, curves = zip(*asyncio.run(play()), strict=True)
+    assert all("refusal" not in drawn for drawn in bars)
+    assert "No curve of kind: It is not to be had." in notes[-1]
+    assert [line.name for line in [each for each in curves if isinstance(each, Curve)][-1].lines] == lines
+
+
+def test_choice_and_curve_are_shown_at_the_alpha_that_was_applied() -> None:
+    async def play() -> tuple[Any, ...]:
+        tab = compare_tab(RoundingScores())
+        return await anext(tab.measure(SOMEBODY, *values_of(tab, "good")))
+
+    bars, drawing, _, curve = asyncio.run(play())
+    assert "α = good +0.40" in bars
+    assert "<title>α +0.40:" in drawing
+    assert {round(alpha, 1) for alpha in curve.lines[0].alphas} == {-0.8, -0.4, 0.0, 0.4, 0.8}
+
+
+def test_a_curve_is_saved_as_it_was_measured_whatever_is_asked_by_now() -> None:
+    async def play() -> tuple[Any, Any]:
+        with gr.Blocks():
+            tab = CompareTab(Controls(SlowScores()))  # type: ignore[arg-type]
+            share = ShareTab(tab.controls, tab.panes, tab.curve)
+        *shared, _ = values_of(tab, "good")
+        *_, curve = await anext(tab.measure(SOMEBODY, *shared, Curve()))
+        shared[tab.controls.inputs.index(tab.controls.choices)] = "One"
+        return curve, await share.make(CURVE_PNG, SOMEBODY, *shared, curve, None)
+
+    curve, file = asyncio.run(play())
+    assert curve.view.choice_list == ["Yes", "No"]
+    assert file["data"].startswith("data:image/png;base64,")
+
+
+def test_a_choice_that_cannot_be_had_is_refused_in_its_place() -> None:
+    async def play() -> list[tuple[Any, ...]]:
+        tab = compare_tab(LosingScores(404))
+        return [step async for step in tab.measure(SOMEBODY, *values_of(tab, "kind", "good"))]
+
+    ((bars, *_),) = asyncio.run(play())
+    assert "It is not to be had." in bars
+
+
+class RefusingChat(SlowScores):
+    """A client whose server is busy at first, and keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[Message]] = []
+
+    async def chat(
+        self, key: str, messages: list[Message], settings: Any, **more: Any
+    ) -> AsyncGenerator[list[Answer], None]:
+        self.sent.append(messages)
+        if len(self.sent) == 1:
+            raise ServerError("The server is busy.", 429)
+        yield [grown(("Hello", 1, -1.0))]
+
+
+def test_what_a_chat_could_not_answer_is_back_in_the_box_and_not_sent_again_unasked() -> None:
+    client = RefusingChat()
+
+    async def play() -> list[tuple[Any, ...]]:
+        with gr.Blocks():
+            tab = ChatTab(Controls(client))  # type: ignore[arg-type]
+        *shared, _ = values_of(tab, "good")
+        ends, turns = [], []
+        for said in ("Hi", "Who are you?"):
+            *_, end = [step async for step in tab.answer(SOMEBODY, *shared, said, turns)]
+            turns = end[1]
+            ends.append(end)
+        return ends
+
+    (shown, _, refused), (_, _, taken) = asyncio.run(play())
+    assert "The server is busy." in shown[-1]["content"]
+    assert refused == "Hi"
+    assert taken == gr.skip()
+    assert client.sent[1] == [{"role": "user", "content": "Who are you?"}]
 
 
 def test_users_do_not_wait_for_each_other() -> None:

@@ -13,19 +13,24 @@ NOT_FIGURES = {"step", "epoch", "learning_rate", "grad_norm", "total_flos"}
 def describe_adapter(about: dict[str, Any]) -> str:
     """Markdown: facts, and the yardsticks with their intervals where the file has them."""
     low, high = about["alpha_range"]
-    config, trait = about["config"], about["trait"]
+    trait = about["trait"]
     facts = {
         "α = +1": f"{trait['positive']} person",
         "α = -1": f"{trait['negative']} person",
         "calibrated range": f"{low:+g} to {high:+g}, where generated text was measured to hold together",
         "the server takes": f"-{about['max_alpha']:g} to +{about['max_alpha']:g}",
         "base model": about["base_model"].get("name", about["parent"]),
-        "adapted": f"{len(config['modules'])} layers, rank {config['rank']}",
+        "adapted": _adapted(about["kind"], about["config"]),
         "licence": about["license"] or "not given",
         "sha256": f"`{about['digest']}`",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return f"### {about['id']}\n\n| | |\n|-|-|\n{table}\n\n{_yardsticks(about['evaluation'])}"
+
+
+def _adapted(kind: str, config: dict[str, Any]) -> str:
+    layers = f"{len(config['modules'])} layers"
+    return f"{layers}, rank {config['rank']}" if "rank" in config else f"{layers}, by a {kind}"  # a vector has no rank
 
 
 def _yardsticks(evaluation: dict[str, Any] | None) -> str:

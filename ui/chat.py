@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .client import Message
+from .tokens import Answer
 from .view import Steer, describe
 
 
@@ -20,13 +21,13 @@ class Turn:
 
 
 def messages_of(turns: list[Turn]) -> list[Message]:
-    """The conversation as the server takes it, up to where the assistant speaks."""
+    """The conversation as the server takes it, up to where the assistant speaks; without what was left unanswered."""
+    *before, now = turns
     messages = []
-    for turn in turns:
+    for turn in [each for each in before if each.answered]:
         messages.append({"role": "user", "content": turn.said})
-        if turn is not turns[-1]:
-            messages.append({"role": "assistant", "content": turn.answered})
-    return messages
+        messages.append({"role": "assistant", "content": turn.answered})
+    return [*messages, {"role": "user", "content": now.said}]
 
 
 def transcript(turns: list[Turn]) -> list[dict[str, Any]]:
@@ -39,6 +40,7 @@ def transcript(turns: list[Turn]) -> list[dict[str, Any]]:
     return shown
 
 
-def answered(turns: list[Turn], text: str, note: str = "") -> list[Turn]:
-    """The conversation with the last answer as it is now."""
-    return [*turns[:-1], replace(turns[-1], answered=text, note=note)]
+def answered(turns: list[Turn], answer: Answer, note: str = "") -> list[Turn]:
+    """The conversation with the last answer as it is now, at the α that were applied."""
+    steer = answer.steer or turns[-1].steer
+    return [*turns[:-1], replace(turns[-1], steer=steer, answered=answer.text, note=note)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import openai
@@ -26,7 +26,7 @@ class ServerError(Exception):
 
 @dataclass(frozen=True)
 class Score:
-    """The choices at one setting."""
+    """The choices at one setting: the α that were applied, which the server may have rounded."""
 
     steer: Steer
     logprobs: dict[str, float]
@@ -35,10 +35,15 @@ class Score:
 
 
 class Client:
-    """Talks to one ipissa server over HTTP; one connection pool for all users of a page."""
+    """Talks to one ipissa server over HTTP; one connection pool for all users of a page.
 
-    def __init__(self, base_url: str) -> None:
-        self.url = base_url.rstrip("/")
+    Args:
+        base_url: Where this process finds the server.
+        has_page: The server shows the page itself, so that browsers find it where they found the page.
+    """
+
+    def __init__(self, base_url: str, *, has_page: bool = False) -> None:
+        self.url, self.has_page = base_url.rstrip("/"), has_page
         # The server is this machine's; a proxy from the environment could not reach it.
         http = openai.DefaultAsyncHttpxClient(trust_env=False, timeout=REQUEST_SECONDS)
         self._openai = openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=http)
@@ -84,8 +89,8 @@ class Client:
 
     async def read(
         self, key: str, texts: Sequence[Sequence[int]], settings: Sequence[Steer]
-    ) -> list[list[list[tuple[str, float | None]]]]:
-        """(text, log-probability) of every token of every text, under every setting, in one request."""
+    ) -> tuple[list[list[list[tuple[str, float | None]]]], list[Steer]]:
+        """(text, log-probability) of every token of every text, under every setting, and the settings as applied."""
         body = {
             "prompt": [list(ids) for ids in texts],
             "steer_alpha": list(settings),
@@ -98,7 +103,8 @@ class Client:
             list(zip(choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"], strict=True))
             for choice in choices
         ]
-        return [rows[i : i + len(settings)] for i in range(0, len(rows), len(settings))]
+        applied = [choice["steer"] for choice in choices[: len(settings)]]
+        return [rows[i : i + len(settings)] for i in range(0, len(rows), len(settings))], applied
 
     async def chat(
         self,
@@ -148,7 +154,9 @@ class Client:
 def _grown(answer: Answer, choice: Any) -> Answer:
     """The answer with what a chunk adds; the text of several tokens belongs to the last of them."""
     logprobs = choice.logprobs.content if choice.logprobs and choice.logprobs.content else []
-    ids = (choice.model_extra or {}).get("token_ids", [])
+    extra = choice.model_extra or {}
+    ids = extra.get("token_ids", [])
+    answer = replace(answer, steer=extra.get("steer", answer.steer))
     for left, token_id, token in zip(range(len(ids) - 1, -1, -1), ids, logprobs, strict=True):
         text = "" if left else choice.delta.content or ""
         answer = answer.add(text, token_id, token.logprob, last=not left and choice.finish_reason is not None)
@@ -170,6 +178,8 @@ async def _told(call: Any) -> Any:
         message = str(body.get("message") or error.message)
         if error.status_code == 429:
             message = f"The server is busy. {message}"
+        if body.get("code") == "adapter_not_found":
+            message += " It was unloaded; load this page again to see what there is."
         raise ServerError(message, error.status_code) from error
     except openai.APITimeoutError as error:
         raise ServerError(f"The server did not answer within {REQUEST_SECONDS:.0f} seconds.") from error

@@ -11,7 +11,7 @@ import gradio as gr
 from .client import Client
 from .dial import dial_value, dials, dials_of, start
 from .turns import Turns
-from .view import BASE, COMPARISONS, OTHER, View
+from .view import BASE, COMPARISONS, OTHER, RANGES, View
 
 Adapters = list[dict[str, Any]]
 
@@ -76,6 +76,7 @@ class Controls:
         self.scores, self.generations, self.readings, self.conversations = Turns(), Turns(), Turns(), Turns()
         self.key = gr.Textbox(label="API key", type="password", visible=False, elem_id="api-key", **later)
         self.adapters = gr.State([], **later)
+        self.url = gr.State(client.url, **later)  # where the user finds the server
         self.dial = dials(label="α", elem_id="dial", **later)
         self.compare = gr.Radio(list(COMPARISONS), value=BASE, label="Compare with", elem_id="compare", **later)
         self.other = dials(label="α of the other setting", elem_id="other-dial", visible=False, **later)
@@ -83,9 +84,10 @@ class Controls:
         self.question = gr.Textbox(usual.question, label="Question", lines=2, elem_id="question", **later)
         self.prefix = gr.Textbox(usual.prefix, label="The answer begins with", elem_id="prefix", **later)
         self.choices = gr.Textbox(usual.choices, label="Choices", elem_id="choices", **later)
-        self.max_tokens = gr.Slider(8, 256, value=usual.max_tokens, step=8, label="Tokens", **later)
-        self.temperature = gr.Slider(0, 1.5, value=usual.temperature, step=0.1, label="Temperature", **later)
-        self.seed = gr.Number(usual.seed, label="Seed", precision=0, minimum=0, **later)
+        tokens, temperatures, (least, most) = RANGES["max_tokens"], RANGES["temperature"], RANGES["seed"]
+        self.max_tokens = gr.Slider(*tokens, value=usual.max_tokens, step=8, label="Tokens", **later)
+        self.temperature = gr.Slider(*temperatures, value=usual.temperature, step=0.1, label="Temperature", **later)
+        self.seed = gr.Number(usual.seed, label="Seed", precision=0, minimum=least, maximum=most, **later)
 
     @property
     def settings(self) -> list[Any]:

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
 
@@ -23,7 +23,7 @@ COLOURS = 6  # classes line-0, line-1, ... of the style sheet
 
 @dataclass(frozen=True)
 class Line:
-    """One adapter's curve: scores by its α, ascending."""
+    """One adapter's curve: scores by its α as applied, ascending."""
 
     name: str
     alphas: tuple[float, ...]
@@ -32,9 +32,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Curve:
-    """What is drawn: the held dial's line with the other dials where they are, and the other adapters alone."""
+    """What is drawn: the held dial's line with the other dials where they are, and the other adapters alone.
+
+    Args:
+        key: What it depends on.
+        view: The page as it was when measuring began, which by now may ask something else.
+        base: The score of the base model.
+        lines: The held dial's first.
+    """
 
     key: tuple[Any, ...] = ()
+    view: View = field(default_factory=View)
     base: Score | None = None
     lines: tuple[Line, ...] = ()
 
@@ -58,11 +66,11 @@ def sweep(low: float, high: float) -> tuple[float, ...]:
     return tuple(alphas)
 
 
-def draw_curve(curve: Curve, choices: Sequence[str], present: tuple[float, Score] | None) -> str:
+def draw_curve(curve: Curve, present: tuple[float, Score] | None) -> str:
     """The lines as SVG, with the present (α, score) on them; faded without it, when they answer an earlier question."""
     if not curve.lines:
         return '<p class="hint" id="curve-drawing" role="status">Measuring the choice at 41 positions of the dial…</p>'
-    first, second = (escape(choice) for choice in choices[:2])
+    first, second = (escape(choice) for choice in curve.view.choice_list[:2])
     scale = _Scale.around(curve, present)
     lines = "".join(_line(line, i, scale) for i, line in enumerate(curve.lines))
     point, fresh = "", "current" if present else "stale"
@@ -166,18 +174,23 @@ def curve_csv(curve: Curve) -> str:
     return out.getvalue()
 
 
-def curve_png(curve: Curve, choices: Sequence[str], alpha: float, question: str) -> bytes:
-    """The lines as a figure for a document."""
+def curve_png(curve: Curve, alpha: float | None) -> bytes:
+    """The lines as a figure for a document, with the place of the dial they belong to."""
+    first, second = curve.view.choice_list[:2]
+    question = curve.view.question
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for i, line in enumerate(curve.lines):
         odds = [score.log_odds for score in line.scores]
         axes.plot(line.alphas, odds, label=line.name if i == 0 else f"{line.name} alone", linewidth=2 if i == 0 else 1)
-    axes.axvline(alpha, color="grey", linestyle=":", linewidth=1)
+    if alpha is not None:
+        axes.axvline(alpha, color="grey", linestyle=":", linewidth=1)
     axes.axhline(0, color="grey", linewidth=0.5)
-    axes.set(xlabel="α", ylabel=f"log-odds {choices[0]} / {choices[1]} (nats)")
+    axes.set_xlabel("α")
+    axes.set_ylabel(f"log-odds {first} / {second} (nats)", parse_math=False)
     axes.set_title(question if len(question) < 90 else question[:88] + "…", fontsize=9, wrap=True, parse_math=False)
-    axes.legend()
+    for name in axes.legend().get_texts():
+        name.set_parse_math(False)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=150)
     return out.getvalue()

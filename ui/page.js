@@ -143,7 +143,7 @@ window.ipissa = (() => {
     anchor.remove();
   }
   const KEY = "ipissa-api-key"; // of this tab only; never in a link
-  const opened = (key) => [key || sessionStorage.getItem(KEY) || "", location.search];
+  const opened = (key) => [key || sessionStorage.getItem(KEY) || "", location.href];
   const keepKey = (key) => sessionStorage.setItem(KEY, key ?? "");
 
   return { drawDials, listen, missed, remember, save, opened, keepKey };

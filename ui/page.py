@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, urlsplit
 
 import gradio as gr
 from fastapi import FastAPI
@@ -65,6 +65,7 @@ def build_page(client: Client) -> gr.Blocks:
         status = gr.Markdown(visible=False, elem_id="status")
         controls.key.render()
         controls.adapters.render()
+        controls.url.render()
         controls.dial.render()
         with gr.Tab("Compare", elem_id="tab-compare"):
             compare = CompareTab(controls)
@@ -87,15 +88,17 @@ def _open(
 ) -> None:
     """What happens when the page opens, and again when a key is given."""
     address = gr.Textbox(visible="hidden")
-    found = [status, c.key, c.adapters, adapters.name, *c.settings]
+    found = [status, c.key, c.adapters, c.url, adapters.name, *c.settings]
     opened = gr.on(
         [page.load, c.key.submit], _restore(c), [c.key, address], found, js="(key) => ipissa.opened(key)", **c.quick
     )
+    # The browser looks only now and then, and may not have seen the server missing.
+    opened.failure(None, None, None, js="ipissa.missed")
     # The present choice first, which is quick, then the whole curve.
     scored = opened.success(compare.score, [*c.inputs, compare.curve], [compare.bars, compare.drawing], **c.quick)
-    scored.then(compare.measure, [*c.inputs, compare.curve], [compare.bars, compare.drawing, compare.curve], **c.slow)
+    scored.then(compare.measure, [*c.inputs, compare.curve], compare.measured, **c.slow)
     opened.success(compare.write, c.inputs, [compare.answers, compare.panes], **c.slow)
-    opened.success(share.describe, [*c.inputs, share.what, share.form], [share.query, share.code], **c.quick)
+    opened.success(share.describe, share.inputs, [share.query, share.code], **c.quick)
     page.unload(c.leave)
     c.key.submit(None, c.key, None, js="ipissa.keepKey")
 
@@ -104,7 +107,7 @@ def _restore(controls: Controls) -> Callable[..., Any]:
     async def restore(request: gr.Request, key: str, address: str) -> list[Any]:
         """The view of the link in the address, over the adapters the server has loaded."""
         controls.leave(request)  # moves of the dials are counted from 0 again
-        unknown = [gr.skip()] * (2 + len(controls.settings))
+        unknown = [gr.skip()] * (3 + len(controls.settings))
         try:
             adapters = await controls.client.adapters(key)
         except ServerError as error:
@@ -124,6 +127,7 @@ def _restore(controls: Controls) -> Callable[..., Any]:
             gr.update(value=note, visible=bool(note)),
             key,
             adapters,
+            _page_of(address) if controls.client.has_page else gr.skip(),
             gr.update(choices=names, value=names[0]),
             *controls.restored(view, adapters),
         ]
@@ -131,9 +135,15 @@ def _restore(controls: Controls) -> Callable[..., Any]:
     return restore
 
 
+def _page_of(address: str) -> str:
+    """Where the browser found the page: behind a proxy, or from another machine, not where this process does."""
+    page = urlsplit(address)
+    return f"{page.scheme}://{page.netloc}{page.path.rstrip('/')}"
+
+
 def _view_of(address: str) -> tuple[View, str]:
     """The view that an address restores, and what is to be said about it."""
-    packed = parse_qs(address.removeprefix("?")).get(LINK_PARAMETER)
+    packed = parse_qs(urlsplit(address).query).get(LINK_PARAMETER)
     if not packed:
         return View(), ""
     try:

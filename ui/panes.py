@@ -16,7 +16,7 @@ TIP = "Point at a word, or step with ← and →: its log-probability under both
 
 @dataclass(frozen=True)
 class Panes:
-    """Two answers to one prompt, and the settings that wrote them."""
+    """Two answers to one prompt, and the settings that were asked for."""
 
     prompt: str
     settings: tuple[Steer, Steer]
@@ -26,8 +26,9 @@ class Panes:
 
     @property
     def names(self) -> tuple[str, str]:
-        """The settings in words."""
-        return describe(self.settings[0]), describe(self.settings[1])
+        """The settings in words: as applied, once the answers say so."""
+        left, right = (answer.steer or steer for answer, steer in zip(self.answers, self.settings, strict=True))
+        return describe(left), describe(right)
 
 
 def draw_panes(panes: Panes) -> str:

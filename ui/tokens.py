@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+
+from .view import Steer
 
 UNFINISHED = "\ufffd"  # what bytes that are no character decode to
 
@@ -32,10 +34,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was written so far: whole pieces, and tokens whose text has not come yet."""
+    """What was written so far: whole pieces, and tokens whose text has not come yet.
+
+    Args:
+        pieces: In order.
+        pending: (id, log-probability) of the tokens without text.
+        steer: The α that were applied, which the server may have rounded; empty until it has said so.
+    """
 
     pieces: tuple[Piece, ...] = ()
     pending: tuple[tuple[int, float | None], ...] = ()
+    steer: Steer = field(default_factory=dict)
 
     def add(self, text: str, token_id: int, logprob: float | None, *, last: bool = False) -> Answer:
         """One token more. It becomes a piece with those before it as soon as they have text."""
@@ -43,7 +52,8 @@ class Answer:
         if not text and not last:
             return replace(self, pending=pending)
         ids = tuple(each for each, _ in pending)
-        return Answer((*self.pieces, Piece(text, ids, total([value for _, value in pending]))))
+        piece = Piece(text, ids, total([value for _, value in pending]))
+        return replace(self, pieces=(*self.pieces, piece), pending=())
 
     @property
     def text(self) -> str:
@@ -62,7 +72,7 @@ class Answer:
             end = at + len(piece.ids)
             found.append(replace(piece, elsewhere=total(logprobs[at:end])))
             at = end
-        return Answer(tuple(found), self.pending)
+        return replace(self, pieces=tuple(found))
 
 
 def total(logprobs: Sequence[float | None]) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ class _Line:
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     newest: asyncio.Event = field(default_factory=asyncio.Event)
-    order: float = 0
+    order: float = -math.inf
 
 
 class Turns:

@@ -19,6 +19,7 @@ QUESTION = (
 )
 LINK_PARAMETER = "s"
 MOST_LINK_BYTES = 100_000
+RANGES = {"max_tokens": (8, 256), "temperature": (0.0, 1.5), "seed": (0, 2**53 - 1)}  # a browser's largest whole number
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,14 @@ def from_link(packed: str) -> View:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """A value of the type that the field has."""
+    """A value of the type that the field has, and in its range."""
+    typed = _typed(name, value)
+    if name in RANGES and not RANGES[name][0] <= typed <= RANGES[name][1]:
+        raise ValueError(f"{name} cannot be {value!r}")
+    return typed
+
+
+def _typed(name: str, value: Any) -> Any:
     kinds = {each.name: each.type for each in fields(View)}
     if name not in kinds:
         raise ValueError(f"it sets {name!r}, which this page does not have")

@@ -88,6 +88,17 @@ def test_the_python_and_curl_that_the_page_shows_do_what_the_page_did(page: Stee
     expect(code).to_contain_text('"choices"')
 
 
+def test_requests_are_shown_with_the_address_at_which_whoever_reads_them_finds_the_server(
+    visit: Visit, server: Served
+) -> None:
+    elsewhere = server.url.replace("127.0.0.1", "localhost")  # as a proxy or another machine has a name of its own
+    with standalone(server.url) as alone:
+        for opened, shown in ((elsewhere, elsewhere), (alone.url, server.url)):
+            page = visit(opened + short())
+            page.tab("Keep and share")
+            expect(page.page.locator("#snippet .cm-content")).to_contain_text(f"curl -s {shown}/v1/", timeout=PATIENCE)
+
+
 def test_curves_and_answers_download_as_csv_and_png(page: SteeringPage) -> None:
     page.has_curve(lines=2)
     page.tab("Keep and share")
@@ -273,6 +284,17 @@ def test_a_server_that_goes_is_missed_in_words_and_the_page_goes_on_when_it_is_b
         page.shows_choice_at("honest -1.50")
         page.drag("honest", -1.5, HIGH)
         page.shows_choice_at(f"honest {HIGH:+.2f}")
+
+
+def test_a_page_that_opened_without_its_server_opens_again_although_the_browser_saw_it_ready(visit: Visit) -> None:
+    port = free_port()
+    with standalone(f"http://127.0.0.1:{port}", status=502) as alone:
+        page = visit("about:blank")
+        page.page.route("**/health", lambda route: route.fulfill(status=200))  # as if between two looks
+        page.page.goto(alone.url + short())
+        expect(page.page.get_by_label("Prompt")).to_be_visible()
+        with in_process(port=port):
+            expect(page.dial("honest")).to_be_visible(timeout=PATIENCE)
 
 
 def test_a_slow_server_is_told_of_and_the_page_stays_as_it_is(visit: Visit, server: Served) -> None:

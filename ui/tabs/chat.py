@@ -10,6 +10,7 @@ import gradio as gr
 from ..chat import Turn, answered, messages_of, transcript
 from ..client import ServerError
 from ..controls import Controls
+from ..tokens import Answer
 from ..turns import until
 
 
@@ -45,19 +46,20 @@ class ChatTab:
         turns = [*turns, Turn(said.strip(), asked.view.left)]
         async with self.controls.conversations.take(asked.user) as overtaken:
             yield transcript(turns), turns, ""
-            text, note = "", ""
+            answer, note, box = Answer(), "", gr.skip()
             try:
                 sampling = {**asked.sampling, "seed": asked.view.seed + len(turns)}
                 growing = self.controls.client.chat(asked.key, messages_of(turns), [asked.view.left], **sampling)
                 async for (answer,) in until(overtaken, growing):
-                    text = answer.text
-                    turns = answered(turns, text)  # kept as it grows: who speaks next may not wait for its end
+                    turns = answered(turns, answer)  # kept as it grows: who speaks next may not wait for its end
                     yield transcript(turns), turns, gr.skip()
                 note = "stopped" if overtaken.is_set() else ""
             except ServerError as error:
                 note = str(error)
-            turns = answered(turns, text, note)
-            yield transcript(turns), turns, gr.skip()
+                if not answer.text:  # so that it is no part of the conversation, and can be sent again
+                    box = said
+            turns = answered(turns, answer, note)
+            yield transcript(turns), turns, box
 
     async def halt(self, request: gr.Request) -> None:
         """Overtake the answer that is being written."""

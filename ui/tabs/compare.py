@@ -54,20 +54,26 @@ class CompareTab:
             controls.choices.render()
         self.bars = gr.HTML(elem_id="choice", apply_default_css=False)
         self.drawing = gr.HTML(elem_id="curve", apply_default_css=False)
+        self.note = gr.HTML(elem_id="curve-note", apply_default_css=False)
 
     def listen(self) -> None:
         """Cheap things follow the drag, expensive ones the release; a newer one always takes over."""
         c = self.controls
-        shown = [self.bars, self.drawing]
-        c.dial.input(self.score, [*c.inputs, self.curve], shown, trigger_mode="always_last", **c.quick)
+        inputs = [*c.inputs, self.curve]
+        c.dial.input(self.score, inputs, [self.bars, self.drawing], trigger_mode="always_last", **c.quick)
         asked = [c.question.change, c.prefix.change, c.choices.change]
-        gr.on([c.dial.release, *asked], self.measure, [*c.inputs, self.curve], [*shown, self.curve], **c.slow)
+        gr.on([c.dial.release, *asked], self.measure, inputs, self.measured, **c.slow)
         c.compare.change(lambda compare: gr.update(visible=compare == OTHER), c.compare, c.other, **c.quick)
         wanted = [self.run.click, c.prompt.submit, c.dial.release, c.other.release, c.compare.input]
         gr.on(wanted, self.write, c.inputs, [self.answers, self.panes], **c.slow)
         self.stop.click(self.halt, None, None, **c.quick)
         chosen = self.preset.input(PRESETS.get, self.preset, [c.prompt, c.question], **c.quick)
         chosen.then(self.write, c.inputs, [self.answers, self.panes], **c.slow)
+
+    @property
+    def measured(self) -> list[Any]:
+        """What `measure` writes."""
+        return [self.bars, self.drawing, self.note, self.curve]
 
     async def score(self, request: gr.Request, *values: Any) -> tuple[Any, Any]:
         """The choice at the dial's position, while it moves: one setting, so that it is as quick as can be."""
@@ -83,29 +89,46 @@ class CompareTab:
                 return draw_refusal(str(error)), gr.skip()
         return self._drawn(asked, asked.rest[0], score)
 
-    async def measure(self, request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, Any, Any]]:
+    async def measure(self, request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, Any, Any, Any]]:
         """The curves that are not known yet, the held dial's first; gives way to a moving dial."""
         asked = self.controls.asked(request, values)
         if asked is None:
             return
-        view, curve = asked.view, asked.rest[0]
-        dials = {each["name"]: each for each in asked.dials}
-        if curve.key != curve_key(view, asked.dials):
-            curve = Curve(key=curve_key(view, asked.dials))
+        key, curve, note = curve_key(asked.view, asked.dials), asked.rest[0], ""
+        if curve.key != key:
+            curve = Curve(key=key, view=asked.view)
         drawn = {line.name for line in curve.lines}
-        try:
-            for name in [each for each in dict.fromkeys((view.held, *dials)) if each not in drawn]:
-                alphas = sweep(dials[name]["low"], dials[name]["high"])
-                settings = [view.at(alpha) if name == view.held else {name: alpha} for alpha in alphas]
-                async with self.controls.scores.take(asked.user, asked.moved) as overtaken:
-                    scores = await unless(overtaken, self._scores(asked, [view.left, view.base, *settings]))
-                if scores is None:
+        names = dict.fromkeys((asked.view.held, *(each["name"] for each in asked.dials)))
+        for name in [each for each in names if each not in drawn]:
+            try:
+                measured = await self._measured(asked, name)
+            except ServerError as error:
+                if not curve.lines:  # the held dial's is refused, and with it the choice
+                    yield draw_refusal(str(error)), gr.skip(), "", gr.skip()
                     return
-                present, base, *line = scores
-                curve = curve.add(base, Line(name, alphas, tuple(line)))
-                yield (*self._drawn(asked, curve, present), curve)
-        except ServerError as error:
-            yield draw_refusal(str(error)), gr.skip(), gr.skip()
+                note += draw_refusal(f"No curve of {name}: {error}")
+                yield gr.skip(), gr.skip(), note, gr.skip()
+                if error.status == 404:  # it was unloaded; the others may be there
+                    continue
+                return
+            if measured is None:
+                return
+            present, base, line = measured
+            curve = curve.add(base, line)
+            yield (*self._drawn(asked, curve, present), note, curve)
+
+    async def _measured(self, asked: Asked, name: str) -> tuple[Score, Score, Line] | None:
+        """The present choice, the base model's, and an adapter's line; None when overtaken."""
+        view = asked.view
+        (dial,) = (each for each in asked.dials if each["name"] == name)
+        alphas = sweep(dial["low"], dial["high"])
+        settings = [view.at(alpha) if name == view.held else {name: alpha} for alpha in alphas]
+        async with self.controls.scores.take(asked.user, asked.moved) as overtaken:
+            scores = await unless(overtaken, self._scores(asked, [view.left, view.base, *settings]))
+        if scores is None:
+            return None
+        present, base, *line = scores
+        return present, base, Line(name, tuple(score.steer[name] for score in line), tuple(line))
 
     async def _scores(self, asked: Asked, settings: list[Any]) -> list[Score]:
         view = asked.view
@@ -117,11 +140,11 @@ class CompareTab:
         """The bars and the curve with the present point."""
         view = asked.view
         current = curve.key == curve_key(view, asked.dials)
-        bars = [("α = " + describe(view.left), score)]
-        if current and curve.base and any(view.left.values()):
+        bars = [("α = " + describe(score.steer), score)]
+        if current and curve.base and any(score.steer.values()):
             bars.append(("α = " + describe({}), curve.base))
-        point = (view.alphas[view.held], score) if current else None
-        return draw_choice(bars, view.choice_list), draw_curve(curve, view.choice_list, point)
+        point = (score.steer[view.held], score) if current else None
+        return draw_choice(bars, view.choice_list), draw_curve(curve, point)
 
     async def write(self, request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, Any]]:
         """Both answers, streamed from one request; then the log-probability of each token under the other setting."""
@@ -155,7 +178,7 @@ class CompareTab:
         client, (left, right) = self.controls.client, panes.answers
         start = await client.tokenize(asked.key, messages=[{"role": "user", "content": panes.prompt}])
         texts = [[*start, *left.ids], [*start, *right.ids]]
-        read = await client.read(asked.key, texts, panes.settings)
+        read, _ = await client.read(asked.key, texts, panes.settings)
         crossed = [[value for _, value in read[side][1 - side][len(start) :]] for side in (0, 1)]
         return Panes(panes.prompt, panes.settings, (left.against(crossed[0]), right.against(crossed[1])))
 

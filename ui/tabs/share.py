@@ -34,14 +34,18 @@ class ShareTab:
             self.files = {name: gr.Button(name, size="md") for name in (CURVE_CSV, CURVE_PNG, ANSWERS_CSV)}
         self.file = gr.JSON(visible="hidden")
 
+    @property
+    def inputs(self) -> list[Any]:
+        """What `describe` takes."""
+        return [*self.controls.inputs, self.what, self.form, self.controls.url]
+
     def listen(self) -> None:
         """The link follows every change, also in the address bar, so that reloading keeps the page as it is."""
         c = self.controls
         changed = [c.dial.release, c.other.release]
         changed += [each.change for each in c.settings if each not in (c.dial, c.other)]
         changed += [self.what.change, self.form.change]
-        inputs = [*c.inputs, self.what, self.form]
-        gr.on(changed, self.describe, inputs, [self.query, self.code], trigger_mode="always_last", **c.quick)
+        gr.on(changed, self.describe, self.inputs, [self.query, self.code], trigger_mode="always_last", **c.quick)
         self.query.change(None, self.query, self.link, js="ipissa.remember")
         self.copy.click(None, self.link, None, js="(link) => void navigator.clipboard.writeText(link)")
         for name, button in self.files.items():
@@ -53,9 +57,8 @@ class ShareTab:
         asked = self.controls.asked(request, values)
         if asked is None:
             return gr.skip(), gr.skip()
-        what, form = asked.rest
-        url, needs_key = self.controls.client.url, bool(asked.key)
-        code = snippet(asked.view, what, form, url, asked.model, needs_key=needs_key)
+        what, form, url = asked.rest
+        code = snippet(asked.view, what, form, url, asked.model, needs_key=bool(asked.key))
         return to_link(asked.view), gr.update(value=code, language=FORMS[form][0])
 
     async def make(self, name: str, request: gr.Request, *values: Any) -> Any:
@@ -72,6 +75,5 @@ class ShareTab:
             return as_file("answers.csv", "text/csv", answers_csv(panes).encode())
         if name == CURVE_CSV:
             return as_file("curve.csv", "text/csv", curve_csv(curve).encode())
-        view = asked.view
-        png = await asyncio.to_thread(curve_png, curve, view.choice_list, view.alphas[view.held], view.question)
+        png = await asyncio.to_thread(curve_png, curve, asked.view.alphas.get(curve.view.held))
         return as_file("curve.png", "image/png", png)

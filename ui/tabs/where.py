@@ -12,6 +12,7 @@ from ..heatmap import draw_heatmap
 from ..panes import Panes, draw_refusal
 from ..tokens import Answer, pieces_of
 from ..turns import unless
+from ..view import Steer
 
 EXAMPLE = "I had a lovely morning, but to be honest my neighbours are the worst people I know."
 HELP = (
@@ -50,12 +51,13 @@ class WhereTab:
             return gr.skip()
         async with self.controls.readings.take(asked.user) as overtaken:
             try:
-                answer = await unless(overtaken, self._read(asked))
+                read = await unless(overtaken, self._read(asked))
             except ServerError as error:
                 return draw_refusal(str(error))
-        return gr.skip() if answer is None else draw_heatmap(answer, asked.view.left, asked.view.right)
+        return gr.skip() if read is None else draw_heatmap(*read)
 
-    async def _read(self, asked: Asked) -> Answer:
+    async def _read(self, asked: Asked) -> tuple[Answer, Steer, Steer]:
+        """What is drawn."""
         client, (text, answers_prompt) = self.controls.client, asked.rest
         start: list[int] = []
         if answers_prompt:
@@ -63,9 +65,9 @@ class WhereTab:
         ids = await client.tokenize(asked.key, prompt=text, add_special_tokens=not start)
         if not ids:
             raise ServerError("Write a text to read.")
-        ((left, right),) = await client.read(asked.key, [[*start, *ids]], [asked.view.left, asked.view.right])
+        ((left, right),), applied = await client.read(asked.key, [[*start, *ids]], [asked.view.left, asked.view.right])
         shown = [(token, token_id, value) for (token, value), token_id in zip(left[len(start) :], ids, strict=True)]
-        return pieces_of(text, shown).against([value for _, value in right[len(start) :]])
+        return pieces_of(text, shown).against([value for _, value in right[len(start) :]]), applied[0], applied[1]
 
 
 def _answer_of(side: int) -> Any:
