@@ -1,5 +1,6 @@
 """The file format: exact round trips, and one clear sentence for every kind of unusable file."""
 
+import hashlib
 import json
 import pickle
 from dataclasses import replace
@@ -8,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_adapter
+from conftest import difference, random_adapter
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ipissa.adapter import Adapter, load_adapter, save_adapter
+from ipissa.adapter.checkpoint import _read_metadata
+from ipissa.adapter.convert import from_peft_folder, to_peft_folder
 from ipissa.errors import AdapterFileError
 
 MODULE = "model.layers.1.mlp.down_proj"
@@ -62,9 +65,36 @@ def test_the_file_holds_what_the_contract_lists(path: Path) -> None:
 
 
 def test_the_digest_is_that_of_the_file(path: Path) -> None:
-    import hashlib
-
     assert load_adapter(path).digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_a_loaded_adapter_stays_what_it_was_whatever_its_file_becomes(
+    adapter: Adapter, path: Path, tmp_path: Path, form: str
+) -> None:
+    file, read = path, lambda: load_adapter(path)
+    if form == "folder":
+        file = to_peft_folder(adapter, tmp_path / "peft") / "adapter_model.safetensors"
+        read = lambda: from_peft_folder(tmp_path / "peft")  # noqa: E731
+    loaded = read()
+    with file.open("r+b") as overwritten:  # in place, as cp does
+        overwritten.seek(-5000, 2)
+        overwritten.write(bytes(5000))
+    assert difference(loaded, adapter) < 1e-6
+    assert difference(read(), adapter) > 0.01
+
+
+def test_the_digest_is_that_of_the_bytes_that_were_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another file comes in its place while it is being read."""
+    whole = path.read_bytes()
+
+    def replaced_before(*args: Any) -> Any:
+        (path.parent / "other").write_bytes(b"another file")
+        (path.parent / "other").replace(path)
+        return _read_metadata(*args)
+
+    monkeypatch.setattr("ipissa.adapter.checkpoint._read_metadata", replaced_before)
+    assert load_adapter(path).digest == hashlib.sha256(whole).hexdigest()
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(

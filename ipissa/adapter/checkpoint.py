@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ipissa.adapter.config import DIRECTIONS, one_of
@@ -147,6 +147,7 @@ def save_adapter(adapter: Kind, path: str | os.PathLike[str]) -> Kind:
         os.close(handle)
         try:
             save_file(tensors, temporary, metadata=metadata)
+            digest = hashlib.sha256(Path(temporary).read_bytes()).hexdigest()
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
@@ -156,7 +157,7 @@ def save_adapter(adapter: Kind, path: str | os.PathLike[str]) -> Kind:
         raise AdapterFileError(
             f"{path} cannot be written ({error}); make room there or choose another path."
         ) from error
-    return replace(adapter, digest=_sha256(path))
+    return replace(adapter, digest=digest)
 
 
 def load_innerpissa(path: str | os.PathLike[str]) -> Adapter:
@@ -188,22 +189,40 @@ def load_adapter(path: str | os.PathLike[str]) -> AnyAdapter:
     if not is_file:
         raise AdapterFileError(f"{path} does not exist; check the path of the adapter file.")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_kind(path, metadata)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
+        # Read once and kept apart from the file: what steers is what the digest names, whatever the file becomes.
+        content = path.read_bytes()
+        tensors = load(content)
+    except (SafetensorError, OSError, KeyError) as error:  # KeyError: of a type that torch lacks
         raise AdapterFileError(
             f"{path} is not a readable safetensors file ({error}); it may be truncated or of another format."
         ) from error
+    return adapter_of(path, _metadata(content), tensors, digest=hashlib.sha256(content).hexdigest())
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file that has been found to be one."""
+    size = int.from_bytes(content[:8], "little")
+    found: dict[str, str] = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
+    return found
+
+
+def adapter_of(
+    path: Path, metadata: dict[str, str], tensors: dict[str, Tensor], *, digest: str | None = None
+) -> AnyAdapter:
+    """The adapter that a file's metadata and tensors make, checked; `path` is what errors name.
+
+    Raises:
+        AdapterFileError: as of `load_adapter`.
+    """
+    _check_kind(path, metadata)
     config, fields = _read_metadata(path, metadata)
     adapter: AnyAdapter
     if isinstance(config, VectorConfig):
-        directions = {module: _take(path, tensors, f"{module}.direction", None) for module in config.modules}
-        adapter = VectorAdapter(modules=directions, digest=_sha256(path), **fields)
+        directions = {module: take(path, tensors, f"{module}.direction", None) for module in config.modules}
+        adapter = VectorAdapter(modules=directions, digest=digest, **fields)
     else:
         factors = {module: module_factors(path, module, config, tensors) for module in config.modules}
-        adapter = Adapter(config=config, modules=factors, digest=_sha256(path), **fields)
+        adapter = Adapter(config=config, modules=factors, digest=digest, **fields)
     if tensors:
         raise AdapterFileError(f"{path} holds the unexpected tensor {min(tensors)!r}; it was not written by ipissa.")
     return adapter
@@ -275,37 +294,37 @@ def _refuse_constant(name: str) -> None:
 
 
 def module_factors(path: Path, module: str, config: AdapterConfig, tensors: dict[str, Tensor]) -> ModuleFactors:
-    """Take one module's tensors, named as in the file at `path`, out of `tensors`, checked.
+    """Take one module's tensors, named as in the file at `path`, out of `tensors`, checked."""
 
-    Raises:
-        AdapterFileError: one is missing, misshapen, not skew or not finite.
-    """
+    def part(name: str, *shape: int | None) -> Tensor:
+        return take(path, tensors, f"{module}.{name}", *shape)
 
-    def take(name: str, *shape: int | None) -> Tensor:
-        return _take(path, tensors, f"{module}.{name}", *shape)
-
-    def take_skew(name: str, r: int) -> Tensor:
-        value = take(name, r, r)
+    def skew_part(name: str, r: int) -> Tensor:
+        value = part(name, r, r)
         if (value + value.T).abs().max() > SKEW_TOLERANCE:
             raise AdapterFileError(f"{path}: {module}.{name} is not skew-symmetric, so it generates no rotation.")
         return value
 
-    s = take("S", None)
+    s = part("S", None)
     r = s.shape[0]
     if not 1 <= r <= config.rank:
         raise AdapterFileError(f"{path}: {module}.S has {r} values where the rank is {config.rank}.")
     return ModuleFactors(
-        U=take("U", None, r),
+        U=part("U", None, r),
         S=s,
-        V=take("V", None, r),
-        rotation_v=take_skew("rotation_v", r),
-        rotation_u=take_skew("rotation_u", r) if config.rotate_u else None,
-        delta_s=take("delta_s", r) if config.scale_mode != "none" else None,
+        V=part("V", None, r),
+        rotation_v=skew_part("rotation_v", r),
+        rotation_u=skew_part("rotation_u", r) if config.rotate_u else None,
+        delta_s=part("delta_s", r) if config.scale_mode != "none" else None,
     )
 
 
-def _take(path: Path, tensors: dict[str, Tensor], key: str, *shape: int | None) -> Tensor:
-    """A tensor of a shape, None for any size, out of `tensors`."""
+def take(path: Path, tensors: dict[str, Tensor], key: str, *shape: int | None) -> Tensor:
+    """A tensor of a shape, None for any size, out of `tensors`, checked.
+
+    Raises:
+        AdapterFileError: it is missing, misshapen or not finite.
+    """
     if key not in tensors:
         raise AdapterFileError(f"{path} lacks the tensor {key!r}; it is incomplete.")
     value = tensors.pop(key).float()
@@ -315,8 +334,3 @@ def _take(path: Path, tensors: dict[str, Tensor], key: str, *shape: int | None) 
     if not torch.isfinite(value).all():
         raise AdapterFileError(f"{path}: {key!r} holds NaN or infinite values; the adapter is broken.")
     return value
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from ipissa.adapter.checkpoint import Adapter, AdapterConfig, ModuleFactors, module_factors
@@ -76,7 +76,7 @@ def from_peft_folder(folder: str | os.PathLike[str]) -> Adapter:
                 f"{folder} holds learnt directions, which are an adapter only together with the base model's weights; "
                 "load it with PEFT and pass the model to from_peft_model."
             )
-        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = load((folder / "adapter_model.safetensors").read_bytes())  # kept apart from the file
         description = json.loads((folder / DESCRIPTION).read_text())
         description["alpha_range"] = tuple(description["alpha_range"])
         parts: dict[str, dict[str, Tensor]] = {}
