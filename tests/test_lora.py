@@ -71,6 +71,19 @@ def test_nothing_is_merged_into_weights_that_are_packed(llama: Any) -> None:
     assert all(torch.equal(one, other) for one, other in zip(before, llama.parameters(), strict=True))
 
 
+def test_nothing_is_merged_into_a_weight_that_another_module_reads() -> None:
+    tied = tiny_model("gemma3")  # whose output embeddings are its input embeddings
+    before = [value.clone() for value in tied.parameters()]
+    with pytest.raises(ConfigError, match=r"lm_head is that of model.embed_tokens too.* export it as a LoRA"):
+        ipissa.merge(tied, random_adapter(tied, suffixes=("down_proj", "lm_head")), alpha=1.0)
+    with pytest.warns(UserWarning, match="a tied layer is part of the adapter"):  # PEFT's, which merges all the same
+        wrapped = peft.get_peft_model(tied, ipissa.InnerPissaConfig(r=4, target_modules=["lm_head"]))
+    for merge in (wrapped.merge_adapter, wrapped.merge_and_unload):
+        with pytest.raises(ConfigError, match=r"lm_head is that of model.embed_tokens too"):
+            merge()
+    assert all(torch.equal(one, other) for one, other in zip(before, wrapped.unload().parameters(), strict=True))
+
+
 def test_export_refuses_a_full_folder_and_a_non_finite_alpha(llama: Any, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ConfigError, match="not an empty folder"):

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ipissa.adapter.base_model import check_base, find_linear
@@ -90,21 +90,36 @@ def write_lora(folder: Path, tensors: dict[str, Tensor], ranks: dict[str, int], 
 
 @torch.no_grad()
 def merge(model: PreTrainedModel, adapter: Adapter, *, alpha: float) -> PreTrainedModel:
-    """Replace every adapted weight of `model` by W + ΔW(α), in place; returns the model."""
+    """Replace every adapted weight of `model` by W + ΔW(α), in place; returns the model.
+
+    Raises:
+        ConfigError: one is packed, or another module's weight too, as tied embeddings are.
+    """
     check_base(model, adapter)
     _finite(alpha)
     layers = {name: find_linear(model, name, adapter) for name in adapter.modules}  # all, before any is changed
-    quantised = [name for name, layer in layers.items() if not layer.weight.is_floating_point()]
-    if quantised:
-        raise ConfigError(
-            f"{quantised[0]} holds {layers[quantised[0]].weight.dtype}, which nothing can be added to; load the model "
-            "in float32, bfloat16 or float16 to merge."
-        )
+    check_mergeable(model, layers)
     for name, layer in layers.items():
         weight = layer.weight
         a, b = lora_factors(adapter, name, alpha)
         weight.copy_((weight.double() + (b @ a).to(weight.device)).to(weight.dtype))
     return model
+
+
+def check_mergeable(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+    """Raise `ConfigError` unless each of these layers has numbers to add to, which no other module reads."""
+    for name, layer in layers.items():
+        if not layer.weight.is_floating_point():
+            raise ConfigError(
+                f"{name} holds {layer.weight.dtype}, which nothing can be added to; load the model in float32, "
+                "bfloat16 or float16 to merge."
+            )
+        for other, module in model.named_modules():
+            if module is not layer and any(weight is layer.weight for weight in module._parameters.values()):
+                raise ConfigError(
+                    f"The weight of {name} is that of {other} too, which merging would change as well; attach the "
+                    "adapter or export it as a LoRA instead."
+                )
 
 
 @contextmanager
