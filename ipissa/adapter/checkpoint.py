@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -59,6 +60,10 @@ class AdapterConfig:
         one_of(self.directions, DIRECTIONS, name="directions")
         if not isinstance(self.rank, int) or not isinstance(self.max_rotation, int | float):
             raise ConfigError(f"rank {self.rank!r} and max_rotation {self.max_rotation!r} are not numbers.")
+        if not 0 < self.max_rotation < math.inf:
+            raise ConfigError(f"max_rotation {self.max_rotation} is no limit.")
+        if not isinstance(self.rotate_v, bool) or not isinstance(self.rotate_u, bool):
+            raise ConfigError(f"rotate_v {self.rotate_v!r} and rotate_u {self.rotate_u!r} are not true or false.")
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,13 @@ class Adapter(Described):
 
     config: AdapterConfig
     modules: dict[str, ModuleFactors]
+
+    def __post_init__(self) -> None:
+        for module, factors in self.modules.items():
+            for side, rotates in (("v", self.config.rotate_v), ("u", self.config.rotate_u)):
+                rotation: Tensor | None = getattr(factors, f"rotation_{side}")
+                if not rotates and rotation is not None and rotation.any():
+                    raise ConfigError(f"{module}.rotation_{side} turns, although rotate_{side} is off in the config.")
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names they have in the file."""
@@ -125,22 +137,11 @@ def save_adapter(adapter: Kind, path: str | os.PathLike[str]) -> Kind:
     path = Path(path)
     tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in adapter.tensors().items()}
     try:
-        evaluation = json.dumps(adapter.evaluation, allow_nan=False)
+        metadata = metadata_of(adapter)
     except ValueError as error:
         raise AdapterFileError(
             f"{path} was not written: a number of its evaluation is not finite ({error}), which no reader takes."
         ) from error
-    metadata = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "kind": adapter.kind,
-        "config": json.dumps(asdict(adapter.config)),
-        "base_model": json.dumps(adapter.base_model),
-        "trait": json.dumps(adapter.trait),
-        "alpha_range": json.dumps(list(adapter.alpha_range)),
-        "evaluation": evaluation,
-        "license": adapter.license,
-    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -158,6 +159,25 @@ def save_adapter(adapter: Kind, path: str | os.PathLike[str]) -> Kind:
             f"{path} cannot be written ({error}); make room there or choose another path."
         ) from error
     return replace(adapter, digest=digest)
+
+
+def metadata_of(adapter: AnyAdapter) -> dict[str, str]:
+    """What a file says of the adapter beside its tensors.
+
+    Raises:
+        ValueError: a figure of the evaluation is not finite.
+    """
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": adapter.kind,
+        "config": json.dumps(asdict(adapter.config)),
+        "base_model": json.dumps(adapter.base_model),
+        "trait": json.dumps(adapter.trait),
+        "alpha_range": json.dumps(list(adapter.alpha_range)),
+        "evaluation": json.dumps(adapter.evaluation, allow_nan=False),
+        "license": adapter.license,
+    }
 
 
 def load_innerpissa(path: str | os.PathLike[str]) -> Adapter:
@@ -221,8 +241,11 @@ def adapter_of(
         directions = {module: take(path, tensors, f"{module}.direction", None) for module in config.modules}
         adapter = VectorAdapter(modules=directions, digest=digest, **fields)
     else:
-        factors = {module: module_factors(path, module, config, tensors) for module in config.modules}
-        adapter = Adapter(config=config, modules=factors, digest=digest, **fields)
+        factors = {module: _module_factors(path, module, config, tensors) for module in config.modules}
+        try:
+            adapter = Adapter(config=config, modules=factors, digest=digest, **fields)
+        except ConfigError as error:
+            raise AdapterFileError(f"{path}: {error}") from error
     if tensors:
         raise AdapterFileError(f"{path} holds the unexpected tensor {min(tensors)!r}; it was not written by ipissa.")
     return adapter
@@ -250,7 +273,7 @@ def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[AdapterConfig 
             return json.loads(metadata[key], parse_constant=_refuse_constant)
         except KeyError:
             raise AdapterFileError(f"{path} lacks the metadata {key!r}; it was not written by ipissa.") from None
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise AdapterFileError(f"{path} has unreadable JSON in its metadata {key!r}: {error}.") from error
 
     try:
@@ -259,7 +282,7 @@ def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[AdapterConfig 
         low, high = (float(value) for value in read("alpha_range"))
         trait = {str(key): str(value) for key, value in read("trait").items()}
         base_model, evaluation = dict(read("base_model")), dict(read("evaluation"))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         if isinstance(error, AdapterFileError):
             raise
         reason = error if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
@@ -285,15 +308,20 @@ def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[AdapterConfig 
 
 def _check_embeddings(path: Path, found: Any) -> None:
     """None, where a file does not say, or the numbers of `ipissa.adapter.base_model.describe_base`."""
-    if found is not None and not (isinstance(found, list) and all(isinstance(each, int | float) for each in found)):
+    if found is not None and not (isinstance(found, list) and all(_is_number(each) for each in found)):
         raise AdapterFileError(f"{path} has embeddings in its base_model metadata that are no list of numbers.")
+
+
+def _is_number(value: Any) -> bool:
+    """One that float32 holds: JSON knows larger ones, and reads 1e999 as infinite."""
+    return isinstance(value, int | float) and abs(value) <= torch.finfo(torch.float32).max
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number that JSON knows")
 
 
-def module_factors(path: Path, module: str, config: AdapterConfig, tensors: dict[str, Tensor]) -> ModuleFactors:
+def _module_factors(path: Path, module: str, config: AdapterConfig, tensors: dict[str, Tensor]) -> ModuleFactors:
     """Take one module's tensors, named as in the file at `path`, out of `tensors`, checked."""
 
     def part(name: str, *shape: int | None) -> Tensor:
@@ -323,11 +351,14 @@ def take(path: Path, tensors: dict[str, Tensor], key: str, *shape: int | None) -
     """A tensor of a shape, None for any size, out of `tensors`, checked.
 
     Raises:
-        AdapterFileError: it is missing, misshapen or not finite.
+        AdapterFileError: it is missing, misshapen, not of floating-point numbers or not finite.
     """
     if key not in tensors:
         raise AdapterFileError(f"{path} lacks the tensor {key!r}; it is incomplete.")
-    value = tensors.pop(key).float()
+    value = tensors.pop(key)
+    if not value.is_floating_point():
+        raise AdapterFileError(f"{path}: {key!r} holds {value.dtype} where an adapter has floating-point numbers.")
+    value = value.float()
     wanted = tuple(have if want is None else want for want, have in zip(shape, value.shape, strict=False))
     if tuple(value.shape) != wanted or len(wanted) != len(shape):
         raise AdapterFileError(f"{path}: {key!r} has shape {tuple(value.shape)}, expected {wanted}.")
