@@ -68,7 +68,7 @@ class SteeredModel:
         self.model = model
         self._cache_size = cache_size
         self._attached: dict[str, _Attached] = {}
-        self._hooks: dict[str, RemovableHandle] = {}  # by module
+        self._hooks: dict[str, list[RemovableHandle]] = {}  # by module
         self._rows: dict[str, Rows] = {}  # α now in force, of adapters that are not at 0
         self._now: dict[str, list[Application]] = {}  # what each module's hook does
         self._forget()
@@ -85,7 +85,7 @@ class SteeredModel:
         self._attached[name] = _Attached(self.model, adapter, self._cache_size)
         for module in adapter.modules:
             if module not in self._hooks:
-                self._hooks[module] = self.model.get_submodule(module).register_forward_hook(self._hook(module))
+                self._hooks[module] = self._hook(module)
         self._forget()
 
     def remove(self, name: str) -> None:
@@ -93,7 +93,8 @@ class SteeredModel:
         del self._attached[name]
         used = {module for attached in self._attached.values() for module in attached.deltas}
         for module in set(self._hooks) - used:
-            self._hooks.pop(module).remove()
+            for hook in self._hooks.pop(module):
+                hook.remove()
         self._forget()
         self._apply({other: rows for other, rows in self._rows.items() if other != name})
 
@@ -182,19 +183,52 @@ class SteeredModel:
                 stacks[module] = [*shared, *alone]
         return stacks
 
-    def _hook(self, module_name: str) -> Any:
+    def _hook(self, name: str) -> list[RemovableHandle]:
+        rows = _RowsOf(self.model, name)
+
         def add_deltas(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if output is args[0]:
                 return output  # a block that a run of some of the layers passes over (`server.engine.forward`)
-            for delta, coefficients in self._now.get(module_name, ()):
-                x = args[0] if args[0].dim() == 3 else args[0][None]
-                rows = coefficients[0].shape[0]
-                if rows not in (1, x.shape[0]):
-                    raise AlphaError(f"{rows} α are set for a batch of {x.shape[0]} rows; set one, or one per row.")
+            for delta, coefficients in self._now.get(name, ()):
+                x = rows.restored(args[0], alphas=coefficients[0].shape[0])
                 output = delta.add(output.view(*x.shape[:2], -1), x, coefficients).view(output.shape)
             return output
 
-        return add_deltas
+        return [*rows.hooks, self.model.get_submodule(name).register_forward_hook(add_deltas)]
+
+
+class _RowsOf:
+    """Which tokens a module is given belong to which row of the batch.
+
+    A mixture of experts hands the tokens of all rows to its shared expert as one list, in their order: the batch is
+    seen where the mixture itself is called, two levels above the expert's linear layers.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self._name = name
+        self._batch: torch.Size | None = None  # (rows, tokens)
+        outer = ".".join(name.split(".")[:-2])  # where it ends in a number, it is a block, and no mixture
+        nested = outer and not outer[-1].isdigit() and hasattr(model.get_submodule(name), "in_features")
+        seen = [model.get_submodule(outer)] if nested else []
+        self.hooks = [each.register_forward_pre_hook(self._see, with_kwargs=True) for each in seen]
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = args[0] if args else kwargs.get("hidden_states")
+        self._batch = states.shape[:2] if isinstance(states, Tensor) and states.dim() == 3 else None
+
+    def restored(self, x: Tensor, *, alphas: int) -> Tensor:
+        """x (rows, tokens, d), for that many α, one or one per row."""
+        if x.dim() == 2 and self._batch is not None and self._batch.numel() == len(x):
+            x = x.reshape(*self._batch, -1)
+        elif x.dim() == 2 and alphas > 1:
+            raise AlphaError(
+                f"{alphas} α are set, but {self._name} is given {len(x)} tokens without their rows; set one α for all."
+            )
+        elif x.dim() == 2:
+            x = x[None]
+        if alphas not in (1, x.shape[0]):
+            raise AlphaError(f"{alphas} α are set for a batch of {x.shape[0]} rows; set one, or one per row.")
+        return x
 
 
 class _Attached:

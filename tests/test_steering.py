@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHIPPED, logits_of, random_adapter, tiny_model
+from conftest import SHIPPED, logits_of, random_adapter, tiny_mixture, tiny_model
 from oracle import edited_model
 
 import ipissa
@@ -153,6 +153,25 @@ def test_unusable_alpha_is_refused_and_changes_nothing(llama: Any, bad: Any) -> 
 def test_a_batch_of_another_size_than_the_alphas_is_refused(llama: Any) -> None:
     with ipissa.attach(llama, random_adapter(llama)).alpha([0.1, 0.2, 0.3]), pytest.raises(AlphaError, match="3 α"):
         logits_of(llama, IDS)
+
+
+def test_rows_of_a_shared_expert_have_their_own_alpha_although_it_is_given_none() -> None:
+    model = tiny_mixture()
+    adapter = random_adapter(model, suffixes=("shared_expert.down_proj",))
+    steered = ipissa.attach(model, adapter)
+    with steered.alpha([0.7, -1.3]):
+        together = logits_of(model, IDS)
+    for row, alpha in enumerate([0.7, -1.3]):
+        expected = logits_of(edited_model(model, [(adapter, alpha)]), IDS)[row]
+        with steered.alpha(alpha):
+            assert (logits_of(model, IDS)[row] - expected).abs().max() <= 1e-4
+        assert (together[row] - expected).abs().max() <= 1e-4
+    with steered.alpha([0.1, 0.2, 0.3, 0.4]), pytest.raises(AlphaError, match="4 α are set for a batch of 2 rows"):
+        logits_of(model, IDS)  # although four divide its tokens
+    with steered.alpha([0.7, -1.3]), pytest.raises(AlphaError, match="tokens without their rows; set one α for all"):
+        model.model.layers[0].mlp.shared_expert(torch.ones(4, 32))
+    steered.detach()
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_unknown_names_and_nameless_numbers_are_refused(llama: Any) -> None:

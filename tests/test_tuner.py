@@ -9,7 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import TRAIT, logits_of, random_adapter, tiny_model
+from conftest import TRAIT, logits_of, random_adapter, tiny_mixture, tiny_model
 from oracle import edited_model
 from safetensors.torch import load, save_file
 from torch import Tensor
@@ -21,7 +21,7 @@ from ipissa.adapter.config import PEFT_TYPE
 from ipissa.adapter.convert import from_peft_folder, from_peft_model, to_peft_folder
 from ipissa.adapter.delta import delta_core
 from ipissa.adapter.dial import add_dial
-from ipissa.errors import AdapterFileError, ConfigError
+from ipissa.errors import AdapterFileError, AlphaError, ConfigError
 from ipissa.rotation import CLAMPS
 from ipissa.scaling import scaled_singular_values
 from ipissa.train import TrainConfig
@@ -232,6 +232,17 @@ def test_the_layer_adds_nothing_at_zero_where_products_are_computed_in_bfloat16(
         found = layer.core("default", alpha)
     assert not found[0].any()
     assert torch.equal(found, exact)
+
+
+def test_a_layer_whose_tokens_have_no_rows_takes_one_alpha_and_refuses_several() -> None:
+    base = tiny_mixture()
+    settings = {"r": 4, "target_modules": ["shared_expert.down_proj"], "init_std": 0.3}
+    model = peft.get_peft_model(tiny_mixture(), InnerPissaConfig(**settings)).eval()
+    adapter = from_peft_model(model, base_model=describe_base(base, "tiny"), trait=TRAIT)
+    with layer_alpha(model, 0.7):
+        assert (logits_of(model, IDS) - logits_of(edited_model(base, [(adapter, 0.7)]), IDS)).abs().max() <= 1e-4
+    with layer_alpha(model, torch.tensor([0.7, 0.1])), pytest.raises(AlphaError, match="12 tokens without their rows"):
+        logits_of(model, IDS)
 
 
 def test_the_layers_alpha_is_restored_after_an_exception() -> None:
