@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from ipissa.adapter.base_model import check_base, find_added_to, find_linear
 from ipissa.adapter.checkpoint import Adapter, AnyAdapter
+from ipissa.adapter.stored import is_packed
 from ipissa.errors import AlphaError
 from ipissa.phases import Addend, Coefficients, FoldedDelta, FoldedFactors, PhaseDelta, make_delta
 from ipissa.vectors import VectorDelta
@@ -283,5 +284,5 @@ def _rows(alpha: Alpha, name: str) -> Rows:
 def _reference(model: PreTrainedModel, module: nn.Module) -> Tensor:
     """A tensor with the device and compute dtype of `module`, also where its weight is quantised."""
     weight = next(module.parameters())
-    dtype = weight.dtype if weight.is_floating_point() else model.dtype
+    dtype = model.dtype if is_packed(weight) else weight.dtype
     return torch.empty(0, device=weight.device, dtype=dtype)

@@ -174,6 +174,21 @@ def test_rows_of_a_shared_expert_have_their_own_alpha_although_it_is_given_none(
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+def test_what_is_steered_already_takes_more_adapters_and_is_merged_into(llama: Any) -> None:
+    a, b = random_adapter(llama, seed=1), random_adapter(llama, seed=2)
+    steered = ipissa.attach(llama, {"a": a})
+    alphas = [6.0, 0.5]
+    with steered.alpha(alphas):
+        steered.add("b", b)
+        other = ipissa.attach(llama, {"b": b})
+        other.detach()
+        ipissa.merge(llama, b, alpha=1.0)
+        found = logits_of(llama, IDS)
+    for row, alpha in enumerate(alphas):
+        expected = logits_of(edited_model(tiny_model("llama"), [(a, alpha), (b, 1.0)]), IDS)[row]
+        assert (found[row] - expected).abs().max() <= 2e-4
+
+
 def test_unknown_names_and_nameless_numbers_are_refused(llama: Any) -> None:
     steered = ipissa.attach(llama, {"a": random_adapter(llama), "b": random_adapter(llama, seed=1)})
     with pytest.raises(AlphaError, match="'c'"), steered.alpha({"c": 1.0}):

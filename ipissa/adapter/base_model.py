@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ipissa.adapter.checkpoint import Adapter, AnyAdapter
+from ipissa.adapter.stored import is_packed
 from ipissa.adapter.vector import VectorAdapter
 from ipissa.errors import BaseModelMismatchError
 
@@ -208,15 +209,16 @@ def find_linear(model: PreTrainedModel, name: str, adapter: Adapter) -> nn.Linea
 def _residual(module: nn.Module, adapter: Adapter, name: str) -> float:
     """‖W V - U S‖ / ‖S‖ over the leading singular triples, through the layer's own forward.
 
-    Running the layer instead of reading its weight covers every way of storing the weight.
+    Running the layer instead of reading its weight covers every way of storing the weight; without its hooks, which
+    may steer it already.
     """
     factors = adapter.modules[name]
     k = min(8, factors.S.numel())
     reference = next(module.parameters())
-    dtype = reference.dtype if reference.is_floating_point() else torch.get_default_dtype()
+    dtype = torch.get_default_dtype() if is_packed(reference) else reference.dtype
     inputs = factors.V[:, :k].T.to(reference.device, dtype)  # (k, d_in)
     bias = getattr(module, "bias", None)
-    outputs = module(inputs).float() - (0 if bias is None else bias.float())
+    outputs = module.forward(inputs).float() - (0 if bias is None else bias.float())
     expected = (factors.U[:, :k] * factors.S[:k]).T.to(outputs)
     return float((outputs - expected).norm() / factors.S[:k].norm())
 

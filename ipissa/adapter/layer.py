@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.delta import delta_core
 from ipissa.adapter.frame import frame_core, frame_of, images, initial_frame
+from ipissa.adapter.stored import is_packed
 from ipissa.errors import AlphaError
 from ipissa.rotation import CLAMPS, skew
 
@@ -217,12 +218,12 @@ def dense_weight(linear: nn.Linear) -> Tensor:
     """The weight (d_out, d_in) in float32, whatever a layer stores it as.
 
     Quantised layers are asked what they do to each input direction: some repack their weights when they
-    first run, after which dequantising what is stored gives another matrix.
+    first run, after which dequantising what is stored gives another matrix. Hooks are no part of the weight.
     """
-    if linear.weight.is_floating_point():
+    if not is_packed(linear.weight):
         return linear.weight.detach().float()
     identity = torch.eye(linear.in_features, device=linear.weight.device)
-    columns = linear(identity) - (0 if linear.bias is None else linear.bias)
+    columns = linear.forward(identity) - (0 if linear.bias is None else linear.bias)
     return columns.T.float()
 
 

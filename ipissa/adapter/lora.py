@@ -22,6 +22,7 @@ from ipissa.adapter.base_model import check_base, find_linear
 from ipissa.adapter.checkpoint import Adapter, ModuleFactors
 from ipissa.adapter.config import one_of
 from ipissa.adapter.delta import delta_core
+from ipissa.adapter.stored import is_packed
 from ipissa.errors import AlphaError, ConfigError
 from ipissa.models import DTYPES
 
@@ -109,7 +110,7 @@ def merge(model: PreTrainedModel, adapter: Adapter, *, alpha: float) -> PreTrain
 def check_mergeable(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
     """Raise `ConfigError` unless each of these layers has numbers to add to, which no other module reads."""
     for name, layer in layers.items():
-        if not layer.weight.is_floating_point():
+        if is_packed(layer.weight):
             raise ConfigError(
                 f"{name} holds {layer.weight.dtype}, which nothing can be added to; load the model in float32, "
                 "bfloat16 or float16 to merge."
