@@ -113,5 +113,6 @@ def test_export_refuses_a_full_folder_and_a_non_finite_alpha(llama: Any, tmp_pat
     with pytest.raises(ConfigError, match="not an empty folder"):
         ipissa.to_lora(random_adapter(llama), alpha=1.0, output_dir=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-    with pytest.raises(AlphaError, match="nan"):
-        ipissa.to_lora(random_adapter(llama), alpha=float("nan"), output_dir=tmp_path / "new")
+    for bad, says in ((float("nan"), "nan"), (10**400, "1000"), (None, "None")):
+        with pytest.raises(AlphaError, match=f"alpha {says}.* is not a finite number"):
+            ipissa.to_lora(random_adapter(llama), alpha=bad, output_dir=tmp_path / "new")

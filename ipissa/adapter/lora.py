@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ipissa.adapter.base_model import check_base, find_linear
-from ipissa.adapter.checkpoint import Adapter, ModuleFactors
+from ipissa.adapter.checkpoint import Adapter, AnyAdapter, ModuleFactors
 from ipissa.adapter.config import one_of
 from ipissa.adapter.delta import delta_core
 from ipissa.adapter.stored import is_packed
@@ -44,14 +44,15 @@ def lora_factors(adapter: Adapter, module: str, alpha: float) -> tuple[Tensor, T
     return factors.V.mT.contiguous(), factors.U @ core.mT
 
 
-def to_lora(adapter: Adapter, *, alpha: float, output_dir: str | os.PathLike[str], dtype: str = "float32") -> Path:
+def to_lora(adapter: AnyAdapter, *, alpha: float, output_dir: str | os.PathLike[str], dtype: str = "float32") -> Path:
     """Write the adapter at one α as a PEFT LoRA folder that any LoRA-serving engine loads.
 
     Raises:
         AlphaError: α is not finite.
-        ConfigError: `output_dir` already holds something else, or `dtype` is unknown.
+        ConfigError: `output_dir` already holds something else, `dtype` is unknown, or the adapter is a vector.
     """
     one_of(dtype, DTYPES, name="dtype")
+    adapter = turning(adapter)
     tensors: dict[str, Tensor] = {}
     for module in adapter.modules:
         a, b = lora_factors(adapter, module, alpha)
@@ -90,12 +91,13 @@ def write_lora(folder: Path, tensors: dict[str, Tensor], ranks: dict[str, int], 
 
 
 @torch.no_grad()
-def merge(model: PreTrainedModel, adapter: Adapter, *, alpha: float) -> PreTrainedModel:
+def merge(model: PreTrainedModel, adapter: AnyAdapter, *, alpha: float) -> PreTrainedModel:
     """Replace every adapted weight of `model` by W + ΔW(α), in place; returns the model.
 
     Raises:
-        ConfigError: one is packed, or another module's weight too, as tied embeddings are.
+        ConfigError: the adapter is a vector, or a weight is packed, or another module's too, as tied embeddings are.
     """
+    adapter = turning(adapter)
     check_base(model, adapter)
     _finite(alpha)
     layers = {name: find_linear(model, name, adapter) for name in adapter.modules}  # all, before any is changed
@@ -123,6 +125,20 @@ def check_mergeable(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
                 )
 
 
+def turning(adapter: AnyAdapter, name: str | None = None) -> Adapter:
+    """The adapter, if it changes weights.
+
+    Raises:
+        ConfigError: it is a vector, which adds to a module's output whatever its input.
+    """
+    if not isinstance(adapter, Adapter):
+        raise ConfigError(
+            f"The adapter {name or adapter.name!r} is of kind {adapter.kind!r}, which no LoRA can do; serve it with "
+            "--engine torch."
+        )
+    return adapter
+
+
 @contextmanager
 def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A folder to fill, which appears at `path` whole or not at all; files that are there already are safe."""
@@ -140,9 +156,13 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _finite(alpha: float) -> float:
-    if not torch.isfinite(torch.tensor(float(alpha))):
+    try:
+        value = float(alpha)
+    except (TypeError, OverflowError):
+        raise AlphaError(f"alpha {str(alpha)[:20]} is not a finite number.") from None
+    if not torch.isfinite(torch.tensor(value)):
         raise AlphaError(f"alpha {alpha} is not a finite number.")
-    return float(alpha)
+    return value
 
 
 def _double(factors: ModuleFactors) -> ModuleFactors:
