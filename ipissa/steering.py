@@ -12,7 +12,7 @@ dict are never touched, so detaching leaves the model bitwise as it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from numbers import Real
@@ -32,6 +32,7 @@ from ipissa.vectors import VectorDelta
 
 Alpha = float | Sequence[float] | Tensor
 Rows = tuple[float, ...]  # one α for all batch rows, or one per row
+MAX_ALPHA = 1e6  # as of the range that a file may give
 DEFAULT_CACHE_SIZE = 256
 BATCHES_CACHED = 32  # a server alternates between a few running batches
 Application = tuple[Addend, Coefficients]
@@ -109,7 +110,8 @@ class SteeredModel:
         """Steer at `value` inside the block, and as before after it, also when the block raises.
 
         A number steers all rows; a sequence gives one α per batch row; a mapping gives either to
-        adapters by name, and 0 to those it leaves out. NaN and infinite α raise `AlphaError`.
+        adapters by name, and 0 to those it leaves out. α that are no numbers, or not within ±1e6, raise
+        `AlphaError`.
         """
         before = self._rows
         try:
@@ -240,19 +242,30 @@ class _Attached:
         self.adapter = adapter
         self.deltas = {name: _delta(model, adapter, name) for name in adapter.modules}
         self.phases = lru_cache(maxsize=cache_size)(self._phases_of)
-        sizes = [[part.shape[-1] for part in delta.coefficients(0.0)] for delta in self.deltas.values()]
-        self._sizes = list(zip(*sizes, strict=True))  # [part][module]
+        self._groups = list(self._by_device().values())
 
-    def _phases_of(self, alpha: float) -> Coefficients:
-        """The coefficients of all modules at one α, end to end: a batch then takes one copy, not one per module."""
-        per_module = [delta.coefficients(alpha) for delta in self.deltas.values()]
-        return tuple(torch.cat(parts, dim=-1) for parts in zip(*per_module, strict=True))
+    def _by_device(self) -> dict[torch.device, dict[str, list[int]]]:
+        """The modules of every device that the model is spread over, and the sizes of their coefficients."""
+        groups: dict[torch.device, dict[str, list[int]]] = {}
+        for name, delta in self.deltas.items():
+            parts = delta.coefficients(0.0)
+            groups.setdefault(parts[0].device, {})[name] = [part.shape[-1] for part in parts]
+        return groups
+
+    def _phases_of(self, alpha: float) -> list[Coefficients]:
+        """The coefficients of all modules of a device at one α, end to end: one copy in a batch, not one per module."""
+        per_module = [[self.deltas[name].coefficients(alpha) for name in group] for group in self._groups]
+        return [tuple(torch.cat(parts, dim=-1) for parts in zip(*group, strict=True)) for group in per_module]
 
     def batch(self, alphas: Rows) -> dict[str, Coefficients]:
         """Per module, the coefficients of every row, (rows, ...)."""
-        stacked = [torch.stack(parts) for parts in zip(*map(self.phases, alphas), strict=True)]
-        split = [part.split(sizes, dim=-1) for part, sizes in zip(stacked, self._sizes, strict=True)]
-        return dict(zip(self.deltas, zip(*split, strict=True), strict=True))
+        found: dict[str, Coefficients] = {}
+        for group, rows in zip(self._groups, zip(*map(self.phases, alphas), strict=True), strict=True):
+            stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
+            sizes = zip(*group.values(), strict=True)  # [part][module]
+            split = [part.split(each, dim=-1) for part, each in zip(stacked, sizes, strict=True)]
+            found |= zip(group, zip(*split, strict=True), strict=True)
+        return found
 
 
 def _delta(model: PreTrainedModel, adapter: AnyAdapter, name: str) -> PhaseDelta:
@@ -272,12 +285,14 @@ def _side_by_side(coefficients: list[Coefficients]) -> Coefficients:
 
 def _rows(alpha: Alpha, name: str) -> Rows:
     values: Any = alpha.flatten().tolist() if isinstance(alpha, Tensor) else alpha
-    rows = [values] if isinstance(values, Real | str) else list(values)
+    rows = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
     if not rows:
         raise AlphaError(f"α for {name!r} is an empty list; give a number or one per row.")
     for value in rows:
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Real) or value in (math.inf, -math.inf) or value != value:
             raise AlphaError(f"α {value!r} for {name!r} is not a finite number.")
+        if not -MAX_ALPHA < value < MAX_ALPHA:
+            raise AlphaError(f"α for {name!r} is beyond ±{MAX_ALPHA:.0e}; nothing finite is left of a model there.")
     return tuple(float(value) for value in rows)
 
 
