@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -291,7 +291,7 @@ def _rows(alpha: Alpha, name: str) -> Rows:
     for value in rows:
         if isinstance(value, bool) or not isinstance(value, Real) or value in (math.inf, -math.inf) or value != value:
             raise AlphaError(f"α {value!r} for {name!r} is not a finite number.")
-        if not -MAX_ALPHA < value < MAX_ALPHA:
+        if not abs(cast(float, value)) < MAX_ALPHA:
             raise AlphaError(f"α for {name!r} is beyond ±{MAX_ALPHA:.0e}; nothing finite is left of a model there.")
     return tuple(float(value) for value in rows)
 

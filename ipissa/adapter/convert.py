@@ -10,7 +10,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -85,7 +85,7 @@ def from_peft_folder(folder: str | os.PathLike[str]) -> Adapter:
         found = _take_modules(folder, config, tensors)
         adapter_config = _adapter_config(config, found, description.pop("directions", None))
         adapter = Adapter(config=adapter_config, modules=found, **description)
-        return adapter_of(folder, metadata_of(adapter), adapter.tensors())
+        return cast(Adapter, adapter_of(folder, metadata_of(adapter), adapter.tensors()))
     except AdapterFileError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
