@@ -12,11 +12,11 @@ dict are never touched, so detaching leaves the model bitwise as it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,14 @@ from transformers import PreTrainedModel
 
 from ipissa.adapter.base_model import check_base, find_added_to, find_linear
 from ipissa.adapter.checkpoint import Adapter, AnyAdapter
+from ipissa.adapter.stored import is_packed
 from ipissa.errors import AlphaError
 from ipissa.phases import Addend, Coefficients, FoldedDelta, FoldedFactors, PhaseDelta, make_delta
 from ipissa.vectors import VectorDelta
 
 Alpha = float | Sequence[float] | Tensor
 Rows = tuple[float, ...]  # one α for all batch rows, or one per row
+MAX_ALPHA = 1e6  # as of the range that a file may give
 DEFAULT_CACHE_SIZE = 256
 BATCHES_CACHED = 32  # a server alternates between a few running batches
 Application = tuple[Addend, Coefficients]
@@ -68,7 +70,7 @@ class SteeredModel:
         self.model = model
         self._cache_size = cache_size
         self._attached: dict[str, _Attached] = {}
-        self._hooks: dict[str, RemovableHandle] = {}  # by module
+        self._hooks: dict[str, list[RemovableHandle]] = {}  # by module
         self._rows: dict[str, Rows] = {}  # α now in force, of adapters that are not at 0
         self._now: dict[str, list[Application]] = {}  # what each module's hook does
         self._forget()
@@ -85,7 +87,7 @@ class SteeredModel:
         self._attached[name] = _Attached(self.model, adapter, self._cache_size)
         for module in adapter.modules:
             if module not in self._hooks:
-                self._hooks[module] = self.model.get_submodule(module).register_forward_hook(self._hook(module))
+                self._hooks[module] = self._hook(module)
         self._forget()
 
     def remove(self, name: str) -> None:
@@ -93,7 +95,8 @@ class SteeredModel:
         del self._attached[name]
         used = {module for attached in self._attached.values() for module in attached.deltas}
         for module in set(self._hooks) - used:
-            self._hooks.pop(module).remove()
+            for hook in self._hooks.pop(module):
+                hook.remove()
         self._forget()
         self._apply({other: rows for other, rows in self._rows.items() if other != name})
 
@@ -107,7 +110,8 @@ class SteeredModel:
         """Steer at `value` inside the block, and as before after it, also when the block raises.
 
         A number steers all rows; a sequence gives one α per batch row; a mapping gives either to
-        adapters by name, and 0 to those it leaves out. NaN and infinite α raise `AlphaError`.
+        adapters by name, and 0 to those it leaves out. α that are no numbers, or not within ±1e6, raise
+        `AlphaError`.
         """
         before = self._rows
         try:
@@ -182,19 +186,52 @@ class SteeredModel:
                 stacks[module] = [*shared, *alone]
         return stacks
 
-    def _hook(self, module_name: str) -> Any:
+    def _hook(self, name: str) -> list[RemovableHandle]:
+        rows = _RowsOf(self.model, name)
+
         def add_deltas(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             if output is args[0]:
                 return output  # a block that a run of some of the layers passes over (`server.engine.forward`)
-            for delta, coefficients in self._now.get(module_name, ()):
-                x = args[0] if args[0].dim() == 3 else args[0][None]
-                rows = coefficients[0].shape[0]
-                if rows not in (1, x.shape[0]):
-                    raise AlphaError(f"{rows} α are set for a batch of {x.shape[0]} rows; set one, or one per row.")
+            for delta, coefficients in self._now.get(name, ()):
+                x = rows.restored(args[0], alphas=coefficients[0].shape[0])
                 output = delta.add(output.view(*x.shape[:2], -1), x, coefficients).view(output.shape)
             return output
 
-        return add_deltas
+        return [*rows.hooks, self.model.get_submodule(name).register_forward_hook(add_deltas)]
+
+
+class _RowsOf:
+    """Which tokens a module is given belong to which row of the batch.
+
+    A mixture of experts hands the tokens of all rows to its shared expert as one list, in their order: the batch is
+    seen where the mixture itself is called, two levels above the expert's linear layers.
+    """
+
+    def __init__(self, model: nn.Module, name: str) -> None:
+        self._name = name
+        self._batch: torch.Size | None = None  # (rows, tokens)
+        outer = ".".join(name.split(".")[:-2])  # where it ends in a number, it is a block, and no mixture
+        nested = outer and not outer[-1].isdigit() and hasattr(model.get_submodule(name), "in_features")
+        seen = [model.get_submodule(outer)] if nested else []
+        self.hooks = [each.register_forward_pre_hook(self._see, with_kwargs=True) for each in seen]
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = args[0] if args else kwargs.get("hidden_states")
+        self._batch = states.shape[:2] if isinstance(states, Tensor) and states.dim() == 3 else None
+
+    def restored(self, x: Tensor, *, alphas: int) -> Tensor:
+        """x (rows, tokens, d), for that many α, one or one per row."""
+        if x.dim() == 2 and self._batch is not None and self._batch.numel() == len(x):
+            x = x.reshape(*self._batch, -1)
+        elif x.dim() == 2 and alphas > 1:
+            raise AlphaError(
+                f"{alphas} α are set, but {self._name} is given {len(x)} tokens without their rows; set one α for all."
+            )
+        elif x.dim() == 2:
+            x = x[None]
+        if alphas not in (1, x.shape[0]):
+            raise AlphaError(f"{alphas} α are set for a batch of {x.shape[0]} rows; set one, or one per row.")
+        return x
 
 
 class _Attached:
@@ -205,19 +242,30 @@ class _Attached:
         self.adapter = adapter
         self.deltas = {name: _delta(model, adapter, name) for name in adapter.modules}
         self.phases = lru_cache(maxsize=cache_size)(self._phases_of)
-        sizes = [[part.shape[-1] for part in delta.coefficients(0.0)] for delta in self.deltas.values()]
-        self._sizes = list(zip(*sizes, strict=True))  # [part][module]
+        self._groups = list(self._by_device().values())
 
-    def _phases_of(self, alpha: float) -> Coefficients:
-        """The coefficients of all modules at one α, end to end: a batch then takes one copy, not one per module."""
-        per_module = [delta.coefficients(alpha) for delta in self.deltas.values()]
-        return tuple(torch.cat(parts, dim=-1) for parts in zip(*per_module, strict=True))
+    def _by_device(self) -> dict[torch.device, dict[str, list[int]]]:
+        """The modules of every device that the model is spread over, and the sizes of their coefficients."""
+        groups: dict[torch.device, dict[str, list[int]]] = {}
+        for name, delta in self.deltas.items():
+            parts = delta.coefficients(0.0)
+            groups.setdefault(parts[0].device, {})[name] = [part.shape[-1] for part in parts]
+        return groups
+
+    def _phases_of(self, alpha: float) -> list[Coefficients]:
+        """The coefficients of all modules of a device at one α, end to end: one copy in a batch, not one per module."""
+        per_module = [[self.deltas[name].coefficients(alpha) for name in group] for group in self._groups]
+        return [tuple(torch.cat(parts, dim=-1) for parts in zip(*group, strict=True)) for group in per_module]
 
     def batch(self, alphas: Rows) -> dict[str, Coefficients]:
         """Per module, the coefficients of every row, (rows, ...)."""
-        stacked = [torch.stack(parts) for parts in zip(*map(self.phases, alphas), strict=True)]
-        split = [part.split(sizes, dim=-1) for part, sizes in zip(stacked, self._sizes, strict=True)]
-        return dict(zip(self.deltas, zip(*split, strict=True), strict=True))
+        found: dict[str, Coefficients] = {}
+        for group, rows in zip(self._groups, zip(*map(self.phases, alphas), strict=True), strict=True):
+            stacked = [torch.stack(parts) for parts in zip(*rows, strict=True)]
+            sizes = zip(*group.values(), strict=True)  # [part][module]
+            split = [part.split(each, dim=-1) for part, each in zip(stacked, sizes, strict=True)]
+            found |= zip(group, zip(*split, strict=True), strict=True)
+        return found
 
 
 def _delta(model: PreTrainedModel, adapter: AnyAdapter, name: str) -> PhaseDelta:
@@ -237,17 +285,19 @@ def _side_by_side(coefficients: list[Coefficients]) -> Coefficients:
 
 def _rows(alpha: Alpha, name: str) -> Rows:
     values: Any = alpha.flatten().tolist() if isinstance(alpha, Tensor) else alpha
-    rows = [values] if isinstance(values, Real | str) else list(values)
+    rows = list(values) if isinstance(values, Iterable) and not isinstance(values, str) else [values]
     if not rows:
         raise AlphaError(f"α for {name!r} is an empty list; give a number or one per row.")
     for value in rows:
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Real) or value in (math.inf, -math.inf) or value != value:
             raise AlphaError(f"α {value!r} for {name!r} is not a finite number.")
+        if not abs(cast(float, value)) < MAX_ALPHA:
+            raise AlphaError(f"α for {name!r} is beyond ±{MAX_ALPHA:.0e}; nothing finite is left of a model there.")
     return tuple(float(value) for value in rows)
 
 
 def _reference(model: PreTrainedModel, module: nn.Module) -> Tensor:
     """A tensor with the device and compute dtype of `module`, also where its weight is quantised."""
     weight = next(module.parameters())
-    dtype = weight.dtype if weight.is_floating_point() else model.dtype
+    dtype = model.dtype if is_packed(weight) else weight.dtype
     return torch.empty(0, device=weight.device, dtype=dtype)

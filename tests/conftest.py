@@ -18,6 +18,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     TrainerCallback,
 )
 
@@ -69,6 +71,25 @@ def tiny_model(
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def tiny_mixture() -> Any:
+    """A random mixture of experts, whose shared expert is given the tokens of all rows as one list."""
+    torch.manual_seed(0)
+    config = Qwen2MoeConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        initializer_range=0.2,
+    )
+    return Qwen2MoeForCausalLM(config).eval()
 
 
 def random_adapter(

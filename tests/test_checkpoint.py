@@ -1,5 +1,6 @@
 """The file format: exact round trips, and one clear sentence for every kind of unusable file."""
 
+import hashlib
 import json
 import pickle
 from dataclasses import replace
@@ -8,19 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import random_adapter
+from conftest import difference, random_adapter
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ipissa.adapter import Adapter, load_adapter, save_adapter
-from ipissa.errors import AdapterFileError
+from ipissa.adapter.checkpoint import _read_metadata
+from ipissa.adapter.convert import from_peft_folder, to_peft_folder
+from ipissa.errors import AdapterFileError, ConfigError
 
 MODULE = "model.layers.1.mlp.down_proj"
 
 
 @pytest.fixture
 def adapter(llama: Any) -> Adapter:
-    return random_adapter(llama, suffixes=("down_proj",), rotate_u=True)
+    return random_adapter(llama, suffixes=("layers.1.mlp.down_proj",), rotate_u=True)
 
 
 @pytest.fixture
@@ -62,9 +65,36 @@ def test_the_file_holds_what_the_contract_lists(path: Path) -> None:
 
 
 def test_the_digest_is_that_of_the_file(path: Path) -> None:
-    import hashlib
-
     assert load_adapter(path).digest == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("form", ["file", "folder"])
+def test_a_loaded_adapter_stays_what_it_was_whatever_its_file_becomes(
+    adapter: Adapter, path: Path, tmp_path: Path, form: str
+) -> None:
+    file, read = path, lambda: load_adapter(path)
+    if form == "folder":
+        file = to_peft_folder(adapter, tmp_path / "peft") / "adapter_model.safetensors"
+        read = lambda: from_peft_folder(tmp_path / "peft")  # noqa: E731
+    loaded = read()
+    with file.open("r+b") as overwritten:  # in place, as cp does
+        overwritten.seek(-500, 2)
+        overwritten.write(bytes(500))
+    assert difference(loaded, adapter) < 1e-6
+    assert difference(read(), adapter) > 0.01
+
+
+def test_the_digest_is_that_of_the_bytes_that_were_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another file comes in its place while it is being read."""
+    whole = path.read_bytes()
+
+    def replaced_before(*args: Any) -> Any:
+        (path.parent / "other").write_bytes(b"another file")
+        (path.parent / "other").replace(path)
+        return _read_metadata(*args)
+
+    monkeypatch.setattr("ipissa.adapter.checkpoint._read_metadata", replaced_before)
+    assert load_adapter(path).digest == hashlib.sha256(whole).hexdigest()
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(
@@ -103,6 +133,15 @@ def test_an_evaluation_that_no_reader_would_take_is_not_written(adapter: Adapter
         ({"alpha_range": "[NaN, 1]"}, "NaN is not a number"),
         ({"base_model": "{}"}, "does not name its base model"),
         ({"trait": "{}"}, "lacks"),
+        ({"alpha_range": f"[-1, 1{'0' * 400}]"}, "OverflowError"),
+        ({"trait": "[" * 100_000}, "unreadable JSON in its metadata 'trait'"),
+        ({"base_model": '{"name": "x", "fingerprint": "x", "embeddings": [1e999]}'}, "no list of numbers"),
+        ({"config": '{"rank": 6, "max_rotation": -3, "modules": ["x"]}'}, "max_rotation -3 is no limit"),
+        ({"config": '{"rank": 6, "rotate_v": "false", "modules": ["x"]}'}, "rotate_v 'false' .* not true or false"),
+        (
+            {"config": f'{{"rank": 6, "rotate_v": false, "rotate_u": true, "modules": ["{MODULE}"]}}'},
+            r"down_proj.rotation_v turns, although rotate_v is off",
+        ),
     ],
 )
 def test_unusable_metadata_is_refused(path: Path, metadata: dict[str, str], says: str) -> None:
@@ -125,6 +164,8 @@ def test_a_missing_tensor_is_refused(path: Path) -> None:
         ("S", torch.zeros(6, 6), "shape"),
         ("rotation_v", torch.ones(6, 6), "not skew-symmetric"),
         ("extra", torch.zeros(1), "unexpected tensor"),
+        ("delta_s", torch.ones(6, dtype=torch.complex64), "holds torch.complex64"),
+        ("delta_s", torch.ones(6, dtype=torch.int64), "holds torch.int64"),
     ],
 )
 def test_unusable_tensors_are_refused(path: Path, name: str, value: torch.Tensor, says: str) -> None:
@@ -143,3 +184,11 @@ def test_truncated_pickled_empty_and_missing_files_are_refused(path: Path, tmp_p
         load_adapter(tmp_path / "nowhere.safetensors")
     with pytest.raises(AdapterFileError, match="is a folder"):
         load_adapter(tmp_path)
+
+
+def test_an_adapter_whose_config_denies_its_rotation_is_not_made(adapter: Adapter) -> None:
+    """It would turn in one place and not in another."""
+    for side in ("v", "u"):
+        config = replace(adapter.config, **{f"rotate_{side}": False})
+        with pytest.raises(ConfigError, match=f"rotation_{side} turns, although rotate_{side} is off"):
+            replace(adapter, config=config)

@@ -121,6 +121,31 @@ def test_a_right_factor_inside_another_but_for_rounding_shares_its_rank(llama: A
         assert np.abs(product(tensors, module) - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+def test_adapters_that_share_only_with_one_that_is_not_turned_need_their_own_rank(llama: Any, tmp_path: Path) -> None:
+    whole = random_adapter(llama, suffixes=("down_proj",), rank=16)
+
+    def part(kept: slice) -> Adapter:
+        modules = {
+            name: replace(
+                f,
+                U=f.U[:, kept],
+                S=f.S[kept],
+                V=f.V[:, kept],
+                rotation_v=f.rotation_v[kept, kept],
+                delta_s=f.delta_s[kept],
+            )
+            for name, f in whole.modules.items()
+        }
+        return replace(whole, config=replace(whole.config, rank=10), modules=modules)
+
+    adapters = {"a": whole, "b": part(slice(10)), "c": part(slice(6, 16))}
+    baker = Baker(adapters)
+    assert [baker.rank(names) for names in (["a", "b", "c"], ["b", "c"], ["a", "c"], ["b"])] == [16, 20, 16, 10]
+    assert baker.rank() == 20
+    tensors = baked(adapters, {"b": 0.7, "c": -0.2}, tmp_path / "lora")
+    assert max(tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name) == baker.rank()
+
+
 def test_what_shipped_adapters_learnt_adds_up_and_their_leading_triples_are_shared() -> None:
     adapters = {path.stem: ipissa.load_adapter(path) for path in SHIPPED}
     learnt = [a.config.rank for a in adapters.values() if a.config.directions == "learnt"]
@@ -224,7 +249,7 @@ def test_what_a_killed_process_left_is_swept_away_and_what_lives_is_not(baker: B
     assert list((tmp_path / "memory").iterdir()) == [living.folder]
 
 
-def test_a_vector_is_no_lora_and_is_refused(llama: Any) -> None:
+def test_a_vector_is_no_lora_and_is_refused(llama: Any, tmp_path: Path) -> None:
     vector = VectorAdapter(
         modules={"model.layers.1": torch.ones(32)}, base_model=describe_base(llama, "tiny"), trait=dict(TRAIT)
     )
@@ -232,3 +257,7 @@ def test_a_vector_is_no_lora_and_is_refused(llama: Any) -> None:
         ConfigError, match="'push' is of kind 'vector', which no LoRA can do; serve it with --engine torch"
     ):
         Baker({"honest": random_adapter(llama), "push": vector})
+    with pytest.raises(ConfigError, match="'honest' is of kind 'vector', which no LoRA can do"):
+        ipissa.to_lora(vector, alpha=1.0, output_dir=tmp_path / "lora")
+    with pytest.raises(ConfigError, match="'honest' is of kind 'vector', which no LoRA can do"):
+        ipissa.merge(llama, vector, alpha=1.0)

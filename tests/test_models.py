@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from conftest import random_adapter, tiny_model
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ipissa
@@ -103,6 +104,10 @@ def test_an_adapter_is_matched_to_the_files_of_a_model_that_is_not_loaded(tmp_pa
     adapter = random_adapter(made_for)
     check_base_files(str(tmp_path / "made_for"), adapter)
     check_base_files(str(tmp_path / "sharded"), adapter)
+    packed = {name: (9 * value).to(torch.float8_e4m3fn) for name, value in made_for.state_dict().items()}
+    save_file(packed, tmp_path / "sharded" / "model.safetensors")  # its scales are elsewhere: nothing to compare
+    (tmp_path / "sharded" / "model.safetensors.index.json").unlink()
+    check_base_files(str(tmp_path / "sharded"), random_adapter(made_for, seed=1))
     for name, says in (("other_shape", "shape differs"), ("retrained", "singular vectors of")):
         with pytest.raises(BaseModelMismatchError, match=says):
             check_base_files(str(tmp_path / name), adapter)

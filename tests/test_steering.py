@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import gc
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from conftest import SHIPPED, logits_of, random_adapter, tiny_model
+from conftest import SHIPPED, TRAIT, logits_of, random_adapter, tiny_mixture, tiny_model
 from oracle import edited_model
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import ipissa
-from ipissa.errors import AlphaError, BaseModelMismatchError
+from ipissa.adapter import VectorAdapter
+from ipissa.adapter.base_model import block_names, describe_base
+from ipissa.errors import AlphaError, BaseModelMismatchError, ConfigError
 from ipissa.rotation import ROTATIONS
 from ipissa.scaling import SCALE_MODES
 
@@ -141,7 +145,10 @@ def test_bfloat16_follows_the_definition_as_closely_as_merged_weights_do() -> No
     assert ours < 1.5 * merged
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), True, "big", [0.1, float("nan")], []])
+@pytest.mark.parametrize(
+    "bad",
+    [float("nan"), float("inf"), True, "big", [0.1, float("nan")], [], None, pytest.param(10**400, id="huge"), 1e39],
+)
 def test_unusable_alpha_is_refused_and_changes_nothing(llama: Any, bad: Any) -> None:
     steered = ipissa.attach(llama, random_adapter(llama))
     base = logits_of(llama, IDS)
@@ -153,6 +160,72 @@ def test_unusable_alpha_is_refused_and_changes_nothing(llama: Any, bad: Any) -> 
 def test_a_batch_of_another_size_than_the_alphas_is_refused(llama: Any) -> None:
     with ipissa.attach(llama, random_adapter(llama)).alpha([0.1, 0.2, 0.3]), pytest.raises(AlphaError, match="3 α"):
         logits_of(llama, IDS)
+
+
+def test_rows_of_a_shared_expert_have_their_own_alpha_although_it_is_given_none() -> None:
+    model = tiny_mixture()
+    adapter = random_adapter(model, suffixes=("shared_expert.down_proj",))
+    steered = ipissa.attach(model, adapter)
+    with steered.alpha([0.7, -1.3]):
+        together = logits_of(model, IDS)
+    for row, alpha in enumerate([0.7, -1.3]):
+        expected = logits_of(edited_model(model, [(adapter, alpha)]), IDS)[row]
+        with steered.alpha(alpha):
+            assert (logits_of(model, IDS)[row] - expected).abs().max() <= 1e-4
+        assert (together[row] - expected).abs().max() <= 1e-4
+    with steered.alpha([0.1, 0.2, 0.3, 0.4]), pytest.raises(AlphaError, match="4 α are set for a batch of 2 rows"):
+        logits_of(model, IDS)  # although four divide its tokens
+    with steered.alpha([0.7, -1.3]), pytest.raises(AlphaError, match="tokens without their rows; set one α for all"):
+        model.model.layers[0].mlp.shared_expert(torch.ones(4, 32))
+    steered.detach()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_what_is_steered_already_takes_more_adapters_and_is_merged_into(llama: Any) -> None:
+    a, b = random_adapter(llama, seed=1), random_adapter(llama, seed=2)
+    steered = ipissa.attach(llama, {"a": a})
+    alphas = [6.0, 0.5]
+    with steered.alpha(alphas):
+        steered.add("b", b)
+        other = ipissa.attach(llama, {"b": b})
+        other.detach()
+        ipissa.merge(llama, b, alpha=1.0)
+        found = logits_of(llama, IDS)
+    for row, alpha in enumerate(alphas):
+        expected = logits_of(edited_model(tiny_model("llama"), [(a, alpha), (b, 1.0)]), IDS)[row]
+        assert (found[row] - expected).abs().max() <= 2e-4
+
+
+def test_a_model_may_be_spread_over_devices(llama: Any) -> None:
+    adapter = random_adapter(llama)
+    steered = ipissa.attach(llama, adapter)
+    steered.set_alpha([0.5, -1.0])
+    whole = {name: coefficients for name, [(_, coefficients)] in steered._now.items()}
+    steered.detach()
+    elsewhere = list(adapter.modules)[1]  # one that `check_base` does not run
+    llama.get_submodule(elsewhere).to("meta")
+    steered = ipissa.attach(llama, adapter)
+    steered.set_alpha([0.5, -1.0])
+    for name, [(_, (found,))] in steered._now.items():
+        (expected,) = whole[name]
+        assert found.device.type == ("meta" if name == elsewhere else "cpu")
+        assert found.shape == expected.shape
+        assert name == elsewhere or torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["", "model", "model.layers", "model.layers.1.mlp", "model.layers.1.mlp.act_fn"])
+def test_a_vector_is_added_to_blocks_and_linear_layers_only(llama: Any, name: str) -> None:
+    vector = VectorAdapter(modules={name: torch.ones(32)}, base_model=describe_base(llama, "tiny"), trait=dict(TRAIT))
+    with pytest.raises(BaseModelMismatchError, match="neither a decoder block nor a linear layer"):
+        ipissa.attach(llama, vector)
+    for known in ("model.layers.1", "model.layers.1.mlp.down_proj"):
+        ipissa.attach(llama, replace(vector, modules={known: torch.ones(32)})).detach()
+
+
+def test_an_architecture_without_layers_is_named() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2))
+    with pytest.raises(ConfigError, match=r"Models of type 'gpt2' have no decoder.layers"):
+        block_names(model)
 
 
 def test_unknown_names_and_nameless_numbers_are_refused(llama: Any) -> None:

@@ -1,5 +1,6 @@
 """InnerPiSSA as a PEFT tuner: one table of configurations drives forward, save, load, disable and merge."""
 
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -8,9 +9,9 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import TRAIT, logits_of, tiny_model
+from conftest import TRAIT, logits_of, random_adapter, tiny_mixture, tiny_model
 from oracle import edited_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 import ipissa
@@ -20,7 +21,7 @@ from ipissa.adapter.config import PEFT_TYPE
 from ipissa.adapter.convert import from_peft_folder, from_peft_model, to_peft_folder
 from ipissa.adapter.delta import delta_core
 from ipissa.adapter.dial import add_dial
-from ipissa.errors import AdapterFileError, ConfigError
+from ipissa.errors import AdapterFileError, AlphaError, ConfigError
 from ipissa.rotation import CLAMPS
 from ipissa.scaling import scaled_singular_values
 from ipissa.train import TrainConfig
@@ -159,22 +160,40 @@ def test_an_adapter_that_is_not_there_cannot_be_taken(peft_model: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("break_it", "says"),
+    ("tensors", "description", "says"),
     [
-        (lambda t: t.mul_(float("nan")), "holds NaN or infinite values"),
-        (lambda t: t[:-1], r"has shape \(\d+,\), expected"),
+        ({"d": torch.full((8,), math.nan)}, {}, "holds NaN or infinite values"),
+        ({"d": torch.ones(7)}, {}, r"has shape \(7,\), expected \(8,\)"),
+        ({"p_v": torch.ones(7, 8)}, {}, r"has shape \(7, 8\), expected \(8, 8\)"),
+        ({"p_v": None}, {}, r"lacks the tensor .*o_proj.innerpissa_p_v"),
+        ({"d": None}, {}, r"lacks the tensor .*o_proj.innerpissa_d"),
+        ({"p_u": torch.ones(8, 8)}, {}, r"holds the tensor .*o_proj.innerpissa_p_u', which .* does not ask for"),
+        ({"q": torch.ones(8)}, {}, r"holds the tensor .*o_proj.innerpissa_q', which .* does not ask for"),
+        ({}, {"alpha_range": [5, 7]}, "not an interval around 0"),
+        ({}, {"alpha_range": ["a", "b"]}, "metadata that cannot be used"),
+        ({}, {"alpha_range": [-1, 2, 3]}, "metadata that cannot be used"),
+        ({}, {"alpha_range": None}, r"lacks \['alpha_range'\]"),
+        ({}, {"trait": {}}, "in its trait metadata"),
+        ({}, {"base_model": 3}, "metadata that cannot be used"),
+        ({}, {"licence": "mit"}, "is not a PEFT folder .* 'licence'"),
     ],
-    ids=["nan", "shape"],
 )
-def test_a_peft_folder_is_read_as_strictly_as_a_file(tmp_path: Path, break_it: Any, says: str) -> None:
-    adapter = from_peft_model(wrapped(), base_model=describe_base(tiny_model("llama"), "tiny"), trait=TRAIT)
-    file = to_peft_folder(adapter, tmp_path / "peft") / "adapter_model.safetensors"
-    tensors = load_file(file)
-    key = next(name for name in tensors if name.endswith("innerpissa_d"))
-    tensors[key] = break_it(tensors[key].clone()).contiguous()
-    save_file(tensors, file)
+def test_a_peft_folder_is_read_as_strictly_as_a_file(
+    tmp_path: Path, tensors: dict[str, Tensor | None], description: dict[str, Any], says: str
+) -> None:
+    adapter = random_adapter(tiny_model("llama"), suffixes=("layers.1.self_attn.o_proj",), rank=8)
+    folder = to_peft_folder(adapter, tmp_path / "peft")
+    named = {f"base_model.model.{next(iter(adapter.modules))}.innerpissa_{key}": t for key, t in tensors.items()}
+    weights, words = folder / "adapter_model.safetensors", folder / "ipissa.json"
+    save_file(_with(load(weights.read_bytes()), named), weights)
+    words.write_text(json.dumps(_with(json.loads(words.read_text()), description)))
     with pytest.raises(AdapterFileError, match=says):
-        from_peft_folder(tmp_path / "peft")
+        from_peft_folder(folder)
+
+
+def _with(found: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Some replaced, and those that are None left out."""
+    return {key: value for key, value in (found | others).items() if value is not None}
 
 
 def test_two_adapters_switch_and_only_the_active_one_trains() -> None:
@@ -226,6 +245,17 @@ def test_the_layer_adds_nothing_at_zero_where_products_are_computed_in_bfloat16(
         found = layer.core("default", alpha)
     assert not found[0].any()
     assert torch.equal(found, exact)
+
+
+def test_a_layer_whose_tokens_have_no_rows_takes_one_alpha_and_refuses_several() -> None:
+    base = tiny_mixture()
+    settings = {"r": 4, "target_modules": ["shared_expert.down_proj"], "init_std": 0.3}
+    model = peft.get_peft_model(tiny_mixture(), InnerPissaConfig(**settings)).eval()
+    adapter = from_peft_model(model, base_model=describe_base(base, "tiny"), trait=TRAIT)
+    with layer_alpha(model, 0.7):
+        assert (logits_of(model, IDS) - logits_of(edited_model(base, [(adapter, 0.7)]), IDS)).abs().max() <= 1e-4
+    with layer_alpha(model, torch.tensor([0.7, 0.1])), pytest.raises(AlphaError, match="12 tokens without their rows"):
+        logits_of(model, IDS)
 
 
 def test_the_layers_alpha_is_restored_after_an_exception() -> None:

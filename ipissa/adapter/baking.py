@@ -12,7 +12,7 @@ made on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,8 +22,7 @@ from torch import Tensor
 from ipissa.adapter.checkpoint import Adapter, AnyAdapter, ModuleFactors
 from ipissa.adapter.config import one_of
 from ipissa.adapter.delta import delta_core
-from ipissa.adapter.lora import TENSOR_NAME, write_lora
-from ipissa.errors import ConfigError
+from ipissa.adapter.lora import TENSOR_NAME, turning, write_lora
 from ipissa.models import DTYPES
 
 SAME_SPAN = 1e-3  # of a right factor may lie outside another, where it is taken to lie inside
@@ -59,13 +58,15 @@ class Baker:
 
     def __init__(self, adapters: Mapping[str, AnyAdapter], *, dtype: str = "float32") -> None:
         one_of(dtype, DTYPES, name="dtype")
-        self.adapters = {name: _turning(name, adapter) for name, adapter in adapters.items()}
+        self.adapters = {name: turning(adapter, name) for name, adapter in adapters.items()}
         self._dtype = DTYPES[dtype]
 
     def rank(self, names: list[str] | None = None) -> int:
-        """The largest rank of a module when these adapters, or all, are turned at once."""
-        parts = _by_module(self.adapters, names or list(self.adapters))
-        return max(sum(part.v.shape[1] for part in each) for each in parts.values())
+        """The largest rank of a module when these adapters are turned at once, or, of no names, any of all."""
+        if names:
+            return max(_rank(parts) for parts in _by_module(self.adapters, names).values())
+        modules = {module for adapter in self.adapters.values() for module in adapter.modules}
+        return max(_largest_rank(self.adapters, module) for module in modules)
 
     def bake(self, steer: Mapping[str, float], folder: Path) -> None:
         """Fill an existing folder with the LoRA of {adapter: α}; adapters at 0 do nothing and are left out."""
@@ -97,21 +98,34 @@ class Baker:
         return total
 
 
-def _turning(name: str, adapter: AnyAdapter) -> Adapter:
-    if not isinstance(adapter, Adapter):
-        raise ConfigError(
-            f"The adapter {name!r} is of kind {adapter.kind!r}, which no LoRA can do; serve it with --engine torch."
-        )
-    return adapter
-
-
 def _by_module(adapters: Mapping[str, Adapter], names: list[str]) -> dict[str, list[_Part]]:
     """What these adapters do to every module they touch, those that share a right factor together."""
-    modules: dict[str, list[_Part]] = {}
-    for name in sorted(names, key=lambda name: -adapters[name].config.rank):  # smaller ones may lie inside larger ones
-        for module, factors in adapters[name].modules.items():
-            parts = modules.setdefault(module, [])
-            if not any(part.joined_by(name, factors) for part in parts):
-                own = torch.eye(factors.V.shape[1])
-                parts.append(_Part(factors.V, [(name, factors, own)]))
-    return modules
+    modules = {module: None for name in names for module in adapters[name].modules}
+    return {module: _parts(adapters, names, module) for module in modules}
+
+
+def _parts(adapters: Mapping[str, Adapter], names: Collection[str], module: str) -> list[_Part]:
+    found = {name: adapters[name].modules[module] for name in sorted(names) if module in adapters[name].modules}
+    parts: list[_Part] = []
+    for name, factors in sorted(found.items(), key=lambda item: -item[1].V.shape[1]):  # small may lie inside large
+        if not any(part.joined_by(name, factors) for part in parts):
+            own = torch.eye(factors.V.shape[1])
+            parts.append(_Part(factors.V, [(name, factors, own)]))
+    return parts
+
+
+def _rank(parts: list[_Part]) -> int:
+    return sum(part.v.shape[1] for part in parts)
+
+
+def _largest_rank(adapters: Mapping[str, Adapter], module: str) -> int:
+    """Of a module, whichever of the adapters are turned: without the one they share with, others stand alone."""
+    largest, left = 0, {frozenset(adapters)}
+    seen: set[frozenset[str]] = set()
+    while left:
+        names = left.pop()
+        seen.add(names)
+        parts = _parts(adapters, names, module)
+        largest = max(largest, _rank(parts))
+        left |= {names - {part.shared[0][0]} for part in parts if len(part.shared) > 1} - seen
+    return largest

@@ -16,8 +16,9 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from ipissa.adapter.checkpoint import Adapter, AnyAdapter
+from ipissa.adapter.stored import is_packed
 from ipissa.adapter.vector import VectorAdapter
-from ipissa.errors import BaseModelMismatchError
+from ipissa.errors import BaseModelMismatchError, ConfigError
 
 # Quantising a weight to four bits moves what it makes of an input direction by up to a tenth, and of its leading
 # singular vectors by a few per cent; another model's weight has nothing to do with them (residual about 1.4).
@@ -69,7 +70,22 @@ def weights_digest(model: nn.Module) -> str:
 def block_names(model: PreTrainedModel) -> list[str]:
     """Full module names of the decoder blocks, by index."""
     name_of: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
-    return [name_of[block] for block in model.get_decoder().layers]
+    return [name_of[block] for block in blocks_of(model)]
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder blocks, by index.
+
+    Raises:
+        ConfigError: the architecture keeps them where ipissa does not look.
+    """
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:
+        raise ConfigError(
+            f"Models of type {model.config.model_type!r} have no decoder.layers, where ipissa looks for blocks; "
+            "use a model that has them, as Llama, Qwen, Gemma and Mistral do."
+        )
+    return list(layers)
 
 
 def check_base(model: PreTrainedModel, adapter: AnyAdapter) -> None:
@@ -90,7 +106,7 @@ def check_base(model: PreTrainedModel, adapter: AnyAdapter) -> None:
 def check_base_files(source: str, adapter: Adapter) -> None:
     """`check_base` for a model that another engine runs, from its files: a folder, or a hub id that is in the cache.
 
-    Weights that are stored otherwise than as plain safetensors cannot be compared; their shapes are.
+    Weights that are packed, or stored otherwise than as safetensors, cannot be compared; their shapes are.
     """
     _check_shape(_fingerprint(AutoConfig.from_pretrained(source).get_text_config()), adapter)
     with _stored_tensors(source) as stored:
@@ -107,7 +123,10 @@ def check_base_files(source: str, adapter: Adapter) -> None:
             factors = adapter.modules[name]
             k = min(8, factors.S.numel())
             expected = factors.U[:, :k] * factors.S[:k]
-            difference = weights[name][:].float() @ factors.V[:, :k] - expected
+            weight = weights[name][:]
+            if is_packed(weight):
+                continue
+            difference = weight.float() @ factors.V[:, :k] - expected
             _check_residual(float(difference.norm() / expected.norm()), adapter, name)
 
 
@@ -182,7 +201,13 @@ def _named(model: PreTrainedModel, name: str, adapter: AnyAdapter, does: str) ->
 def find_added_to(model: PreTrainedModel, name: str, adapter: VectorAdapter) -> nn.Module:
     """The block or linear layer `name` of `model`, if the adapter's direction fits its output."""
     module = _named(model, name, adapter, "adds to")
-    width = getattr(module, "out_features", _text_config(model).hidden_size)
+    width = getattr(module, "out_features", None)
+    if width is None and module not in blocks_of(model):
+        raise BaseModelMismatchError(
+            f"The adapter {adapter.name!r} adds to {name!r}, which is neither a decoder block nor a linear layer "
+            "of this model; load the base model it was made for, or make the vector for one of those."
+        )
+    width = width or _text_config(model).hidden_size
     if adapter.modules[name].shape != (width,):
         raise BaseModelMismatchError(
             f"The adapter {adapter.name!r} adds {adapter.modules[name].numel()} numbers to {name}, whose output has "
@@ -208,15 +233,16 @@ def find_linear(model: PreTrainedModel, name: str, adapter: Adapter) -> nn.Linea
 def _residual(module: nn.Module, adapter: Adapter, name: str) -> float:
     """‖W V - U S‖ / ‖S‖ over the leading singular triples, through the layer's own forward.
 
-    Running the layer instead of reading its weight covers every way of storing the weight.
+    Running the layer instead of reading its weight covers every way of storing the weight; without its hooks, which
+    may steer it already.
     """
     factors = adapter.modules[name]
     k = min(8, factors.S.numel())
     reference = next(module.parameters())
-    dtype = reference.dtype if reference.is_floating_point() else torch.get_default_dtype()
+    dtype = torch.get_default_dtype() if is_packed(reference) else reference.dtype
     inputs = factors.V[:, :k].T.to(reference.device, dtype)  # (k, d_in)
     bias = getattr(module, "bias", None)
-    outputs = module(inputs).float() - (0 if bias is None else bias.float())
+    outputs = module.forward(inputs).float() - (0 if bias is None else bias.float())
     expected = (factors.U[:, :k] * factors.S[:k]).T.to(outputs)
     return float((outputs - expected).norm() / factors.S[:k].norm())
 

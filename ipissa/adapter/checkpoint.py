@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from dataclasses import asdict, dataclass, replace
@@ -22,8 +23,8 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from ipissa.adapter.config import DIRECTIONS, one_of
@@ -59,6 +60,10 @@ class AdapterConfig:
         one_of(self.directions, DIRECTIONS, name="directions")
         if not isinstance(self.rank, int) or not isinstance(self.max_rotation, int | float):
             raise ConfigError(f"rank {self.rank!r} and max_rotation {self.max_rotation!r} are not numbers.")
+        if not 0 < self.max_rotation < math.inf:
+            raise ConfigError(f"max_rotation {self.max_rotation} is no limit.")
+        if not isinstance(self.rotate_v, bool) or not isinstance(self.rotate_u, bool):
+            raise ConfigError(f"rotate_v {self.rotate_v!r} and rotate_u {self.rotate_u!r} are not true or false.")
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,13 @@ class Adapter(Described):
 
     config: AdapterConfig
     modules: dict[str, ModuleFactors]
+
+    def __post_init__(self) -> None:
+        for module, factors in self.modules.items():
+            for side, rotates in (("v", self.config.rotate_v), ("u", self.config.rotate_u)):
+                rotation: Tensor | None = getattr(factors, f"rotation_{side}")
+                if not rotates and rotation is not None and rotation.any():
+                    raise ConfigError(f"{module}.rotation_{side} turns, although rotate_{side} is off in the config.")
 
     def tensors(self) -> dict[str, Tensor]:
         """By the names they have in the file."""
@@ -125,28 +137,18 @@ def save_adapter(adapter: Kind, path: str | os.PathLike[str]) -> Kind:
     path = Path(path)
     tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in adapter.tensors().items()}
     try:
-        evaluation = json.dumps(adapter.evaluation, allow_nan=False)
+        metadata = metadata_of(adapter)
     except ValueError as error:
         raise AdapterFileError(
             f"{path} was not written: a number of its evaluation is not finite ({error}), which no reader takes."
         ) from error
-    metadata = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "kind": adapter.kind,
-        "config": json.dumps(asdict(adapter.config)),
-        "base_model": json.dumps(adapter.base_model),
-        "trait": json.dumps(adapter.trait),
-        "alpha_range": json.dumps(list(adapter.alpha_range)),
-        "evaluation": evaluation,
-        "license": adapter.license,
-    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         try:
             save_file(tensors, temporary, metadata=metadata)
+            digest = hashlib.sha256(Path(temporary).read_bytes()).hexdigest()
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
@@ -156,7 +158,26 @@ def save_adapter(adapter: Kind, path: str | os.PathLike[str]) -> Kind:
         raise AdapterFileError(
             f"{path} cannot be written ({error}); make room there or choose another path."
         ) from error
-    return replace(adapter, digest=_sha256(path))
+    return replace(adapter, digest=digest)
+
+
+def metadata_of(adapter: AnyAdapter) -> dict[str, str]:
+    """What a file says of the adapter beside its tensors.
+
+    Raises:
+        ValueError: a figure of the evaluation is not finite.
+    """
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "kind": adapter.kind,
+        "config": json.dumps(asdict(adapter.config)),
+        "base_model": json.dumps(adapter.base_model),
+        "trait": json.dumps(adapter.trait),
+        "alpha_range": json.dumps(list(adapter.alpha_range)),
+        "evaluation": json.dumps(adapter.evaluation, allow_nan=False),
+        "license": adapter.license,
+    }
 
 
 def load_innerpissa(path: str | os.PathLike[str]) -> Adapter:
@@ -188,22 +209,43 @@ def load_adapter(path: str | os.PathLike[str]) -> AnyAdapter:
     if not is_file:
         raise AdapterFileError(f"{path} does not exist; check the path of the adapter file.")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            _check_kind(path, metadata)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
+        # Read once and kept apart from the file: what steers is what the digest names, whatever the file becomes.
+        content = path.read_bytes()
+        tensors = load(content)
+    except (SafetensorError, OSError, KeyError) as error:  # KeyError: of a type that torch lacks
         raise AdapterFileError(
             f"{path} is not a readable safetensors file ({error}); it may be truncated or of another format."
         ) from error
+    return adapter_of(path, _metadata(content), tensors, digest=hashlib.sha256(content).hexdigest())
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file that has been found to be one."""
+    size = int.from_bytes(content[:8], "little")
+    found: dict[str, str] = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
+    return found
+
+
+def adapter_of(
+    path: Path, metadata: dict[str, str], tensors: dict[str, Tensor], *, digest: str | None = None
+) -> AnyAdapter:
+    """The adapter that a file's metadata and tensors make, checked; `path` is what errors name.
+
+    Raises:
+        AdapterFileError: as of `load_adapter`.
+    """
+    _check_kind(path, metadata)
     config, fields = _read_metadata(path, metadata)
     adapter: AnyAdapter
     if isinstance(config, VectorConfig):
-        directions = {module: _take(path, tensors, f"{module}.direction", None) for module in config.modules}
-        adapter = VectorAdapter(modules=directions, digest=_sha256(path), **fields)
+        directions = {module: take(path, tensors, f"{module}.direction", None) for module in config.modules}
+        adapter = VectorAdapter(modules=directions, digest=digest, **fields)
     else:
-        factors = {module: module_factors(path, module, config, tensors) for module in config.modules}
-        adapter = Adapter(config=config, modules=factors, digest=_sha256(path), **fields)
+        factors = {module: _module_factors(path, module, config, tensors) for module in config.modules}
+        try:
+            adapter = Adapter(config=config, modules=factors, digest=digest, **fields)
+        except ConfigError as error:
+            raise AdapterFileError(f"{path}: {error}") from error
     if tensors:
         raise AdapterFileError(f"{path} holds the unexpected tensor {min(tensors)!r}; it was not written by ipissa.")
     return adapter
@@ -231,7 +273,7 @@ def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[AdapterConfig 
             return json.loads(metadata[key], parse_constant=_refuse_constant)
         except KeyError:
             raise AdapterFileError(f"{path} lacks the metadata {key!r}; it was not written by ipissa.") from None
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise AdapterFileError(f"{path} has unreadable JSON in its metadata {key!r}: {error}.") from error
 
     try:
@@ -240,7 +282,7 @@ def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[AdapterConfig 
         low, high = (float(value) for value in read("alpha_range"))
         trait = {str(key): str(value) for key, value in read("trait").items()}
         base_model, evaluation = dict(read("base_model")), dict(read("evaluation"))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         if isinstance(error, AdapterFileError):
             raise
         reason = error if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
@@ -266,57 +308,60 @@ def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[AdapterConfig 
 
 def _check_embeddings(path: Path, found: Any) -> None:
     """None, where a file does not say, or the numbers of `ipissa.adapter.base_model.describe_base`."""
-    if found is not None and not (isinstance(found, list) and all(isinstance(each, int | float) for each in found)):
+    if found is not None and not (isinstance(found, list) and all(_is_number(each) for each in found)):
         raise AdapterFileError(f"{path} has embeddings in its base_model metadata that are no list of numbers.")
+
+
+def _is_number(value: Any) -> bool:
+    """One that float32 holds: JSON knows larger ones, and reads 1e999 as infinite."""
+    return isinstance(value, int | float) and abs(value) <= torch.finfo(torch.float32).max
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number that JSON knows")
 
 
-def module_factors(path: Path, module: str, config: AdapterConfig, tensors: dict[str, Tensor]) -> ModuleFactors:
-    """Take one module's tensors, named as in the file at `path`, out of `tensors`, checked.
+def _module_factors(path: Path, module: str, config: AdapterConfig, tensors: dict[str, Tensor]) -> ModuleFactors:
+    """Take one module's tensors, named as in the file at `path`, out of `tensors`, checked."""
 
-    Raises:
-        AdapterFileError: one is missing, misshapen, not skew or not finite.
-    """
+    def part(name: str, *shape: int | None) -> Tensor:
+        return take(path, tensors, f"{module}.{name}", *shape)
 
-    def take(name: str, *shape: int | None) -> Tensor:
-        return _take(path, tensors, f"{module}.{name}", *shape)
-
-    def take_skew(name: str, r: int) -> Tensor:
-        value = take(name, r, r)
+    def skew_part(name: str, r: int) -> Tensor:
+        value = part(name, r, r)
         if (value + value.T).abs().max() > SKEW_TOLERANCE:
             raise AdapterFileError(f"{path}: {module}.{name} is not skew-symmetric, so it generates no rotation.")
         return value
 
-    s = take("S", None)
+    s = part("S", None)
     r = s.shape[0]
     if not 1 <= r <= config.rank:
         raise AdapterFileError(f"{path}: {module}.S has {r} values where the rank is {config.rank}.")
     return ModuleFactors(
-        U=take("U", None, r),
+        U=part("U", None, r),
         S=s,
-        V=take("V", None, r),
-        rotation_v=take_skew("rotation_v", r),
-        rotation_u=take_skew("rotation_u", r) if config.rotate_u else None,
-        delta_s=take("delta_s", r) if config.scale_mode != "none" else None,
+        V=part("V", None, r),
+        rotation_v=skew_part("rotation_v", r),
+        rotation_u=skew_part("rotation_u", r) if config.rotate_u else None,
+        delta_s=part("delta_s", r) if config.scale_mode != "none" else None,
     )
 
 
-def _take(path: Path, tensors: dict[str, Tensor], key: str, *shape: int | None) -> Tensor:
-    """A tensor of a shape, None for any size, out of `tensors`."""
+def take(path: Path, tensors: dict[str, Tensor], key: str, *shape: int | None) -> Tensor:
+    """A tensor of a shape, None for any size, out of `tensors`, checked.
+
+    Raises:
+        AdapterFileError: it is missing, misshapen, not of floating-point numbers or not finite.
+    """
     if key not in tensors:
         raise AdapterFileError(f"{path} lacks the tensor {key!r}; it is incomplete.")
-    value = tensors.pop(key).float()
+    value = tensors.pop(key)
+    if not value.is_floating_point():
+        raise AdapterFileError(f"{path}: {key!r} holds {value.dtype} where an adapter has floating-point numbers.")
+    value = value.float()
     wanted = tuple(have if want is None else want for want, have in zip(shape, value.shape, strict=False))
     if tuple(value.shape) != wanted or len(wanted) != len(shape):
         raise AdapterFileError(f"{path}: {key!r} has shape {tuple(value.shape)}, expected {wanted}.")
     if not torch.isfinite(value).all():
         raise AdapterFileError(f"{path}: {key!r} holds NaN or infinite values; the adapter is broken.")
     return value
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,14 +10,14 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
-from ipissa.adapter.checkpoint import Adapter, AdapterConfig, ModuleFactors, module_factors
+from ipissa.adapter.checkpoint import Adapter, AdapterConfig, ModuleFactors, adapter_of, metadata_of, take
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.frame import frame_factors, frame_of
 from ipissa.adapter.layer import InnerPissaLayer, dense_weight
@@ -66,7 +66,7 @@ def from_peft_folder(folder: str | os.PathLike[str]) -> Adapter:
     """Read the PEFT form written by `to_peft_folder`, or by PEFT beside an `ipissa.json`, as strictly as a file.
 
     Raises:
-        AdapterFileError: it is not one, or a tensor is missing, misshapen or not finite.
+        AdapterFileError: it is not one, or a tensor is missing, unexpected, misshapen or not finite.
     """
     folder = Path(folder)
     try:
@@ -76,26 +76,48 @@ def from_peft_folder(folder: str | os.PathLike[str]) -> Adapter:
                 f"{folder} holds learnt directions, which are an adapter only together with the base model's weights; "
                 "load it with PEFT and pass the model to from_peft_model."
             )
-        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors = load((folder / "adapter_model.safetensors").read_bytes())  # kept apart from the file
         description = json.loads((folder / DESCRIPTION).read_text())
-        description["alpha_range"] = tuple(description["alpha_range"])
-        parts: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            module, _, name = key.removeprefix(PREFIX).rpartition(".innerpissa_")
-            parts.setdefault(module, {})[name] = value
-        found = {module: _effective(config, each) for module, each in sorted(parts.items(), key=_natural)}
-        adapter_config = _adapter_config(config, found, description.pop("directions", None))
-        modules = {
-            module: module_factors(
-                folder, module, adapter_config, {f"{module}.{name}": t for name, t in factors.tensors().items()}
+        if lacks := {"base_model", "trait", "alpha_range"} - description.keys():
+            raise AdapterFileError(
+                f"{folder / DESCRIPTION} lacks {sorted(lacks)}; every adapter says so much of itself."
             )
-            for module, factors in found.items()
-        }
-        return Adapter(config=adapter_config, modules=modules, **description)
+        found = _take_modules(folder, config, tensors)
+        adapter_config = _adapter_config(config, found, description.pop("directions", None))
+        adapter = Adapter(config=adapter_config, modules=found, **description)
+        return cast(Adapter, adapter_of(folder, metadata_of(adapter), adapter.tensors()))
     except AdapterFileError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise AdapterFileError(f"{folder} is not a PEFT folder of an InnerPiSSA adapter: {error}") from error
+
+
+def _take_modules(folder: Path, config: InnerPissaConfig, tensors: dict[str, Tensor]) -> dict[str, ModuleFactors]:
+    """What PEFT wrote of every module, the tensors that its configuration asks for and no others."""
+    names = [key.removeprefix(PREFIX).rpartition(".innerpissa_")[0] for key in tensors if key.startswith(PREFIX)]
+    found = {module: _take_module(folder, module, config, tensors) for module in sorted(set(names), key=_natural)}
+    if tensors:
+        raise AdapterFileError(
+            f"{folder} holds the tensor {min(tensors)!r}, which its adapter_config.json does not ask for."
+        )
+    return found
+
+
+def _take_module(folder: Path, module: str, config: InnerPissaConfig, tensors: dict[str, Tensor]) -> ModuleFactors:
+    def part(name: str, *shape: int | None) -> Tensor:
+        return take(folder, tensors, f"{PREFIX}{module}.innerpissa_{name}", *shape)
+
+    s = part("S", None)
+    r = s.shape[0]
+    parts = {
+        "U": part("U", None, r),
+        "S": s,
+        "V": part("V", None, r),
+        "p_v": part("p_v", r, r) if config.rotate_v else None,
+        "p_u": part("p_u", r, r) if config.rotate_u else None,
+        "d": part("d", r) if config.scale_mode != "none" else None,
+    }
+    return _effective(config, parts)
 
 
 def to_peft_folder(adapter: Adapter, output_dir: str | os.PathLike[str]) -> Path:
@@ -166,5 +188,5 @@ def _adapter_config(
     )
 
 
-def _natural(item: tuple[str, Any]) -> list[tuple[bool, int, str]]:
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in item[0].split(".")]
+def _natural(module: str) -> list[tuple[bool, int, str]]:
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in module.split(".")]

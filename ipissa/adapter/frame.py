@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ipissa.adapter.stored import is_packed
+
 # How many times as far a frame moves as an entry of a dense generator does, per step of Adam: with it one
 # learning rate suits both. Divided by sqrt(d_in), so that it suits every width.
 GAIN = 20.0
@@ -69,9 +71,9 @@ def images(linear: nn.Linear, weight: Tensor, directions: Tensor) -> Tensor:
 
     `weight` is the layer's; a quantised one is asked what it makes of the directions.
     """
-    if weight.is_floating_point():
+    if not is_packed(weight):
         return _Images.apply(directions, weight)
-    found = linear(directions.mT)
+    found = linear.forward(directions.mT)
     return (found if linear.bias is None else found - linear.bias).mT.float()
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.delta import delta_core
 from ipissa.adapter.frame import frame_core, frame_of, images, initial_frame
+from ipissa.adapter.stored import is_packed
+from ipissa.errors import AlphaError
 from ipissa.rotation import CLAMPS, skew
 
 
@@ -152,15 +154,23 @@ class InnerPissaLayer(BaseTunerLayer):
         return result
 
     def delta(self, x: Tensor, adapter_name: str) -> Tensor:
-        """x V core(α) Uᵀ with one α per row; x (batch, tokens, d_in) -> (batch, tokens, d_out)."""
+        """x V core(α) Uᵀ with one α per row; x (batch, tokens, d_in) -> (batch, tokens, d_out).
+
+        A mixture of experts gives (tokens, d_in), which has no rows: one α is for all of them.
+        """
         u, v = self.outer_factors(adapter_name)
         alpha = torch.as_tensor(self.alpha, dtype=u.dtype, device=u.device).reshape(-1)
+        if alpha.numel() > 1 and x.dim() == 2:
+            raise AlphaError(
+                f"{alpha.numel()} α are set, but a layer of {x.shape[1]} inputs is given {len(x)} tokens without their "
+                "rows, as those of a mixture of experts are; adapt other modules, or set one α."
+            )
         if alpha.numel() > 1 and alpha.numel() != x.shape[0]:
             raise ValueError(f"{alpha.numel()} α are set for a batch of {x.shape[0]} rows; set one per row.")
         # Few distinct α share the rows of a batch: solve once for each and gather.
         distinct, row = torch.unique(alpha, return_inverse=True)
         core = self.core(adapter_name, distinct)[row]  # (batch or 1, r, r)
-        return (x.to(v.dtype) @ v) @ core @ u.mT
+        return (x.to(v.dtype) @ v) @ (core[0] if x.dim() == 2 else core) @ u.mT
 
 
 class Linear(nn.Module, InnerPissaLayer):
@@ -208,12 +218,12 @@ def dense_weight(linear: nn.Linear) -> Tensor:
     """The weight (d_out, d_in) in float32, whatever a layer stores it as.
 
     Quantised layers are asked what they do to each input direction: some repack their weights when they
-    first run, after which dequantising what is stored gives another matrix.
+    first run, after which dequantising what is stored gives another matrix. Hooks are no part of the weight.
     """
-    if linear.weight.is_floating_point():
+    if not is_packed(linear.weight):
         return linear.weight.detach().float()
     identity = torch.eye(linear.in_features, device=linear.weight.device)
-    columns = linear(identity) - (0 if linear.bias is None else linear.bias)
+    columns = linear.forward(identity) - (0 if linear.bias is None else linear.bias)
     return columns.T.float()
 
 

@@ -9,19 +9,20 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ipissa.adapter.base_model import check_base, find_linear
-from ipissa.adapter.checkpoint import Adapter, ModuleFactors
+from ipissa.adapter.checkpoint import Adapter, AnyAdapter, ModuleFactors
 from ipissa.adapter.config import one_of
 from ipissa.adapter.delta import delta_core
+from ipissa.adapter.stored import is_packed
 from ipissa.errors import AlphaError, ConfigError
 from ipissa.models import DTYPES
 
@@ -43,14 +44,15 @@ def lora_factors(adapter: Adapter, module: str, alpha: float) -> tuple[Tensor, T
     return factors.V.mT.contiguous(), factors.U @ core.mT
 
 
-def to_lora(adapter: Adapter, *, alpha: float, output_dir: str | os.PathLike[str], dtype: str = "float32") -> Path:
+def to_lora(adapter: AnyAdapter, *, alpha: float, output_dir: str | os.PathLike[str], dtype: str = "float32") -> Path:
     """Write the adapter at one α as a PEFT LoRA folder that any LoRA-serving engine loads.
 
     Raises:
         AlphaError: α is not finite.
-        ConfigError: `output_dir` already holds something else, or `dtype` is unknown.
+        ConfigError: `output_dir` already holds something else, `dtype` is unknown, or the adapter is a vector.
     """
     one_of(dtype, DTYPES, name="dtype")
+    adapter = turning(adapter)
     tensors: dict[str, Tensor] = {}
     for module in adapter.modules:
         a, b = lora_factors(adapter, module, alpha)
@@ -89,22 +91,52 @@ def write_lora(folder: Path, tensors: dict[str, Tensor], ranks: dict[str, int], 
 
 
 @torch.no_grad()
-def merge(model: PreTrainedModel, adapter: Adapter, *, alpha: float) -> PreTrainedModel:
-    """Replace every adapted weight of `model` by W + ΔW(α), in place; returns the model."""
+def merge(model: PreTrainedModel, adapter: AnyAdapter, *, alpha: float) -> PreTrainedModel:
+    """Replace every adapted weight of `model` by W + ΔW(α), in place; returns the model.
+
+    Raises:
+        ConfigError: the adapter is a vector, or a weight is packed, or another module's too, as tied embeddings are.
+    """
+    adapter = turning(adapter)
     check_base(model, adapter)
     _finite(alpha)
     layers = {name: find_linear(model, name, adapter) for name in adapter.modules}  # all, before any is changed
-    quantised = [name for name, layer in layers.items() if not layer.weight.is_floating_point()]
-    if quantised:
-        raise ConfigError(
-            f"{quantised[0]} holds {layers[quantised[0]].weight.dtype}, which nothing can be added to; load the model "
-            "in float32, bfloat16 or float16 to merge."
-        )
+    check_mergeable(model, layers)
     for name, layer in layers.items():
         weight = layer.weight
         a, b = lora_factors(adapter, name, alpha)
         weight.copy_((weight.double() + (b @ a).to(weight.device)).to(weight.dtype))
     return model
+
+
+def check_mergeable(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+    """Raise `ConfigError` unless each of these layers has numbers to add to, which no other module reads."""
+    for name, layer in layers.items():
+        if is_packed(layer.weight):
+            raise ConfigError(
+                f"{name} holds {layer.weight.dtype}, which nothing can be added to; load the model in float32, "
+                "bfloat16 or float16 to merge."
+            )
+        for other, module in model.named_modules():
+            if module is not layer and any(weight is layer.weight for weight in module._parameters.values()):
+                raise ConfigError(
+                    f"The weight of {name} is that of {other} too, which merging would change as well; attach the "
+                    "adapter or export it as a LoRA instead."
+                )
+
+
+def turning(adapter: AnyAdapter, name: str | None = None) -> Adapter:
+    """The adapter, if it changes weights.
+
+    Raises:
+        ConfigError: it is a vector, which adds to a module's output whatever its input.
+    """
+    if not isinstance(adapter, Adapter):
+        raise ConfigError(
+            f"The adapter {name or adapter.name!r} is of kind {adapter.kind!r}, which no LoRA can do; serve it with "
+            "--engine torch."
+        )
+    return adapter
 
 
 @contextmanager
@@ -124,9 +156,13 @@ def new_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _finite(alpha: float) -> float:
-    if not torch.isfinite(torch.tensor(float(alpha))):
+    try:
+        value = float(alpha)
+    except (TypeError, OverflowError):
+        raise AlphaError(f"alpha {str(alpha)[:20]} is not a finite number.") from None
+    if not torch.isfinite(torch.tensor(value)):
         raise AlphaError(f"alpha {alpha} is not a finite number.")
-    return float(alpha)
+    return value
 
 
 def _double(factors: ModuleFactors) -> ModuleFactors:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ipissa.adapter.config import PEFT_TYPE, InnerPissaConfig
 from ipissa.adapter.layer import InnerPissaLayer, Linear
+from ipissa.adapter.lora import check_mergeable
 
 # The residual writers: the two projections of a block that add to the residual stream.
 RESIDUAL_WRITERS = ["o_proj", "down_proj"]
@@ -53,6 +54,10 @@ class InnerPissaModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def _check_merge_allowed(self) -> None:
+        layers = {name: each for name, each in self.model.named_modules() if isinstance(each, InnerPissaLayer)}
+        check_mergeable(self.model, {name: layer.base_linear() for name, layer in layers.items()})
 
 
 @contextmanager
