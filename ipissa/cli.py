@@ -1,4 +1,4 @@
-"""`ipissa`: choose words, train, sweep, evaluate, inspect, import, export and serve."""
+"""`ipissa`: choose words, train, sweep, calibrate, evaluate, inspect, import, export and serve."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ipissa.adapter.control_vector import read_control_vector
 from ipissa.adapter.convert import to_peft_folder
 from ipissa.adapter.lora import merge, new_folder
 from ipissa.cli_errors import assignments, run_cli
+from ipissa.data.continuations import MIN_TOKENS
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts, spread
 from ipissa.errors import ConfigError
@@ -20,10 +21,12 @@ from ipissa.evaluate.cli import app as evaluation
 from ipissa.models import DEMO_MODEL, load_model
 from ipissa.train import TrainConfig
 from ipissa.train import train as run_training
+from ipissa.train.calibration import PROMPTS
 from ipissa.train.card import describe
 from ipissa.train.config import OPTIONS, read_settings
 from ipissa.train.presets import preset_settings
 from ipissa.train.processes import is_first
+from ipissa.train.recalibrate import CalibrationSettings, recalibrate
 from ipissa.train.run_folder import check_unfinished
 from ipissa.train.sweep import read_grid, run_sweep
 from ipissa.train.words import HEADER, compare_words, split_pair
@@ -141,6 +144,29 @@ def sweep(
     results = run_sweep(read_grid(grid), output, run_training)
     typer.echo((output / "summary.csv").read_text(encoding="utf-8"))
     typer.echo(f"Wrote {results}.")
+
+
+@app.command()
+def calibrate(
+    adapter: AdapterOption,
+    output: Annotated[Path, typer.Option(help="The .safetensors file to write, which may be the same; its card, too.")],
+    model: Annotated[str | None, typer.Option(help="Base model. Default: the one the adapter names.")] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Text file, one prompt per line. Default: those of its training, or bundled.")
+    ] = None,
+    held_out: Annotated[int, typer.Option(help="Held-out prompts to answer at every α, at most.", min=2)] = PROMPTS,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Length of an answer. Default: that of its training, or 32.", min=MIN_TOKENS)
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the answers. Default: that of its training.", min=0)] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="fast, float32 or bfloat16.")] = "fast",
+) -> None:
+    """Read the range of α in which text holds together: of imported vectors, too, which come without."""
+    settings = CalibrationSettings(model, prompts, held_out, max_new_tokens, seed, device, dtype)
+    found = recalibrate(adapter, output, settings)
+    typer.echo(describe(found))
+    typer.echo(f"Wrote {output} and {output.with_suffix('.md')}.")
 
 
 @app.command()

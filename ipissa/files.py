@@ -1,9 +1,10 @@
-"""Write files whole or not at all."""
+"""Write files whole or not at all, and refuse early what cannot be written."""
 
 from __future__ import annotations
 
 import csv
 import io
+import os
 import pickle
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,22 @@ from ipissa.errors import ConfigError
 # What writers raise where there is no room: Python's own, torch's, safetensors'.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 READ_ERRORS = (OSError, RuntimeError, EOFError, pickle.UnpicklingError)  # of torch.load, where a file is cut off
+
+
+def checked_output(output: str | os.PathLike[str]) -> Path:
+    """The adapter file to write, refused before hours of work rather than after."""
+    path = Path(output)
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"output {str(path)!r} does not end in .safetensors; name the file to write.")
+    if path.is_dir():
+        raise ConfigError(f"output {str(path)!r} is a folder; name the file to write.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output {str(path)!r} cannot be written: {error}.") from error
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"output {str(path)!r} cannot be written: no permission in {path.parent}.")
+    return path
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:

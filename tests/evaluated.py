@@ -28,7 +28,7 @@ ASKED = [f"{value}-{n}" for value, numbers in {
 ALPHAS = 4
 
 
-def _gentle(adapter: Adapter) -> Adapter:
+def gentle(adapter: Adapter) -> Adapter:
     modules = {
         name: replace(factors, rotation_v=0.1 * factors.rotation_v, delta_s=0.1 * factors.delta_s)
         for name, factors in adapter.modules.items()
@@ -47,7 +47,7 @@ def home(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 model.lm_head.weight[token] *= 8
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
-    save_adapter(_gentle(random_adapter(model, suffixes=("o_proj",), seed=7)), folder / "honest.safetensors")
+    save_adapter(gentle(random_adapter(model, suffixes=("o_proj",), seed=7)), folder / "honest.safetensors")
     (folder / "prompts.txt").write_text("\n".join(f"Tell me about the number {i}." for i in range(8)))
     bundled = files("ipissa.data").joinpath("items.jsonl").read_text(encoding="utf-8").splitlines()
     some = [line for line in bundled if json.loads(line)["dilemma"] in ASKED]

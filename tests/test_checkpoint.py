@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ipissa.adapter import Adapter, load_adapter, save_adapter
-from ipissa.adapter.checkpoint import _read_metadata
+from ipissa.adapter.checkpoint import _read_metadata, metadata_of
 from ipissa.adapter.convert import from_peft_folder, to_peft_folder
 from ipissa.errors import AdapterFileError, ConfigError
 
@@ -97,6 +97,17 @@ def test_the_digest_is_that_of_the_bytes_that_were_read(path: Path, monkeypatch:
     assert load_adapter(path).digest == hashlib.sha256(whole).hexdigest()
 
 
+def test_one_adapter_has_one_digest(adapter: Adapter, path: Path, tmp_path: Path) -> None:
+    digests = {save_adapter(load_adapter(path), tmp_path / f"{n}.safetensors").digest for n in range(8)}
+    assert digests == {load_adapter(path).digest, hashlib.sha256(path.read_bytes()).hexdigest()}
+    data = path.read_bytes()
+    assert int.from_bytes(data[:8], "little") % 8 == 0
+    with safe_open(path, framework="pt") as file:  # whom the format belongs to reads it all the same
+        assert file.metadata() == metadata_of(adapter)
+        for name, value in adapter.tensors().items():
+            assert torch.equal(file.get_tensor(name), value)
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     adapter: Adapter, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -105,7 +116,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("ipissa.adapter.checkpoint.save_file", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(AdapterFileError, match=r"No space left on device.*make room"):
         save_adapter(adapter, path)
     assert path.read_bytes() == before

@@ -92,7 +92,7 @@ def test_response_and_preference_equal_their_definition(
 def test_the_shift_per_token_is_the_total_variation_of_what_was_written(steered: Any, tokenizer: Any) -> None:
     prompts = ["Hello there", "Why?"]
     sampling = Sampling(max_new_tokens=5)
-    found = calibrate(steered, tokenizer, TRAIT, prompts, seed=0, sampling=sampling, grid=(0.05, 0.1))
+    found = calibrate(steered, tokenizer, prompts, seed=0, sampling=sampling, grid=(0.05, 0.1))
     by_alpha = {point.alpha: point.variation for point in found.points}
     assert by_alpha[0.0] == 0
     assert 0 < by_alpha[0.05] < by_alpha[0.1] < 1
@@ -250,7 +250,7 @@ def test_t_is_that_of_a_one_sample_test() -> None:
 def test_the_range_ends_before_the_first_alpha_at_which_text_falls_apart(steered: Any, tokenizer: Any) -> None:
     """Every grid point is read again here, and judged by the documented limits."""
     prompts, sampling, grid = ["Hello there", "Why?"], Sampling(max_new_tokens=5), (4.0, 0.05, 8.0)
-    found = calibrate(steered, tokenizer, TRAIT, prompts, seed=0, sampling=sampling, grid=grid)
+    found = calibrate(steered, tokenizer, prompts, seed=0, sampling=sampling, grid=grid)
     assert (found.low, found.high) == (-0.05, 0.05)
     assert [point.alpha for point in found.points] == [-4.0, -0.05, 0.0, 0.05, 4.0]  # 8 needs no reading
     assert [point.holds for point in found.points] == [False, True, True, True, False]
@@ -265,7 +265,7 @@ def test_the_range_ends_before_the_first_alpha_at_which_text_falls_apart(steered
 def test_text_is_read_by_what_might_have_been_drawn_at_every_token(steered: Any, tokenizer: Any) -> None:
     """A slower reading: each answer alone, the nucleus by sorting, one token after the other."""
     prompts, sampling = ["Hello there", "Why?"], Sampling(max_new_tokens=6, temperature=0.7, top_p=0.6)
-    found = calibrate(steered, tokenizer, TRAIT, prompts, seed=3, sampling=sampling, grid=(0.1,))
+    found = calibrate(steered, tokenizer, prompts, seed=3, sampling=sampling, grid=(0.1,))
     contexts = [chat_ids(tokenizer, TRAIT.messages(prompt, None)) for prompt in prompts]
 
     def predictions(context: list[int], answer: list[int], alpha: float) -> torch.Tensor:
@@ -305,7 +305,7 @@ def test_a_range_ends_where_nothing_can_be_drawn(
         return np.ones(2), np.zeros(2), np.ones(2), np.ones(2)
 
     monkeypatch.setattr(calibration, "_read_draw", read)
-    found = calibrate(steered, tokenizer, TRAIT, ["Why?"], seed=0, sampling=Sampling(), grid=(0.5, 1.0, 2.0))
+    found = calibrate(steered, tokenizer, ["Why?"], seed=0, sampling=Sampling(), grid=(0.5, 1.0, 2.0))
     assert (found.low, found.high) == (-2.0, 0.5)
     assert [point.alpha for point in found.points] == [-2.0, -1.0, -0.5, 0.0, 0.5]
     assert "The range ends before α = +1: What the model predicts is not finite." in caplog.text
@@ -322,7 +322,7 @@ def test_a_model_whose_predictions_are_not_finite_writes_nothing(steered: Any, t
 
 def test_text_that_falls_apart_at_once_is_no_adapter(steered: Any, tokenizer: Any) -> None:
     with pytest.raises(TrainingError, match=r"falls apart already at \|α\| = 6"):
-        calibrate(steered, tokenizer, TRAIT, ["Why?"], seed=0, sampling=Sampling(max_new_tokens=5), grid=(6.0,))
+        calibrate(steered, tokenizer, ["Why?"], seed=0, sampling=Sampling(max_new_tokens=5), grid=(6.0,))
 
 
 def test_repetition_lowers_the_distinct_share() -> None:

@@ -20,11 +20,11 @@ from ipissa.data.continuations import Continuation, Sampling, sample_continuatio
 from ipissa.data.personas import Trait
 from ipissa.errors import ConfigError, TrainingError
 from ipissa.evaluate.baselines.tuners import TUNERS, lora_like
+from ipissa.files import checked_output
 from ipissa.train import TrainConfig
 from ipissa.train.fit import CHECKPOINTS, FITTED, History, fit, hold_back, newest_checkpoint
 from ipissa.train.objectives.base import WeightedSum
 from ipissa.train.objectives.distill import Distillation, Target, build_targets, distillation_loss, pole_weights
-from ipissa.train.trainer import checked_output
 
 TRAIT = Trait.from_words("kind", "angry")
 

@@ -18,7 +18,6 @@ import yaml
 from conftest import KillAt, KilledError, difference
 from transformers import AutoModelForCausalLM
 
-from ipissa.adapter import checkpoint
 from ipissa.errors import AdapterFileError, ConfigError, TrainingError
 from ipissa.models import load_model
 from ipissa.train import TrainConfig, answers, train, trainer
@@ -186,7 +185,7 @@ def test_a_full_disk_at_the_end_loses_nothing(
 
     output = tmp_path / "kind.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(AdapterFileError, match=r"No space left on device.*make room"):
             train(config, output)
     assert [path.name for path in tmp_path.glob("*kind*")] == ["kind.run"]

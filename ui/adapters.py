@@ -17,7 +17,7 @@ def describe_adapter(about: dict[str, Any]) -> str:
     facts = {
         "α = +1": f"{trait['positive']} person",
         "α = -1": f"{trait['negative']} person",
-        "calibrated range": f"{low:+g} to {high:+g}, where generated text was measured to hold together",
+        "range of the dial": f"{low:+g} to {high:+g}, {_read_from(about['evaluation'])}",
         "the server takes": f"-{about['max_alpha']:g} to +{about['max_alpha']:g}",
         "base model": about["base_model"].get("name", about["parent"]),
         "adapted": _adapted(about["kind"], about["config"]),
@@ -26,6 +26,12 @@ def describe_adapter(about: dict[str, Any]) -> str:
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return f"### {about['id']}\n\n| | |\n|-|-|\n{table}\n\n{_yardsticks(about['evaluation'])}"
+
+
+def _read_from(evaluation: dict[str, Any] | None) -> str:
+    if "calibration" in (evaluation or {}):
+        return "where generated text was measured to hold together"
+    return "not known to be read from text; `ipissa calibrate` reads it"
 
 
 def _adapted(kind: str, config: dict[str, Any]) -> str:

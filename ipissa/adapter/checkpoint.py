@@ -24,7 +24,7 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
 from ipissa.adapter.config import DIRECTIONS, one_of
@@ -125,7 +125,7 @@ class Adapter(Described):
 
 
 AnyAdapter = Adapter | VectorAdapter
-Kind = TypeVar("Kind", Adapter, VectorAdapter)
+Kind = TypeVar("Kind", bound=AnyAdapter)
 
 
 def save_adapter(adapter: Kind, path: str | os.PathLike[str]) -> Kind:
@@ -142,13 +142,13 @@ def save_adapter(adapter: Kind, path: str | os.PathLike[str]) -> Kind:
         raise AdapterFileError(
             f"{path} was not written: a number of its evaluation is not finite ({error}), which no reader takes."
         ) from error
+    data = _in_order(save(tensors, metadata=metadata))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
         try:
-            save_file(tensors, temporary, metadata=metadata)
-            digest = hashlib.sha256(Path(temporary).read_bytes()).hexdigest()
+            Path(temporary).write_bytes(data)
             os.chmod(temporary, 0o644)
             os.replace(temporary, path)
         except BaseException:
@@ -158,7 +158,17 @@ def save_adapter(adapter: Kind, path: str | os.PathLike[str]) -> Kind:
         raise AdapterFileError(
             f"{path} cannot be written ({error}); make room there or choose another path."
         ) from error
-    return replace(adapter, digest=digest)
+    return replace(adapter, digest=hashlib.sha256(data).hexdigest())
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the writer's order is random, and so would a digest be."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin aligned, as the format has it
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def metadata_of(adapter: AnyAdapter) -> dict[str, str]:

@@ -18,6 +18,11 @@ class Described:
     digest: str | None = None  # sha256 of the file, set when read or written
 
     @property
+    def calibrated(self) -> bool:
+        """Whether the file says from which text `alpha_range` was read."""
+        return "calibration" in self.evaluation
+
+    @property
     def name(self) -> str:
         """What to call the adapter when the user gives no name: the positive pole's words."""
         return self.trait["positive"].removeprefix("an ").removeprefix("a ")

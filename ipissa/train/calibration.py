@@ -19,15 +19,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from ipissa.adapter.described import Described
 from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Sampling, generate_ids, seeded
-from ipissa.data.personas import Trait
 from ipissa.errors import NotFiniteError, TrainingError
 from ipissa.evaluate.held_out import LEAST_LOGPROB
 from ipissa.sequences import continuation_logprobs, pad_batch
@@ -40,6 +40,12 @@ MIN_DISTINCT = 0.9
 MAX_VARIATION = 0.5
 NGRAM = 3
 DRAWS_AT_ZERO = 4  # answers per prompt
+A = TypeVar("A", bound=Described)
+PROMPTS = 24  # answered at every α
+REMEDY_OF_TRAINING = (
+    "use a lower --lr (with --resume, which keeps the sampled texts), or more --continuations (after removing the "
+    "run's folder)"
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,7 @@ class Calibration:
     high: float
     points: list[CalibrationPoint]
     prompts: int  # answered at every α
+    sampling: Sampling  # how they were answered
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -71,20 +78,23 @@ class Calibration:
 def calibrate(
     steered: SteeredModel,
     tokenizer: Any,
-    trait: Trait,
     prompts: Sequence[str],
     *,
     sampling: Sampling,
     seed: int,
     grid: Sequence[float] = GRID,
+    remedy: str = REMEDY_OF_TRAINING,
 ) -> Calibration:
-    """Sweep α over ±grid on `prompts`.
+    """Sweep α over ±grid on `prompts`, which are asked as a user without a persona asks.
+
+    Args:
+        remedy: What to do where there is no range.
 
     Raises:
         TrainingError: text falls apart at the smallest |α| of the grid, on either side.
         NotFiniteError: what the base model predicts is not finite.
     """
-    contexts = [chat_ids(tokenizer, trait.messages(prompt, None)) for prompt in prompts]
+    contexts = [chat_ids(tokenizer, [{"role": "user", "content": prompt}]) for prompt in prompts]
     with tqdm(total=1 + 2 * len(grid), desc="calibration", unit="α") as bar:
 
         def read(alpha: float) -> CalibrationPoint | None:
@@ -103,11 +113,15 @@ def calibrate(
         above = _walk(read(size) for size in sorted(grid))
     low, high = _end_of_range(below), _end_of_range(above)
     if not low < 0 < high:
-        raise TrainingError(
-            f"Text falls apart already at |α| = {min(grid)}; use a lower --lr (with --resume, which keeps the sampled "
-            "texts), or more --continuations (after removing the run's folder)."
-        )
-    return Calibration(low, high, points=[*reversed(below), at_zero, *above], prompts=len(prompts))
+        raise TrainingError(f"Text falls apart already at |α| = {min(grid)}; {remedy}.")
+    points = [*reversed(below), at_zero, *above]
+    return Calibration(low, high, points=points, prompts=len(prompts), sampling=sampling)
+
+
+def with_range(adapter: A, calibration: Calibration) -> A:
+    """The adapter with the range that was found, and what that was read from."""
+    evaluation = adapter.evaluation | {"calibration": calibration.to_dict()}
+    return replace(adapter, alpha_range=(calibration.low, calibration.high), evaluation=evaluation, digest=None)
 
 
 def _walk(outwards: Iterable[CalibrationPoint | None]) -> list[CalibrationPoint]:

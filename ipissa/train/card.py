@@ -11,7 +11,8 @@ from typing import Any
 
 from ipissa.adapter.checkpoint import Adapter, AnyAdapter
 from ipissa.data.personas import TEMPLATE
-from ipissa.evaluate.yardsticks import ResponsePoint, response_symmetry
+from ipissa.errors import ConfigError
+from ipissa.evaluate.yardsticks import ResponsePoint, Yardsticks, response_symmetry
 from ipissa.files import write_text
 from ipissa.train.calibration import DRAWS_AT_ZERO, MAX_EXCESS_NATS, MAX_VARIATION, MIN_DISTINCT
 from ipissa.train.config import OPTIONS, TrainConfig
@@ -19,6 +20,8 @@ from ipissa.train.result import TrainResult
 from ipissa.train.samples import samples_table
 
 GAIN_AIMED_AT = 0.6
+DIGEST = "sha256"
+MADE = "## How it was made"
 # Options whose values are always worth showing in the training command.
 ALWAYS_SHOWN = ("positive", "negative", "model", "selection", "rank", "lr", "epochs")  # defaults change
 
@@ -28,14 +31,56 @@ def write_card(result: TrainResult, output: str | os.PathLike[str]) -> Path:
     path = Path(output)
     card = path.with_suffix(".md")
     parts = [
-        f"# {path.stem}",
-        *(f"**{sentence}**" for sentence in result.shortcomings()),
-        describe(result.adapter),
+        _what_it_is(path.stem, result.adapter),
         _command(result.adapter, path),
         samples_table({"before training": result.samples_before, "after": result.samples_after}),
     ]
     write_text(card, "\n\n".join(parts) + "\n")
     return card
+
+
+def checked_card(output: Path) -> Path:
+    """Where the card of `output` goes, refused before hours of work where something else is there.
+
+    Raises:
+        ConfigError: that file says nothing of an adapter's digest, as a card does, or cannot be read.
+    """
+    card = output.with_suffix(".md")
+    if card.exists() and f"| {DIGEST} |" not in _text(card):
+        raise ConfigError(f"{card} is not the card of an adapter; move it away, or choose another --output.")
+    return card
+
+
+def renew_card(adapter: AnyAdapter, output: Path, *, before: str) -> Path:
+    """Write the card of an adapter that was changed after its training.
+
+    Args:
+        before: The card that it had; how it was made, and samples, stay as they are there.
+    """
+    card = checked_card(output)
+    _, made, rest = before.partition(MADE)
+    write_text(card, f"{_what_it_is(output.stem, adapter)}\n\n{made}{rest}".rstrip() + "\n")
+    return card
+
+
+def card_of(adapter: AnyAdapter, path: Path) -> str:
+    """The card beside an adapter's file, empty where there is none of this very adapter."""
+    card = path.with_suffix(".md")
+    text = _text(card) if card.exists() else ""
+    return text if f"| {DIGEST} | {adapter.digest} |" in text else ""
+
+
+def _text(card: Path) -> str:
+    try:
+        return card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The card {card} cannot be read: {error}; move it away.") from error
+
+
+def _what_it_is(name: str, adapter: AnyAdapter) -> str:
+    found = adapter.evaluation.get("yardsticks")
+    shortcomings = Yardsticks.from_dict(found).shortcomings(adapter.alpha_range) if found else []
+    return "\n\n".join([f"# {name}", *(f"**{sentence}**" for sentence in shortcomings), describe(adapter)])
 
 
 def describe(adapter: AnyAdapter) -> str:
@@ -47,9 +92,9 @@ def describe(adapter: AnyAdapter) -> str:
         "base model": adapter.base_model.get("name", "unknown"),
         "α = +1": _meaning(trait, "positive"),
         "α = -1": _meaning(trait, "negative"),
-        "calibrated α range": f"{low:+g} to {high:+g}, where generated text holds together",
+        "calibrated α range" if adapter.calibrated else "α range": f"{low:+g} to {high:+g}, {_read_from(adapter)}",
         **(_rotations(adapter) if isinstance(adapter, Adapter) else {"modules": f"{len(adapter.modules)}"}),
-        "sha256": adapter.digest or "not saved yet",
+        DIGEST: adapter.digest or "not saved yet",
         "licence": adapter.license,
     }
     table = "| | |\n|-|-|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
@@ -63,6 +108,12 @@ def describe(adapter: AnyAdapter) -> str:
     if "calibration" in adapter.evaluation:
         sections.append(_calibration(adapter.evaluation["calibration"], adapter.evaluation.get("training")))
     return "\n\n".join(sections)
+
+
+def _read_from(adapter: AnyAdapter) -> str:
+    if adapter.calibrated:
+        return "where generated text holds together"
+    return "not known to be read from text (`ipissa calibrate` reads it)"
 
 
 def _meaning(trait: Mapping[str, Any], pole: str) -> str:
@@ -151,25 +202,26 @@ def _symmetry(points: Sequence[Mapping[str, float]]) -> float:
     return response_symmetry([ResponsePoint(**point) for point in points])
 
 
-def _written(prompts: int, training: Mapping[str, Any]) -> str:
+def _written(prompts: int, sampling: Mapping[str, Any]) -> str:
     return (
         f"Answers to {prompts} held-out prompts, at α = 0 {DRAWS_AT_ZERO} to each, of up to "
-        f"{training['max_new_tokens']} tokens at temperature {training['temperature']:g} and top-p "
-        f"{training['top_p']:g}: what longer ones do is not known."
+        f"{sampling['max_new_tokens']} tokens at temperature {sampling['temperature']:g} and top-p "
+        f"{sampling['top_p']:g}: what longer ones do is not known."
     )
 
 
 def _calibration(calibration: Mapping[str, Any], training: Mapping[str, Any] | None) -> str:
+    sampling = calibration.get("sampling", training)  # older files have it there only
     lines = [
         "## Text written at each α",
         "",
-        *([_written(calibration["prompts"], training), ""] if training and "prompts" in calibration else []),
+        *([_written(calibration["prompts"], sampling), ""] if sampling and "prompts" in calibration else []),
         "| α | nats per token, read by the base model | distinct 3-grams | shift per token | holds |",
     ]
     lines.append("|-|-|-|-|-|")
     for point in calibration["points"]:
         verdict = "yes" if point["holds"] else "no"
-        shift = f"{point['variation']:.3f}" if "variation" in point else ""  # files before 0.2 lack it
+        shift = f"{point['variation']:.3f}" if "variation" in point else ""  # older files lack it
         lines.append(
             f"| {point['alpha']:+g} | {point['base_nats']:.2f} | {point['distinct']:.3f} | {shift} | {verdict} |"
         )
@@ -204,4 +256,4 @@ def _command(adapter: Adapter, path: Path) -> str:
     several = training.get("processes", 1)
     shared = f", by {several} processes, so that a step had {several * training['batch_size']} rows"
     took = f"This took {training['seconds'] / 60:.0f} minutes{since}{held}{shared if several > 1 else ''}."
-    return f"## How it was made\n\n```\n{command}\n```\n\n{took}"
+    return f"{MADE}\n\n```\n{command}\n```\n\n{took}"

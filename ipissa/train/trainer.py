@@ -40,11 +40,12 @@ from ipissa.evaluate.yardsticks import (
     pole_preference,
     response_curve,
 )
+from ipissa.files import checked_output
 from ipissa.models import QUANTISED, dtype_name, load_model, resolve_device
 from ipissa.steering import attach
 from ipissa.train import processes
 from ipissa.train.answers import BaseAnswers, training_targets, training_texts
-from ipissa.train.calibration import Calibration, calibrate
+from ipissa.train.calibration import PROMPTS, Calibration, calibrate, with_range
 from ipissa.train.card import write_card
 from ipissa.train.config import TrainConfig
 from ipissa.train.elicitation import elicitation
@@ -69,7 +70,6 @@ from ipissa.train.run_folder import RunFolder
 from ipissa.train.samples import MidwaySamples, Samples, flipped_samples, peft_samples, samples_table, take_samples
 from ipissa.train.selection import WITHOUT_PAIRS
 
-CALIBRATION_PROMPTS = 24
 REACH_PROMPTS = 40
 RESPONSE_PROMPTS = 40
 SELECTION_PAIRS = 256
@@ -142,13 +142,9 @@ def _finish(
         "final_loss": _final_loss(learnt.history),
         "flipped": flipped,
     }
-    calibrated = replace(
-        learnt.adapter,
-        alpha_range=(measured.calibration.low, measured.calibration.high),
-        evaluation={**measured.to_dict(), **personas, "training": {**config.to_dict(), **training}},
-    )
+    evaluation = {**measured.to_dict(), **personas, "training": {**config.to_dict(), **training}}
     result = TrainResult(
-        save_adapter(calibrated, output),
+        save_adapter(with_range(replace(learnt.adapter, evaluation=evaluation), measured.calibration), output),
         measured.yardsticks,
         measured.calibration,
         learnt.samples_before,
@@ -284,7 +280,6 @@ class _Measured:
     def to_dict(self) -> dict[str, Any]:
         return {
             "yardsticks": self.yardsticks.to_dict(),
-            "calibration": self.calibration.to_dict(),
             "response": [asdict(point) for point in self.response],
             "samples": self.samples,
         }
@@ -294,8 +289,8 @@ def _measure(task: _Task, adapter: Adapter, test_set: Sequence[Continuation]) ->
     steered = attach(task.model, adapter)
     model, tokenizer, trait = task.model, task.tokenizer, task.trait
     samples = take_samples(steered.alpha, model, tokenizer, trait, task.held_out)
-    prompts = task.held_out[:CALIBRATION_PROMPTS]
-    calibration = calibrate(steered, tokenizer, trait, prompts, seed=task.config.seed, sampling=task.config.sampling())
+    prompts = task.held_out[:PROMPTS]
+    calibration = calibrate(steered, tokenizer, prompts, seed=task.config.seed, sampling=task.config.sampling())
     yardsticks = measure_yardsticks(steered, HeldOut(tokenizer, trait, test_set))
     some = _of_prompts(test_set, task.held_out[:RESPONSE_PROMPTS])
     response = response_curve(steered, HeldOut(tokenizer, trait, some))
@@ -339,7 +334,7 @@ def _objective(
 
 def _right_way_round(task: _Task, learnt: _Learnt, test_set: Sequence[Continuation]) -> tuple[_Learnt, bool]:
     """What was learnt, or its mirror image if that follows the labelled held-out texts, and whether it is that."""
-    labelled = _of_prompts(test_set, task.held_out[:CALIBRATION_PROMPTS])
+    labelled = _of_prompts(test_set, task.held_out[:PROMPTS])
     steered = attach(task.model, learnt.adapter)
     preference = pole_preference(steered, HeldOut(task.tokenizer, task.trait, labelled))
     steered.detach()
@@ -399,19 +394,3 @@ def _wrap(model: Any, adapter_config: InnerPissaConfig) -> Any:
         return peft.get_peft_model(model, adapter_config)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"The adapter cannot be put on this model: {error}") from error
-
-
-def checked_output(output: str | os.PathLike[str]) -> Path:
-    """The output path, refused before hours of training rather than after."""
-    path = Path(output)
-    if path.suffix != ".safetensors":
-        raise ConfigError(f"output {str(path)!r} does not end in .safetensors; name the file to write.")
-    if path.is_dir():
-        raise ConfigError(f"output {str(path)!r} is a folder; name the file to write.")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"output {str(path)!r} cannot be written: {error}.") from error
-    if not os.access(path.parent, os.W_OK):
-        raise ConfigError(f"output {str(path)!r} cannot be written: no permission in {path.parent}.")
-    return path
