@@ -189,15 +189,17 @@ class SteeredModel:
     def _hook(self, name: str) -> list[RemovableHandle]:
         rows = _RowsOf(self.model, name)
 
-        def add_deltas(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            if output is args[0]:
+        def add_deltas(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            given = args[0] if args else next(iter(kwargs.values()))
+            if output is given:
                 return output  # a block that a run of some of the layers passes over (`server.engine.forward`)
+            states, *others = output if isinstance(output, tuple) else (output,)  # blocks may give more than states
             for delta, coefficients in self._now.get(name, ()):
-                x = rows.restored(args[0], alphas=coefficients[0].shape[0])
-                output = delta.add(output.view(*x.shape[:2], -1), x, coefficients).view(output.shape)
-            return output
+                x = rows.restored(given, alphas=coefficients[0].shape[0])
+                states = delta.add(states.view(*x.shape[:2], -1), x, coefficients).view(states.shape)
+            return (states, *others) if isinstance(output, tuple) else states
 
-        return [*rows.hooks, self.model.get_submodule(name).register_forward_hook(add_deltas)]
+        return [*rows.hooks, self.model.get_submodule(name).register_forward_hook(add_deltas, with_kwargs=True)]
 
 
 class _RowsOf:
@@ -229,6 +231,8 @@ class _RowsOf:
             )
         elif x.dim() == 2:
             x = x[None]
+        elif x.dim() != 3:
+            raise AlphaError(f"{self._name} is given {tuple(x.shape)} and not (rows, tokens, width); steer elsewhere.")
         if alphas not in (1, x.shape[0]):
             raise AlphaError(f"{alphas} α are set for a batch of {x.shape[0]} rows; set one, or one per row.")
         return x

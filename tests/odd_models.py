@@ -26,6 +26,13 @@ MORE = {
         "layer_types": LAYERS,
         "sliding_window": 64,
     },
+    "falcon_h1": {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+    },
     "afmoe": {
         "num_experts": 4,
         "num_experts_per_tok": 2,

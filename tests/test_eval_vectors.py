@@ -14,6 +14,7 @@ import torch
 from conftest import TRAIT, logits_of, random_adapter, tiny_model
 from engines import engine_for, run
 from ipissa_server.engine.base import GenerationRequest, Row, SamplingParams, ScoreRequest
+from odd_models import model_of
 from typer.testing import CliRunner
 
 import ipissa
@@ -21,7 +22,7 @@ from ipissa.adapter import VectorAdapter, load_adapter, load_innerpissa, save_ad
 from ipissa.adapter.base_model import block_names, describe_base
 from ipissa.adapter.control_vector import read_control_vector
 from ipissa.cli import app
-from ipissa.errors import AdapterFileError, BaseModelMismatchError
+from ipissa.errors import AdapterFileError, AlphaError, BaseModelMismatchError
 from ipissa.evaluate.scoring import find_choices, score_choices
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -73,6 +74,33 @@ def test_a_vector_is_added_to_what_its_modules_give(model: Any, names: tuple[str
         assert torch.equal(logits_of(model, IDS)[0], base[0])
     steered.detach()
     assert torch.equal(logits_of(model, IDS), base)
+
+
+def test_a_vector_is_added_to_the_states_of_a_block_that_gives_more_than_states() -> None:
+    model = model_of("falcon_h1")
+    adapter = vector_for(model, ("model.layers.1",))
+    alphas = torch.tensor([0.8, -0.3])
+
+    def adding(module: Any, args: Any, output: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (output[0] + alphas.view(-1, 1, 1) * adapter.modules["model.layers.1"], *output[1:])
+
+    handle = model.model.layers[1].register_forward_hook(adding)
+    expected = logits_of(model, IDS)
+    handle.remove()
+    steered = ipissa.attach(model, adapter)
+    with steered.alpha(alphas):
+        assert (logits_of(model, IDS) - expected).abs().max() < 1e-5
+    assert (logits_of(model, IDS) - expected).abs().max() > 0.1
+
+
+def test_states_that_are_no_rows_of_tokens_are_refused() -> None:
+    model = model_of("gemma3n_text")  # its blocks hold four streams of states
+    steered = ipissa.attach(model, vector_for(model, ("model.layers.1",)))
+    with (
+        steered.alpha(0.5),
+        pytest.raises(AlphaError, match=r"is given \(4, 2, 4, 32\) and not \(rows, tokens, width\)"),
+    ):
+        logits_of(model, IDS)
 
 
 def test_flipping_and_scaling_a_vector_is_turning_it_otherwise(llama: Any) -> None:

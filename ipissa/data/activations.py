@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ipissa.adapter.base_model import blocks_of
 from ipissa.data.pairs import ContrastivePair
 from ipissa.sequences import PaddedBatch, pad_batch
 
@@ -44,7 +45,7 @@ def pair_activations(
             for name, module in modules.items():
                 hooks.enter_context(_recorded(module, last, inputs[name]))
             # transformers' last hidden states are those after the final norm, which is not the stream any more.
-            after_the_last = hooks.enter_context(output_of(model.get_decoder().layers[-1]))
+            after_the_last = hooks.enter_context(output_of(blocks_of(model)[-1]))
             output = model(
                 input_ids=padded.input_ids,
                 attention_mask=padded.attention_mask,

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from ipissa.adapter.base_model import blocks_of
 from ipissa.evaluate.dial import Dial
 
 T = TypeVar("T")
@@ -24,7 +25,7 @@ def rows_repeated(dial: Dial, times: int) -> Iterator[Repeat]:
     Yields what must be applied to a batch before such a call: it repeats rows that have to enter the model
     repeated already, because something outside the decoder layers is steered, and is otherwise the identity.
     """
-    layers = list(dial.model.get_decoder().layers)
+    layers = blocks_of(dial.model)
     first = _first_steered(dial, layers)
     if first is None or times == 1 or _not_by_rows(dial.model):
         yield lambda rows: [row for row in rows for _ in range(times)]

@@ -16,7 +16,7 @@ import torch
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from ipissa.adapter.base_model import describe_base
+from ipissa.adapter.base_model import blocks_of, describe_base
 from ipissa.adapter.checkpoint import Adapter, save_adapter
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.convert import from_peft_model
@@ -363,7 +363,7 @@ def _check_targets(model: Any, adapter_config: InnerPissaConfig, names: Sequence
     for name in names:
         of_one = replace(adapter_config, target_modules=MODULE_SETS.get(name, [name]))
         if not any(check_target_module_exists(of_one, each) for each in linear):
-            block = model.get_decoder().layers[_first_block(adapter_config)]
+            block = blocks_of(model)[_first_block(adapter_config)]
             there = [each.rpartition(".")[2] for each, module in block.named_modules() if isinstance(module, nn.Linear)]
             raise ConfigError(
                 f"target_modules {name!r} is no linear layer of the adapted blocks; there are {', '.join(there)}, and "
@@ -373,7 +373,7 @@ def _check_targets(model: Any, adapter_config: InnerPissaConfig, names: Sequence
 
 def _check_compared(model: Any, adapter_config: InnerPissaConfig, depth: float) -> None:
     """Refuse to compare states that nothing adapted can move."""
-    (compared,) = site_blocks([depth], len(model.get_decoder().layers))
+    (compared,) = site_blocks([depth], len(blocks_of(model)))
     first = _first_block(adapter_config)
     if first > compared:
         raise ConfigError(

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ipissa.adapter.base_model import blocks_of
 from ipissa.errors import ConfigError
 
 from .cache import ATTENTION, SlotView, check_attention
@@ -142,10 +143,10 @@ class StagedModel:
 
 
 def _decoder_layers(model: Any) -> list[torch.nn.Module]:
-    layers = getattr(model.get_decoder(), "layers", None)
-    if layers is None:
-        raise cannot_run(model, "its decoder has no list named `layers`")
-    return list(layers)
+    try:
+        return blocks_of(model)
+    except ConfigError:
+        raise cannot_run(model, "its decoder has no list named `layers`") from None
 
 
 def cannot_run(model: Any, reason: str) -> ConfigError:

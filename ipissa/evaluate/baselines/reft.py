@@ -21,6 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal
 
+from ipissa.adapter.base_model import blocks_of
 from ipissa.evaluate.dial import LayerDial
 from ipissa.files import write_whole
 from ipissa.train.config import TrainConfig
@@ -58,7 +59,7 @@ class ReftDial(LayerDial):
 
     def __init__(self, model: Any, *, seed: int, rank: int = RANK, blocks: int = BLOCKS) -> None:
         super().__init__(model)
-        self._blocks = list(model.get_decoder().layers)[-blocks:]
+        self._blocks = blocks_of(model)[-blocks:]
         width = model.config.get_text_config().hidden_size
         torch.manual_seed(seed)
         self._hooks = []

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ipissa.adapter.base_model import blocks_of
 from ipissa.adapter.layer import dense_weight
 from ipissa.adapter.model import RESIDUAL_WRITERS, layer_alpha
 from ipissa.data.activations import output_of, pad_pairs
@@ -108,7 +109,7 @@ class Antiparallel:
     ) -> None:
         check_pairs(pairs, config.last_tokens)
         self.config, self.pad_id = config, pad_id
-        layers = model.get_decoder().layers
+        layers = blocks_of(model)
         (block,) = site_blocks([config.depth], len(layers))
         self._layer: nn.Module = layers[block]
         self._examples, stream = self._reference(model, pairs, block)
@@ -192,7 +193,7 @@ class Antiparallel:
             batch = pairs[start : start + PAIRS_PER_BATCH]
             padded = pad_pairs(batch, pad_id=self.pad_id, device=next(model.parameters()).device)
             with ExitStack() as hooks:
-                stream = [hooks.enter_context(output_of(layer)) for layer in model.get_decoder().layers]
+                stream = [hooks.enter_context(output_of(layer)) for layer in blocks_of(model)]
                 logprobs = continuation_logprobs(model, padded)
             after = [last_tokens(seen[0], padded, 1)[: len(batch), 0] for seen in stream]
             streams.append(torch.stack(after).cpu())
