@@ -24,10 +24,12 @@ def get_settings(request: Request) -> Settings:
 
 
 def get_engine(request: Request) -> Engine:
-    """The engine, once it is loaded; 503 until then."""
+    """The engine, once it is loaded; 503 until then, and when it has ended."""
     engine = request.app.state.engine
     if engine is None:
         raise EngineLoadingError("The model is still loading; try again in a moment, /health says when it is ready.")
+    if not engine.healthy:
+        raise ApiError(503, "The engine has ended; if nobody stopped the server, restart it.", code="engine_dead")
     return engine
 
 

@@ -18,7 +18,7 @@ from .engine.base import (
     OverloadedError,
     UnknownAdapterError,
 )
-from .schemas import UNSUPPORTED_FIELD
+from .schemas import NOT_AN_ALPHA, UNSUPPORTED_FIELD
 
 RETRY_AFTER_SECONDS = "1"
 CLIENT_GONE = 499  # as nginx counts clients that hung up
@@ -93,7 +93,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        message, param = _describe(error.errors())
+        message, param = _describe(error.errors(), request.app.state.settings.max_alpha)
         return respond(bad_request(message, param=param))
 
     @app.exception_handler(HTTPException)
@@ -107,7 +107,7 @@ def install_error_handlers(app: FastAPI) -> None:
         return respond(ApiError(error.status_code, str(error.detail)))
 
 
-def _describe(errors: Sequence[dict]) -> tuple[str, str | None]:
+def _describe(errors: Sequence[dict], max_alpha: float) -> tuple[str, str | None]:
     """One sentence for the first thing wrong with a request body, and the field it is about."""
     first = errors[0]
     if first["type"] == "json_invalid":
@@ -120,5 +120,7 @@ def _describe(errors: Sequence[dict]) -> tuple[str, str | None]:
         return f"{'.'.join(path)} is not a field this server knows; remove it.", param
     if first["type"] == UNSUPPORTED_FIELD:
         return first["msg"], first["ctx"]["field"]
+    if first["type"] == NOT_AN_ALPHA:
+        return f"{first['msg']}; use a number from {-max_alpha:g} to {max_alpha:g}.", param
     reason = first["msg"].removeprefix("Value error, ")
     return (reason if first["type"] == "value_error" else f"{'.'.join(path) or 'The request body'}: {reason}."), param

@@ -55,28 +55,28 @@ def build_request(
     steer: SteerSpec,
     engine: Engine,
     *,
-    max_tokens: int | None,
     top_logprobs: int | None,
     echo: bool = False,
 ) -> GenerationRequest:
     """The rows of a request, whose number `check_rows` allows, checked against what the engine can hold."""
     n = body.n or 1
+    limit, max_tokens = body.length
     rows_asked = len(prompts) * len(steer.settings) * n
     longest = max(map(len, prompts))
     needed = 1 if max_tokens is None else max_tokens
     if min(map(len, prompts)) == 0:
-        raise bad_request("prompt is empty; give at least one token.", param="prompt")
+        raise bad_request(f"{body.asked_in} is empty; give at least one token.", param=body.asked_in)
     if longest + needed > engine.max_model_len:
         raise bad_request(
-            f"The prompt's {longest} tokens and max_tokens {needed} exceed this model's limit of "
+            f"The prompt's {longest} tokens and {limit} {needed} exceed this model's limit of "
             f"{engine.max_model_len} tokens.",
-            param="prompt" if longest >= engine.max_model_len else "max_tokens",
+            param=body.asked_in if longest >= engine.max_model_len else limit,
         )
     if rows_asked * (longest + 1) > engine.max_cache_tokens:
         raise bad_request(
             f"{rows_asked} sequences with a prompt of {longest} tokens need more than the {engine.max_cache_tokens} "
             "tokens this server keeps in memory; ask for fewer at a time.",
-            param="prompt",
+            param=body.asked_in,
         )
     vocab = engine.vocab_size
     for token in [*(body.logit_bias or {}), *(token for prompt in prompts for token in prompt)]:

@@ -14,6 +14,8 @@ from pydantic_core import PydanticCustomError
 
 MAX_LOGPROBS = 20
 UNSUPPORTED_FIELD = "unsupported_field"
+NOT_AN_ALPHA = "not_an_alpha"  # the range to use instead is a setting, which no schema knows
+USUAL_TOKENS = 16  # as OpenAI has it for completions
 MAX_STOPS = 4
 MAX_CHOICE_CHARACTERS = 1000
 LARGEST_INTEGER = 10**300
@@ -56,7 +58,9 @@ def _check_alpha(value: Any) -> Any:
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > LARGEST_INTEGER:
         value = math.inf  # beyond what a float holds
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"steer_alpha {reprlib.repr(value)} is not a finite number; use for example 0.7.")
+        raise PydanticCustomError(
+            NOT_AN_ALPHA, "steer_alpha {value} is not a finite number", {"value": reprlib.repr(value)}
+        )
     return float(value)
 
 
@@ -140,6 +144,8 @@ class StreamOptions(RequestBody):
 class GenerationBody(SteeredRequest):
     """Sampling fields shared by completions and chat."""
 
+    asked_in: ClassVar[str] = "prompt"  # the field that says what to answer
+
     temperature: float | None = Field(1.0, ge=0, le=2)
     top_p: float | None = Field(1.0, gt=0, le=1)
     top_k: int | None = Field(0, ge=0, description="Sample from the k likeliest tokens; 0 for all.")
@@ -156,6 +162,11 @@ class GenerationBody(SteeredRequest):
     logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     return_token_ids: bool | None = Field(False, description="Add token ids to choices, and those of the prompts.")
 
+    @property
+    def length(self) -> tuple[str, int | None]:
+        """The field that says how long an answer may be, and how long that is; None for what fits."""
+        raise NotImplementedError
+
     @model_validator(mode="after")
     def options_need_streaming(self) -> GenerationBody:
         if self.stream_options and not self.stream:
@@ -167,7 +178,7 @@ class CompletionRequest(GenerationBody):
     """POST /v1/completions."""
 
     prompt: str | list[str] | list[int] | list[list[int]] = Field(description="Text or token ids, one or several.")
-    max_tokens: int | None = Field(16, ge=0)
+    max_tokens: int | None = Field(USUAL_TOKENS, ge=0)
     logprobs: Annotated[int | None, BeforeValidator(lambda value: None if value is False else value)] = Field(
         None, ge=0, le=MAX_LOGPROBS
     )
@@ -178,6 +189,10 @@ class CompletionRequest(GenerationBody):
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens 0 is only for echo: true; give at least 1.")
         return self
+
+    @property
+    def length(self) -> tuple[str, int | None]:
+        return "max_tokens", USUAL_TOKENS if self.max_tokens is None else self.max_tokens
 
 
 class TextPart(RequestBody):
@@ -204,6 +219,8 @@ Messages = Annotated[list[ChatMessage], Field(min_length=1)]
 class ChatRequest(GenerationBody):
     """POST /v1/chat/completions."""
 
+    asked_in = "messages"
+
     messages: Messages
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -217,6 +234,12 @@ class ChatRequest(GenerationBody):
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("max_tokens and max_completion_tokens mean the same; give one.")
         return self
+
+    @property
+    def length(self) -> tuple[str, int | None]:
+        if self.max_completion_tokens is not None:
+            return "max_completion_tokens", self.max_completion_tokens
+        return "max_tokens", self.max_tokens
 
 
 class ScoreBody(SteeredRequest):

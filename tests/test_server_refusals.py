@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ipissa_server.engine.torch_engine import TorchEngine
 from serving import MESSAGES, Served, complete, in_thread, settings_for
 
 
 @pytest.mark.parametrize(
     ("body", "status", "param", "says"),
     [
-        ({"steer_alpha": "big", "model": "kind"}, 400, "steer_alpha", "'big' is not a finite number"),
+        ({"steer_alpha": "big", "model": "kind"}, 400, "steer_alpha", "'big' is not a finite number; use a number from -10"),
         ({"steer_alpha": True, "model": "kind"}, 400, "steer_alpha", "True is not a finite number"),
         ({"steer_alpha": 1e9, "model": "kind"}, 400, "steer_alpha", "from -10 to 10"),
         ({"steer_alpha": [0.1, None], "model": "kind"}, 400, "steer_alpha", "None is not a finite number"),
@@ -48,6 +49,36 @@ def test_what_cannot_be_served_is_refused_in_openais_form(
     assert (response.status_code, error["param"]) == (status, param)
     assert says in error["message"]
     assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "says"),
+    [
+        ({"messages": [{"role": "user", "content": "word " * 300}]}, "messages", "exceed this model's limit of 200"),
+        ({"max_completion_tokens": 500}, "max_completion_tokens", "max_completion_tokens 500 exceed this model's"),
+        ({"max_tokens": 500}, "max_tokens", "max_tokens 500 exceed this model's limit of 200"),
+    ],
+)
+def test_a_refused_chat_is_told_of_fields_that_it_has(
+    served: Served, body: dict[str, Any], param: str, says: str
+) -> None:
+    response = served.post("/v1/chat/completions", **{"messages": MESSAGES, **body})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert says in response.json()["error"]["message"]
+
+
+def test_a_server_whose_engine_has_ended_says_so_on_every_route(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TorchEngine, "healthy", property(lambda self: False))
+    for response in (
+        served.http.get("/health"),
+        served.http.get("/v1/models"),
+        served.post("/v1/completions", prompt="x"),
+        served.post("/v1/score", prompt="x"),
+    ):
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_dead")
+        assert "restart it" in response.json()["error"]["message"]
 
 
 def test_what_a_message_asks_for_beyond_its_text_is_refused(served: Served) -> None:

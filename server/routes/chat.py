@@ -33,7 +33,6 @@ async def chat_completions(body: ChatRequest, request: Request, engine: EngineDe
         prompts,
         steer,
         engine,
-        max_tokens=body.max_completion_tokens or body.max_tokens,
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )
     head: dict[str, Any] = {

@@ -33,7 +33,6 @@ async def completions(body: CompletionRequest, request: Request, engine: EngineD
         prompts,
         steer,
         engine,
-        max_tokens=16 if body.max_tokens is None else body.max_tokens,
         top_logprobs=body.logprobs,
         echo=echo,
     )
