@@ -15,7 +15,7 @@ from serving import MESSAGES, Served, complete, in_thread, settings_for
 @pytest.mark.parametrize(
     ("body", "status", "param", "says"),
     [
-        ({"steer_alpha": "big", "model": "kind"}, 400, "steer_alpha", "'big' is not a finite number; use a number from -10"),
+        ({"steer_alpha": "big", "model": "kind"}, 400, "steer_alpha", "'big' is not a finite number; use a number"),
         ({"steer_alpha": True, "model": "kind"}, 400, "steer_alpha", "True is not a finite number"),
         ({"steer_alpha": 1e9, "model": "kind"}, 400, "steer_alpha", "from -10 to 10"),
         ({"steer_alpha": [0.1, None], "model": "kind"}, 400, "steer_alpha", "None is not a finite number"),
