@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import ROOT
 
-from ipissa.data import dilemmas
+from ipissa.data import dilemmas, dilemmas_hub
 from ipissa.data.datasets import load_items
 from ipissa.data.items import CHOICES, PREFIX, Item
 from ipissa.data.jsonl import read_jsonl
@@ -140,39 +140,73 @@ def test_values_of_the_decider_count_for_those_indirectly_concerned_and_no_value
     assert items[0].labels == {"Value/honesty": 1, "Value/care": 1, "Value/peace": -1}
 
 
-def test_a_data_set_of_the_hub_is_the_csv_that_has_the_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A hub that is made up, as none is reached from here; a name may have a dot in it."""
-    (tmp_path / "readme.csv").write_text("a,b\n1,2\n")
-    daily(tmp_path)
-    asked: list[tuple[str, ...]] = []
+ON_THE_HUB = {
+    "readme.csv": "a,b\n1,2\n",
+    "actions.csv": "idx,dilemma_idx,dilemma_situation,action_type,action,values_aggregated,topic_group\n"
+    + "".join(
+        f"{2 * i + side},{i},S{i}?,{action},['joy'],work\n"
+        for i in range(3)
+        for side, action in enumerate(("to_do,Tell", "not_to_do,Hush"))
+    ),
+    "parties.csv": "dilemma_idx,action_type,party,value\n"
+    + "".join(
+        f"""{i},to_do,You,"Honesty, Care"\n{i},to_do,A friend,joy\n{i},not_to_do,you,care\n{i},not_to_do,you,peace\n"""
+        for i in range(3)
+    ),
+    "values.csv": ",value,WVS,MFT,Virtue,Emotion,Maslow\n0,honesty,,,Truthfulness,trust,\n1,peace,Survival,,,,\n",
+}
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files of a hub that is made up, as none is reached from here."""
+    for name, text in ON_THE_HUB.items():
+        (tmp_path / name).write_text(text)
+    names = ["README.md", *ON_THE_HUB]
 
     class Hub:
         def list_repo_files(self, name: str, *, repo_type: str) -> list[str]:
-            asked.append((name, repo_type))
-            return ["README.md", "readme.csv", "dilemmas.csv"]
+            assert (name, repo_type) == ("somebody/daily-1.0", "dataset")
+            return names
 
     def download(name: str, path: str, *, repo_type: str) -> str:
-        asked.append((name, path, repo_type))
+        assert (name, repo_type) == ("somebody/daily-1.0", "dataset")
         return str(tmp_path / path)
 
-    monkeypatch.setattr(dilemmas, "HfApi", Hub)
-    monkeypatch.setattr(dilemmas, "hf_hub_download", download)
-    found = load_items("somebody/daily-1.0")
-    assert (found.name, found.target, len(found.items)) == ("somebody/daily-1.0", "Value/honesty", 6)
-    name = "somebody/daily-1.0"
-    assert asked == [(name, "dataset"), (name, "readme.csv", "dataset"), (name, "dilemmas.csv", "dataset")]
-    monkeypatch.setattr(Hub, "list_repo_files", lambda *_, **__: ["readme.csv"])
-    with pytest.raises(ConfigError, match="has no CSV file with the columns idx, dilemma_situation"):
-        load_items(name)
+    monkeypatch.setattr(dilemmas_hub, "HfApi", Hub)
+    monkeypatch.setattr(dilemmas_hub, "hf_hub_download", download)
+    return names
 
+
+def test_the_tables_of_the_hub_make_dilemmas_with_what_the_decider_holds(hub: list[str]) -> None:
+    """A name may have a dot in it; `idx` counts actions there, and `values_aggregated` is of all parties."""
+    found = load_items("somebody/daily-1.0")
+    assert (found.name, found.target, found.notes) == ("somebody/daily-1.0", "Value/honesty", [])
+    assert [(item.dilemma, item.side, item.action) for item in found.items[:3]] == [
+        ("0", 1, "Tell"), ("0", -1, "Hush"), ("1", 1, "Tell"),
+    ]  # fmt: skip
+    told = {"Value/honesty": 1, "Virtue/Truthfulness": 1, "Emotion/trust": 1, "Value/peace": -1, "WVS/Survival": -1}
+    assert found.items[0].labels == told
+    assert found.items[1].labels == {value: -label for value, label in told.items()}
+    assert {item.topic for item in found.items} == {"work"}
+
+
+@pytest.mark.parametrize("lost", ["actions.csv", "parties.csv", "values.csv"])
+def test_a_data_set_of_the_hub_without_a_table_is_refused(hub: list[str], lost: str) -> None:
+    hub.remove(lost)
+    with pytest.raises(ConfigError, match=r"'somebody/daily-1.0' has no CSV file with the columns .*; give that one"):
+        load_items("somebody/daily-1.0")
+
+
+def test_a_hub_that_cannot_be_reached_is_told(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(*_: Any, **__: Any) -> None:
         raise ConnectionError("no route\nto host")
 
-    monkeypatch.setattr(Hub, "list_repo_files", gone)
+    monkeypatch.setattr(dilemmas_hub.HfApi, "list_repo_files", gone)
     with pytest.raises(
         ConfigError, match=r"is no file here and cannot be had from the hub \(no route\); give the path"
     ):
-        load_items(name)
+        load_items("somebody/daily-1.0")
 
 
 def test_fewer_items_are_whole_dilemmas_about_the_target_first() -> None:

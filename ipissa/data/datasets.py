@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ipissa.data import dilemmas, jsonl, moralchoice
+from ipissa.data import dilemmas, dilemmas_hub, jsonl, moralchoice
 from ipissa.data.items import Dataset, Item, check_items, first_dilemmas, listed, read_table
 from ipissa.errors import ConfigError
 
@@ -52,7 +52,7 @@ def _reader(source: str | Path) -> tuple[Reader, str]:
         return (lambda _: jsonl.read_jsonl(BUNDLED_ITEMS)), "honesty"
     path = Path(source)
     if not path.exists() and str(source).count("/") == 1 and path.suffix.lower() not in FILES:
-        return dilemmas.read_hub, dilemmas.TARGET
+        return dilemmas_hub.read_hub, dilemmas.TARGET
     if path.suffix.lower() != ".csv":
         return jsonl.read_jsonl, jsonl.TARGET
     columns = set(read_table(path).columns)

@@ -12,15 +12,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
-from huggingface_hub import HfApi, hf_hub_download
 
 from ipissa.data.items import Item, read_table
 from ipissa.errors import ConfigError
 
-T = TypeVar("T")
 COLUMNS = ("idx", "dilemma_situation", "action_type", "action", "parties_direct", "values_direct")
 TARGET = "Value/honesty"
 DECIDER = "you"
@@ -30,48 +28,33 @@ GROUPS = {"wvs": "WVS", "mft": "MFT", "virtue": "Virtue", "emotion": "Emotion", 
 
 def read_csv(path: str | Path) -> tuple[list[Item], list[str]]:
     """Two items per dilemma."""
-    return _items(read_table(path), str(path))
+    values = partial(_values, source=str(path))
+    return paired(read_table(path), "idx", lambda row: set(values(row)))
 
 
-def read_hub(name: str) -> tuple[list[Item], list[str]]:
-    """The same from the hub: of a data set's CSV files, the one that has the columns.
+def paired(
+    table: pd.DataFrame, dilemma: str, values: Callable[[Mapping[str, str]], set[str]]
+) -> tuple[list[Item], list[str]]:
+    """Two items per dilemma, and notes on those that are left out.
 
-    Raises:
-        ConfigError: the hub cannot be reached, or has no such data set or file.
+    Args:
+        table: A row per dilemma and action, with `dilemma_situation`, `action_type` and `action`.
+        dilemma: The column that says which rows are of one dilemma.
+        values: What a row's action says of the one who decides.
     """
-    for path in _from_hub(name, partial(HfApi().list_repo_files, name, repo_type="dataset")):
-        if path.endswith(".csv"):
-            table = read_table(_from_hub(name, partial(hf_hub_download, name, path, repo_type="dataset")))
-            if set(table.columns) >= set(COLUMNS):
-                return _items(table, name)
-    raise ConfigError(f"The data set {name!r} has no CSV file with the columns {', '.join(COLUMNS)}.")
-
-
-def _from_hub(name: str, ask: Callable[[], T]) -> T:
-    try:
-        return ask()
-    except Exception as error:  # the hub's client raises the errors of whichever HTTP library it uses
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(
-            f"The data set {name!r} is no file here and cannot be had from the hub ({reason}); "
-            "give the path of a CSV or JSONL file."
-        ) from error
-
-
-def _items(table: pd.DataFrame, source: str) -> tuple[list[Item], list[str]]:
     notes: list[str] = []
     items: list[Item] = []
-    for dilemma, rows in table.groupby("idx", sort=False):
+    for name, rows in table.groupby(dilemma, sort=False):
         sides = {SIDES.get(row["action_type"], 0): row for row in rows.to_dict("records")}
         if len(rows) != 2 or set(sides) != set(SIDES.values()):
-            notes.append(f"Dilemma {dilemma} has no to_do and not_to_do row and was left out.")
+            notes.append(f"Dilemma {name} has no to_do and not_to_do row and was left out.")
             continue
-        values = {side: set(_values(row, f"{source}, dilemma {dilemma}")) for side, row in sides.items()}
+        held = {side: values(row) for side, row in sides.items()}
         for side, row in sorted(sides.items(), reverse=True):
-            own, other = values[side] - values[-side], values[-side] - values[side]
+            own, other = held[side] - held[-side], held[-side] - held[side]
             items.append(
                 Item(
-                    dilemma=str(dilemma),
+                    dilemma=str(name),
                     side=side,
                     situation=row["dilemma_situation"],
                     action=row["action"],
@@ -82,17 +65,22 @@ def _items(table: pd.DataFrame, source: str) -> tuple[list[Item], list[str]]:
     return items, notes
 
 
-def _values(row: Mapping[str, str], where: str) -> Iterator[str]:
+def names_in(cell: str) -> list[str]:
+    """The values that a cell names: some name several, with commas."""
+    return [name.strip() for name in cell.lower().split(",") if name.strip()]
+
+
+def _values(row: Mapping[str, str], *, source: str) -> Iterator[str]:
     """The values that the decider holds on this side, and their groups."""
+    where = f"{source}, dilemma {row['idx']}"
     groups = _groups_of_values(row, where)
     for kind in ("direct", "indirect"):
         parties, held = _list(row, f"parties_{kind}", where), _list(row, f"values_{kind}", where)
         for party, value in zip(parties, held, strict=False):  # some rows name more parties than values
             if value is not None and str(party).strip().lower() == DECIDER:
-                for name in str(value).lower().split(","):
-                    if name.strip():
-                        yield f"Value/{name.strip()}"
-                        yield from groups.get(name.strip(), ())
+                for name in names_in(str(value)):
+                    yield f"Value/{name}"
+                    yield from groups.get(name, ())
 
 
 def _groups_of_values(row: Mapping[str, str], where: str) -> dict[str, list[str]]:
