@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from ipissa.evaluate.analysis import SAME_BASE_NATS
+from ipissa.evaluate.analysis import MIN_KEPT, SAME_BASE_NATS
 from ipissa.evaluate.report.seeds import AT_BEST, FIRST_SHOWS, MORE, WORSE
 
 from .written import with_block
@@ -73,6 +73,8 @@ def _row(name: str, method: str, figures: pd.DataFrame, seeds: int) -> str:
     label = f"**{name}**" if method == ADAPTER else method
     if own.loc["equal", "lowest"] != 1:  # NaN for prompts, which have no scale to choose
         label += " (at another cost)"
+    if "kept" in own.index and own.loc["kept", "lowest"] < MIN_KEPT:
+        label += " (many answers lost)"
     return f"| {label} | {' | '.join(cells)} |"
 
 

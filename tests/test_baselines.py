@@ -357,12 +357,20 @@ def test_a_comparison_measures_all_methods_on_the_same_texts_at_equal_degradatio
         assert sum(found.values()) / 2 == pytest.approx(wanted, rel=0.06), method
 
 
-@pytest.mark.parametrize(("method", "around"), [("caa", 0.4), ("sspace", 0.4), ("reft", 1.0)])
+@pytest.mark.parametrize(
+    ("method", "equal", "around"), [("caa", 0.4, 0.4), ("sspace", 0.4, 0.4), ("reft", 0.4, 1.0), ("caa", None, 1.0)]
+)
 def test_a_methods_best_scale_is_that_of_the_largest_gain_on_tuning_prompts(
-    method: str, around: float, model: Any, tokenizer: Any, pairs: list[ContrastivePair], tmp_path: Path
+    method: str,
+    equal: float | None,
+    around: float,
+    model: Any,
+    tokenizer: Any,
+    pairs: list[ContrastivePair],
+    tmp_path: Path,
 ) -> None:
     m = materials(model, tokenizer, pairs, random_adapter(model, suffixes=("o_proj",)), tmp_path)
-    best = measure_at_best(method, m, equal=0.4)  # what is trained has a scale of its own
+    best = measure_at_best(method, m, equal=equal)  # what is trained has a scale of its own
     with made(method, m) as steerer:
 
         def worse(held_out: HeldOut, scale: float) -> float:

@@ -65,7 +65,7 @@ def test_the_report_names_echoes_and_has_every_method_without_them(
 
     def written(name: str, negative: list[str]) -> tuple[str, pd.DataFrame]:
         echoes: Echoes = {"+": [], "-": negative}
-        findings = Findings(EvalSettings(), adapter, None, some, best=[], texts=[], echoes=echoes, null=None)
+        findings = Findings(EvalSettings(), adapter, None, some, best=[], tuning=24, texts=[], echoes=echoes, null=None)
         write_report(findings, tmp_path / name)
         table = pd.read_csv(tmp_path / name / "tables" / "yardsticks.csv")
         return (tmp_path / name / "report.html").read_text(), table.set_index(["pole", "method"])

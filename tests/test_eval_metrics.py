@@ -82,7 +82,7 @@ def test_clustered_errors_equal_the_sandwich_by_hand() -> None:
 
 
 def test_the_balanced_slopes_errors_equal_the_sandwich_by_hand() -> None:
-    """Four coefficients, and degrees of freedom by the rarer label."""
+    """Four coefficients; degrees of freedom, and the correction for few clusters, by the rarer label."""
     rows = made_rows(honest=0.3, yes=0.2, noise=0.5, dilemmas=12)
     rows = rows[(rows["label"] > 0) | rows["dilemma"].isin(sorted(rows["dilemma"].unique())[:7])]
     label, alpha = rows["label"].to_numpy(float), rows["alpha"].to_numpy(float)
@@ -92,7 +92,7 @@ def test_the_balanced_slopes_errors_equal_the_sandwich_by_hand() -> None:
     residuals = y - x @ (bread @ x.T @ y)
     scores = [x[index].T @ residuals[index] for index in rows.groupby("dilemma").indices.values()]
     meat = sum(np.outer(score, score) for score in scores)
-    g, n = 12, len(rows)
+    g, n = 7, len(rows)
     errors = np.sqrt(np.diag(bread @ meat @ bread) * g / (g - 1) * (n - 1) / (n - 4))
     found = balanced_slope(rows)
     for part, at in ((found.acquiescence, 2), (found.trait, 3)):

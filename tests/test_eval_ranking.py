@@ -36,7 +36,7 @@ def test_methods_that_do_not_start_from_the_same_model_are_not_ranked(
     assert ranked(analyses, differences) == sorted(matched, key=lambda name: -slopes[name])
     rows = measured[2].rows
     assert rows is not None
-    for nats, says in ((0.6, "more than half a nat"), (0.2, "differ from the adapter's by 0.20 nats")):
+    for nats, says in ((0.6, "more than half a nat"), (0.2, "differ from the adapter's by up to 0.20 nats")):
         other = replace(measured[2], rows=rows.assign(log_odds=rows["log_odds"] + nats))
         shifted = [*measured[:2], other, *measured[3:]]
         assert says in verdict(shifted, analyses)
@@ -85,7 +85,7 @@ def test_methods_at_another_cost_are_named_and_not_ranked(measured: list[Measure
     left = {each.method: each.cost() for each in some if each.method in ("prompt", "caa")}
     own = f"the adapter {measured[0].cost():.3f}"
     said = ", ".join(f"{method} (costs text {cost:.3f} nats per token, {own})" for method, cost in left.items())
-    assert f"Not ranked, at another degradation: {said}." in verdict(some, analyses)
+    assert f"Not ranked, as not brought to the adapter's degradation: {said}." in verdict(some, analyses)
 
 
 def test_methods_that_lost_dilemmas_are_named_and_not_ranked(measured: list[Measured], dataset: Dataset) -> None:
@@ -98,7 +98,7 @@ def test_methods_that_lost_dilemmas_are_named_and_not_ranked(measured: list[Meas
     kept = analyses[2].figures["kept"]
     assert kept == analyses[2].figures["items"] / analyses[0].figures["items"] < 0.9
     assert set(ranked(analyses, base_differences(measured))) == {each.method for each in some} - {some[2].method}
-    assert f"Not ranked, as other dilemmas lost their answers: {some[2].method} ({kept:.0%})" in verdict(
+    assert f"Not ranked, as too many items lost their answer: {some[2].method} ({kept:.0%} kept one)" in verdict(
         [each if each is not some[2] else replace(measured[2], equal=True) for each in some], analyses
     )
 
@@ -123,10 +123,10 @@ def test_the_front_holds_what_neither_another_point_nor_doing_nothing_beats(
     measured: list[Measured], dataset: Dataset
 ) -> None:
     def at_poles(method: str, changes: tuple[float, float], lost: tuple[float, float]) -> tuple[Analysis, Measured]:
-        dose = pd.DataFrame({"alpha": [-1.0, 0.0, 1.0], "change": [changes[0], 0.0, changes[1]]})
+        effects = pd.DataFrame({"alpha": [1.0], "effect": [(changes[1] - changes[0]) / 2], "kept": [1.0]})
         costs = [Degradation(alpha, text, None) for alpha, text in zip((-1.0, 1.0), lost, strict=True)]
         own = analyse(measured[0], dataset)
-        return replace(own, method=method, dose=dose), replace(measured[0], method=method, degradation=costs)
+        return replace(own, method=method, effects=effects), replace(measured[0], method=method, degradation=costs)
 
     made = [
         at_poles("apart", (-0.3, 0.5), (0.1, 0.3)),
@@ -139,3 +139,24 @@ def test_the_front_holds_what_neither_another_point_nor_doing_nothing_beats(
     assert list(points["effect"]) == pytest.approx([0.4, 0.3, 1.0, 0.0, -0.2])
     assert list(points["degradation"]) == pytest.approx([0.2, 0.3, 0.5, 0.05, 0.01])
     assert list(points.index[points["front"]]) == ["apart", "further"]
+
+
+def test_points_of_one_alpha_are_over_the_same_items_and_those_that_lost_many_are_not_on_the_front(
+    measured: list[Measured], dataset: Dataset
+) -> None:
+    """Dilemmas that move by as much as their number says; those from the fifth on lose their answer at +1 only."""
+    first = measured[0]
+    assert first.rows is not None
+    labels = {i: item.labels["honesty"] for i, item in enumerate(dataset.items) if "honesty" in item.labels}
+    rows = first.rows[first.rows["item"].isin(labels)]
+    moved = pd.Series(pd.factorize(rows["dilemma"])[0], index=rows.index)
+    rows = rows.assign(log_odds=rows["item"].map(labels) * moved * rows["alpha"], valid=True)
+    whole = replace(first, rows=rows)
+    lost = replace(first, method="caa", rows=rows.assign(valid=(rows["alpha"] != 1) | (moved < 4)))
+    points = pareto_table([analyse(each, dataset) for each in (whole, lost)], [whole, lost])
+    at_one = points[points["alpha"] == 1]
+    of_items = moved[rows["alpha"] == 0]
+    left = of_items[of_items < 4]
+    assert list(at_one["effect"]) == pytest.approx([of_items.mean(), left.mean()])
+    assert list(at_one["kept"]) == pytest.approx([1, len(left) / len(of_items)])
+    assert not at_one.loc[at_one["method"] == "caa", "front"].item()

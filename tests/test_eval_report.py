@@ -28,7 +28,7 @@ from ipissa.evaluate.analysis import label_overlap
 from ipissa.evaluate.baselines.tuners import distillation_targets as targets
 from ipissa.evaluate.choices import measure_choices
 from ipissa.evaluate.compare import Measured
-from ipissa.evaluate.null import null_check
+from ipissa.evaluate.null import median_p, null_check
 from ipissa.evaluate.report.page import Findings, summary, write_report
 from ipissa.evaluate.report.parts import Parts
 from ipissa.evaluate.run import evaluate
@@ -158,7 +158,9 @@ def test_a_method_that_leaves_dilemmas_no_answer_is_left_out_and_costs_no_report
         assert rows is not None
         some = [*measured[:lost], replace(measured[lost], rows=rows.assign(valid=False)), *measured[lost + 1 :]]
         adapter = load_adapter(home / "honest.safetensors")
-        return Findings(EvalSettings(), adapter, dataset, some, best=[], texts=[], echoes={"+": [], "-": []}, null=None)
+        return Findings(
+            EvalSettings(), adapter, dataset, some, best=[], tuning=24, texts=[], echoes={"+": [], "-": []}, null=None
+        )
 
     write_report(findings(1), tmp_path)
     assert list(pd.read_csv(tmp_path / "tables" / "methods.csv")["method"]) == [METHODS[0], *METHODS[2:]]
@@ -249,8 +251,18 @@ def test_random_adapters_that_cost_less_say_nothing_of_chance() -> None:
     random = pd.DataFrame({"value": [0.1, 0.0, None], "t": [1.0, 0.0, None], "equal": [True, False, False]})
     found = null_check(0.05, random)
     assert (found.seeds, found.left_out, found.p) == (1, 2, 1.0)
-    assert "2 more could not be brought to that cost" in found.sentence()
+    assert (
+        "2 more are left out: none of them could be brought to that cost with enough answers left" in found.sentence()
+    )
     assert null_check(0.05, random[1:]).sentence().startswith("None of 2 random adapters")
+
+
+def test_random_adapters_that_all_lost_their_answers_cost_no_report() -> None:
+    without = pd.DataFrame(
+        {"seed": [1, 2], "scale": 2.0, "equal": False, "name": "honesty"}
+    )  # as `null_slopes` says it
+    assert null_check(0.05, without).sentence().startswith("None of 2 random adapters could be brought to that cost")
+    assert median_p([0.1, 0.2], [without, without]) is None
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,9 @@ class Analysis:
     Args:
         figures: One row of the table of methods.
         dose: Per α: change of the balanced score since α = 0 with its interval (NaN where too few answers are left),
-            choice mass, valid share.
+            the share of the target's items that it is of, choice mass, valid share.
+        effects: Per |α|: half of how far the poles move the balanced score apart, over the items with an answer at
+            both of them and at 0, and the share that these are of the target's.
         values: Per value: slope and interval, p corrected, and how far its labels are the target's.
         clusters: Slope less 1 per cluster, ranked, and the target's own slope that they are measured by; none where
             that slope cannot be told from 0.
@@ -52,6 +54,7 @@ class Analysis:
     method: str
     figures: dict[str, Any]
     dose: pd.DataFrame
+    effects: pd.DataFrame
     values: pd.DataFrame
     clusters: pd.DataFrame
 
@@ -91,6 +94,7 @@ def analyse(measured: Measured, dataset: Dataset) -> Analysis:
         measured.method,
         figures,
         _dose(with_labels(measured.rows, labels[dataset.target]), measured.rows),
+        _effects(with_labels(measured.rows, labels[dataset.target])),
         values,
         # A ratio to a slope that may as well be 0 says nothing.
         clusters.assign(target_slope=figures["balanced_value"]).loc[[way(figures) != 0] * len(clusters)],
@@ -206,8 +210,8 @@ def _shape(target: pd.DataFrame, means: pd.DataFrame, name: str) -> dict[str, An
 def _dose(target: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     found = []
     for alpha, own in rows.groupby("alpha"):
-        point = {"alpha": alpha, "change": 0.0, "low": 0.0, "high": 0.0}
         answered = complete(target[target["alpha"].isin([0.0, alpha])])
+        point = {"alpha": alpha, "change": 0.0, "low": 0.0, "high": 0.0, "kept": _kept(answered, target)}
         if alpha != 0 and not can_be_balanced(answered):
             point |= dict.fromkeys(("change", "low", "high"), math.nan)
         elif alpha != 0:
@@ -217,6 +221,22 @@ def _dose(target: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
             point |= {"change": slope.value * alpha, "low": low, "high": high}
         found.append({**point, "choice_mass": own["choice_mass"].mean(), "valid": own["valid"].mean()})
     return pd.DataFrame(found)
+
+
+def _effects(target: pd.DataFrame) -> pd.DataFrame:
+    """Both poles of one |α| over the same items: a change since 0 of either is over those that it has itself."""
+    asked = set(target["alpha"])
+    found = []
+    for alpha in sorted(alpha for alpha in asked if alpha > 0 and -alpha in asked):
+        answered = complete(target[target["alpha"].isin([-alpha, 0.0, alpha])])
+        effect = balanced_slope(answered).trait.value * alpha if can_be_balanced(answered) else math.nan
+        found.append({"alpha": alpha, "effect": effect, "kept": _kept(answered, target)})
+    return pd.DataFrame(found, columns=["alpha", "effect", "kept"])
+
+
+def _kept(answered: pd.DataFrame, target: pd.DataFrame) -> float:
+    """The share of the target's items that has an answer at every α of some."""
+    return answered["item"].nunique() / target["item"].nunique()
 
 
 def base_differences(measured: Sequence[Measured]) -> dict[str, float]:
@@ -238,8 +258,8 @@ def why_unranked(differences: Mapping[str, float]) -> str | None:
     worst = max(off, key=lambda method: np.nan_to_num(off[method], nan=np.inf))
     loud = " That is more than half a nat: they were not measured on the same model." if off[worst] > WARN_NATS else ""
     return (
-        f"Not ranked: at α = 0 the answers with {', '.join(sorted(off))} differ from the adapter's by "
-        f"{off[worst]:.2f} nats, so they do not start from the same model.{loud}"
+        f"Not ranked: at α = 0 the answers with {', '.join(sorted(off))} differ from the adapter's by up to "
+        f"{off[worst]:.2f} nats on average, so they do not start from the same model.{loud}"
     )
 
 

@@ -88,7 +88,8 @@ class Bench:
         self.parts = parts
         self._state = folder / STATE
         self._shared = shared or self._state
-        self.training, self.tuning, held_out = load_evaluation_prompts(settings.prompts)
+        self.training, tuning, held_out = load_evaluation_prompts(settings.prompts)
+        self.tuning = spread(tuning, TUNING_PROMPTS)
         self.held_out = unseen(adapter, held_out)[: settings.held_out]
 
     @cached_property
@@ -146,15 +147,14 @@ class Bench:
 
         texts = told("told-training", self.training[:PAIR_PROMPTS], seed)
         openings = openings_from_continuations(texts, seed=seed)
-        tuning = spread(self.tuning, TUNING_PROMPTS)
         return Materials(
             model=model,
             tokenizer=tokenizer,
             trait=trait,
             adapter=self.adapter,
             pairs=contrastive_pairs(tokenizer, trait, openings),
-            tuning=plain("plain-tuning", tuning, seed),
-            tuning_told=HeldOut(tokenizer, trait, told("told-tuning", tuning, seed)),
+            tuning=plain("plain-tuning", self.tuning, seed),
+            tuning_told=HeldOut(tokenizer, trait, told("told-tuning", self.tuning, seed)),
             held_out=HeldOut(tokenizer, trait, told("told-held-out", self.held_out, seed + 1)),
             plain=plain("plain-held-out", spread(self.held_out, PLAIN_PROMPTS), seed + 1),
             learn=learn,

@@ -42,9 +42,13 @@ class Best:
         return cls(**{**values, "yardsticks": Yardsticks.from_dict(values["yardsticks"])})
 
 
-def measure_at_best(method: str, m: Materials, *, equal: float) -> Best:
-    """Choose among `STEPS` times the scale of equal degradation, or of its training, and measure there."""
-    around = 1.0 if method in TRAINED else equal
+def measure_at_best(method: str, m: Materials, *, equal: float | None) -> Best:
+    """Choose among `STEPS` times the scale of equal degradation, or of its training, and measure there.
+
+    Args:
+        equal: That scale; None where there is none, and steps are around the method's own scale, 1.
+    """
+    around = 1.0 if equal is None or method in TRAINED else equal
     with made(method, m) as steerer:
         gains = worse_trait_gains(steerer.dial, m.tuning_told, [around * step for step in STEPS])
         scale = max((scale for scale, gain in gains.items() if math.isfinite(gain)), key=gains.__getitem__)

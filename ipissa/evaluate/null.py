@@ -22,6 +22,7 @@ from ipissa.evaluate.slopes import Slope, value_slopes
 from ipissa.evaluate.steerer import Steerer
 
 ALPHAS = (-1.0, 0.0, 1.0)
+USABLE = "could be brought to that cost with enough answers left"
 DRAWS = 100_000  # of one slope per seed, where there are more ways to take one
 
 
@@ -30,7 +31,7 @@ class NullCheck:
     """Where a slope falls among those of random adapters that cost as much."""
 
     seeds: int
-    left_out: int  # random adapters that could not be brought to that cost, or leave too few answers
+    left_out: int  # random adapters that could not be brought to that cost, or left too few answers
     median_t: float  # of |t|
     largest_slope: float  # of |slope|
     share_below: float  # of random |slopes| below the measured one
@@ -39,12 +40,12 @@ class NullCheck:
     def sentence(self) -> str:
         """For the report."""
         if not self.seeds:
-            return f"None of {self.left_out} random adapters could be brought to that cost: nothing is said of chance."
+            return f"None of {self.left_out} random adapters {USABLE}: nothing is said of chance."
         return (
             f"Of {self.seeds} random adapters that cost text as much, {self.share_below:.0%} move the balanced score "
             f"less (p against them {self.p:.3f}, of so few at least {1 / (1 + self.seeds):.3f}); their |t| has a "
             f"median of {self.median_t:.2f}, and the largest slope is {self.largest_slope:.3f} nats."
-            + (f" {self.left_out} more could not be brought to that cost, and are left out." if self.left_out else "")
+            + (f" {self.left_out} more are left out: none of them {USABLE}." if self.left_out else "")
         )
 
 
@@ -76,7 +77,8 @@ def chance_p(measured: float, random: Sequence[float] | pd.Series) -> float:
 
 def comparable(random: pd.DataFrame) -> pd.DataFrame:
     """The random adapters that cost as much as what was measured."""
-    return random[random["equal"].astype(bool)].astype({"value": float, "t": float})
+    slopes = random.reindex(columns=random.columns.union(["value", "t"], sort=False))  # if none left enough answers
+    return slopes[slopes["equal"].astype(bool)].astype({"value": float, "t": float})
 
 
 def null_check(measured: float, random: pd.DataFrame) -> NullCheck:

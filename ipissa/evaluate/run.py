@@ -74,6 +74,7 @@ def evaluate(
         dataset=dataset,
         measured=measured,
         best=_best(bench, measured),
+        tuning=len(bench.tuning),
         texts=bench.texts,
         echoes=bench.echoes,
         null=_null(bench, dataset, measured),
@@ -123,8 +124,7 @@ def _best(bench: Bench, measured: Sequence[Measured]) -> list[Best]:
     """Methods that have a scale to choose, each at its own best."""
 
     def measure(each: Measured) -> dict[str, Any]:
-        assert each.scale is not None
-        return measure_at_best(each.method, bench.materials, equal=each.scale).to_dict()
+        return measure_at_best(each.method, bench.materials, equal=each.scale if each.equal else None).to_dict()
 
     scalable = [each for each in measured if each.method in SCALABLE]
     return [Best.from_dict(bench.parts.once(f"best-{each.method}", partial(measure, each))) for each in scalable]

@@ -11,11 +11,12 @@ Every item is asked at every α. With y the log-odds of Yes in nats and l = ±1 
 Standard errors: `paired`, every item against itself, from the spread of the items' own slopes; `clustered`,
 the sandwich estimator with dilemmas as clusters (Liang and Zeger 1986). Intervals and p are of the clustered one, with
 t on one degree of freedom per dilemma but one; where labels are not in every dilemma, per dilemma of the rarer label,
-whose few dilemmas decide how well the error is known.
+whose few dilemmas decide how large the error is and how well it is known.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -104,6 +105,8 @@ def _slope(
     count = int(clusters.max()) + 1
     freedom = (sure or count) - 1
     value, error = float(fit.params[column]), float(np.sqrt(max(fit.cov_params()[column, column], 0.0)))
+    # The fit's correction for few clusters, G / (G - 1), is of all dilemmas.
+    error *= math.sqrt((freedom + 1) / freedom / (count / (count - 1)))
     t = value / error if error > 0 else 0.0
     reach = float(stats.t.ppf(0.975, freedom)) * error
     return Slope(

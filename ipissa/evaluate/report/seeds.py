@@ -17,7 +17,7 @@ import pandas as pd
 
 from ipissa.errors import ConfigError
 from ipissa.evaluate.methods import ADAPTER
-from ipissa.evaluate.null import comparable, median_p, null_check
+from ipissa.evaluate.null import USABLE, comparable, median_p, null_check
 from ipissa.evaluate.report.parts import SETTINGS
 from ipissa.evaluate.settings import dataset_name
 from ipissa.files import write_text
@@ -34,7 +34,7 @@ FIGURES = {
     "best": ("trait_gain", "without_echoes", MORE),
     "methods": (
         "balanced_value", "balanced_t", "balanced_p", "acquiescence_value", "published_effect", "published_gain",
-        "steering_f1", "transfer", "symmetry", "dose_monotonic", "base_difference",
+        "steering_f1", "steering_swapped", "transfer", "symmetry", "dose_monotonic", "base_difference", "kept",
     ),
 }  # fmt: skip
 
@@ -164,7 +164,7 @@ def _chance(folders: Sequence[Path], figures: Sequence[pd.DataFrame], adapters: 
         return {"chance": check.sentence(), "chance_p": check.p}
     p = median_p(slopes, random)
     if p is None:
-        return {"chance": "At some seed no random adapter could be brought to that cost: nothing is said of chance."}
+        return {"chance": f"At some seed no random adapter {USABLE}: nothing is said of chance."}
     count = sum(len(comparable(each)) for each in random)
     sentence = (
         f"With one of {count} random adapters that cost text as much in the place of each seed's, the median is as "
@@ -218,7 +218,11 @@ def _figures(folder: Path) -> pd.DataFrame:
     path = folder / "tables" / "methods.csv"
     if path.exists():
         methods = pd.read_csv(path)
-        parts += [methods.assign(figure=name, value=methods[name]) for name in FIGURES["methods"] if name in methods]
+        parts += [
+            methods.assign(figure=name, value=methods[name].astype(float))
+            for name in FIGURES["methods"]
+            if name in methods
+        ]
     columns = ["method", "figure", "value", "above", "below"]
     return pd.concat([part.reindex(columns=columns) for part in parts], ignore_index=True)
 

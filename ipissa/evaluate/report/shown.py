@@ -72,6 +72,7 @@ PUBLISHED = {
     "published_effect": "Effect, published",
     "published_gain": "Gain, published",
     "steering_f1": "Steering F1",
+    "steering_swapped": "poles swapped",
     "transfer": "transfer",
 }
 

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import pandas as pd
 
-from ipissa.evaluate.analysis import Analysis
+from ipissa.evaluate.analysis import MIN_KEPT, Analysis
 from ipissa.evaluate.best_scale import Best
 from ipissa.evaluate.compare import Measured
 from ipissa.evaluate.echoes import Echoes, trait_gain_without
@@ -89,25 +89,21 @@ def stacked(analyses: Sequence[Analysis], name: str) -> pd.DataFrame:
 def pareto_table(analyses: Sequence[Analysis], measured: Sequence[Measured]) -> pd.DataFrame:
     """A row per method and |α|: how far the poles moved the score apart, the right way, and what text lost for it.
 
-    effect = (change at +|α| - change at -|α|) / 2, degradation the mean of both: what moves the score alike at both
+    effect = (score at +|α| - score at -|α|) / 2, degradation the mean of both: what moves the score alike at both
     poles is no effect of a dial. `front` marks effects that neither another point nor doing nothing, (0, 0), has for
-    as little.
+    as little, of methods that kept an answer to what the others were asked.
     """
-    table = stacked(analyses, "dose").merge(degradation_table(measured)[["method", "alpha", "text"]])
-    both = table.dropna(subset=["change"]).set_index(["method", "alpha"])
-    points = [
-        {
-            "method": method,
-            "alpha": alpha,
-            "effect": (both.loc[(method, alpha), "change"] - both.loc[(method, -alpha), "change"]) / 2,
-            "degradation": (both.loc[(method, alpha), "text"] + both.loc[(method, -alpha), "text"]) / 2,
-        }
-        for method, alpha in both.index
-        if alpha > 0 and (method, -alpha) in both.index
-    ]
-    found = pd.DataFrame(points, columns=["method", "alpha", "effect", "degradation"])
-    rivals = [(0.0, 0.0), *zip(found["effect"], found["degradation"], strict=True)]
-    return found.assign(front=[not _beaten(point, rivals) for point in rivals[1:]])
+    cost = {each.method: each.cost for each in measured}
+    effects = stacked(analyses, "effects").dropna(subset=["effect"]).reset_index(drop=True)
+    found = effects.assign(
+        degradation=[cost[row.method](row.alpha, -row.alpha) for row in effects.itertuples(index=False)]
+    )[["method", "alpha", "effect", "degradation", "kept"]]
+    points = list(zip(found["effect"], found["degradation"], strict=True))
+    asked_alike = found["kept"] >= MIN_KEPT
+    rivals = [(0.0, 0.0), *(point for point, alike in zip(points, asked_alike, strict=True) if alike)]
+    return found.assign(
+        front=[alike and not _beaten(point, rivals) for point, alike in zip(points, asked_alike, strict=True)]
+    )
 
 
 def _beaten(point: tuple[float, float], rivals: Sequence[tuple[float, float]]) -> bool:
