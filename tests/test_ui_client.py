@@ -135,11 +135,13 @@ def test_a_busy_server_is_told_in_words(tiny: Path) -> None:
 def test_keys_are_sent_and_those_no_key_can_be_are_refused(tiny: Path) -> None:
     with in_thread(**settings_for(tiny, "honest"), api_key="sesame") as served:
         assert ask(served.url, lambda client: client.health()) == 200
-        for key in ("", "wrong", "sésame"):
+        for key in ("", "wrong", "sésame", "ses\name", "ses\x00ame"):
             with pytest.raises(ServerError, match="The API key is missing or wrong") as refused:
                 ask(served.url, lambda client, key=key: client.adapters(key))
             assert refused.value.status == 401
-        assert [each["id"] for each in ask(served.url, lambda client: client.adapters("sesame"))] == ["honest"]
+        for key in ("sesame", " sesame \n"):  # blanks come along when a key is copied
+            found = ask(served.url, lambda client, key=key: client.adapters(key))
+            assert [each["id"] for each in found] == ["honest"]
 
 
 def test_the_page_on_its_own_passes_on_how_its_server_is(served: Served) -> None:

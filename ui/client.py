@@ -164,7 +164,8 @@ def _grown(answer: Answer, choice: Any) -> Answer:
 
 
 def _bearer(key: str) -> dict[str, str]:
-    if not key.isascii():  # which a header cannot carry
+    key = key.strip()  # as the server does with its own
+    if not (key.isascii() and key.isprintable()):  # which a header cannot carry
         raise ServerError("The API key is missing or wrong; it holds characters that no key has.", 401)
     return {"Authorization": f"Bearer {key or 'none'}"}
 

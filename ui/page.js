@@ -97,9 +97,12 @@ window.ipissa = (() => {
     loading: "The server is loading its model. This page goes on by itself when it is ready.",
     gone: "The server is gone. Your settings are kept; this page goes on by itself when it is back.",
     slow: "The server is slow to answer just now.",
+    failed: "This page could not open, although the server is ready. It tries again by itself.",
   };
   const STATES = { 200: "ready", 503: "loading", 504: "slow" };
+  const MISSES = "ipissa-misses"; // how often in a row this tab failed to open
   let wasMissing = false;
+  let notBefore = 0;
   async function health() {
     try {
       const answer = await fetch("health", { cache: "no-store", signal: AbortSignal.timeout(5000) });
@@ -110,9 +113,10 @@ window.ipissa = (() => {
   }
   async function watch() {
     const state = await health();
-    if (state === "ready" && wasMissing) return location.reload(); // the address restores the settings
+    const waits = state === "ready" && wasMissing && Date.now() < notBefore;
+    if (state === "ready" && wasMissing && !waits) return location.reload(); // the address restores the settings
     // A slow server still knows this page; loading it again would only give the server more to do.
-    if (state !== "slow") wasMissing = state !== "ready";
+    if (state !== "slow" && !waits) wasMissing = state !== "ready";
     let banner = document.getElementById("server-state");
     if (!banner) {
       banner = document.createElement("div");
@@ -120,14 +124,24 @@ window.ipissa = (() => {
       banner.setAttribute("role", "alert");
       document.body.append(banner);
     }
-    banner.hidden = state === "ready";
-    banner.textContent = SAYS[state] ?? "";
+    banner.hidden = state === "ready" && !waits;
+    banner.textContent = SAYS[waits ? "failed" : state] ?? "";
     setTimeout(watch, state === "ready" ? 3000 : 1000);
   }
   // Gradio may add this script before the page is read or after.
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", watch);
   else watch();
-  const missed = () => void (wasMissing = true); // by the time of the next look it may be back
+  // What failed once may fail again, so that every further attempt waits longer.
+  function missed() {
+    const misses = Number(sessionStorage.getItem(MISSES)) + 1;
+    sessionStorage.setItem(MISSES, misses);
+    notBefore = Date.now() + 1000 * Math.min(60, 2 ** misses);
+    wasMissing = true; // by the time of the next look the server may be back
+  }
+  function found() {
+    sessionStorage.removeItem(MISSES);
+    wasMissing = false;
+  }
 
   // --- links, keys and files --------------------------------------------------------------------
   function remember(query) {
@@ -146,5 +160,5 @@ window.ipissa = (() => {
   const opened = (key) => [key || sessionStorage.getItem(KEY) || "", location.href];
   const keepKey = (key) => sessionStorage.setItem(KEY, key ?? "");
 
-  return { drawDials, listen, missed, remember, save, opened, keepKey };
+  return { drawDials, listen, missed, found, remember, save, opened, keepKey };
 })();

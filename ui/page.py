@@ -94,6 +94,7 @@ def _open(
     )
     # The browser looks only now and then, and may not have seen the server missing.
     opened.failure(None, None, None, js="ipissa.missed")
+    opened.success(None, None, None, js="ipissa.found")
     # The present choice first, which is quick, then the whole curve.
     scored = opened.success(compare.score, [*c.inputs, compare.curve], [compare.bars, compare.drawing], **c.quick)
     scored.then(compare.measure, [*c.inputs, compare.curve], compare.measured, **c.slow)

@@ -295,6 +295,19 @@ def test_a_page_that_opened_without_its_server_opens_again_although_the_browser_
         expect(page.page.get_by_label("Prompt")).to_be_visible()
         with in_process(port=port):
             expect(page.dial("honest")).to_be_visible(timeout=PATIENCE)
+            assert page.page.evaluate("sessionStorage.getItem('ipissa-misses')") is None
+
+
+def test_a_page_that_fails_to_open_again_and_again_is_not_loaded_again_at_once(visit: Visit) -> None:
+    with standalone(f"http://127.0.0.1:{free_port()}", status=502) as alone:
+        page = visit("about:blank")
+        page.page.add_init_script("sessionStorage.setItem('ipissa-misses', 5)")
+        page.page.route("**/health", lambda route: route.fulfill(status=200))
+        page.page.goto(alone.url + short())
+        expect(page.page.locator("#server-state")).to_contain_text("This page could not open", timeout=PATIENCE)
+        page.page.evaluate("window.stayed = true")
+        page.page.wait_for_timeout(8000)  # more than two looks
+        assert page.page.evaluate("window.stayed")
 
 
 def test_a_slow_server_is_told_of_and_the_page_stays_as_it_is(visit: Visit, server: Served) -> None:
