@@ -77,7 +77,7 @@ def build_page(client: Client) -> gr.Blocks:
             adapters = AdapterTab(controls)
         with gr.Tab("Keep and share", elem_id="tab-share"):
             share = ShareTab(controls, compare.panes, compare.curve)
-        for tab in (compare, where, chat, adapters, share):
+        for tab in (share, compare, where, chat, adapters):  # the link does not wait for what follows it
             tab.listen()
         _open(page, controls, status, compare, adapters, share)
     return page

@@ -185,6 +185,22 @@ def test_a_new_position_takes_over_from_answers_that_are_being_written(page: Ste
     assert page.page.locator(".pane").first.locator(".token").count() <= TOKENS  # not the long ones, later
 
 
+def test_answers_do_not_wait_for_the_curves_nor_the_link_for_the_answers(page: SteeringPage) -> None:
+    page.page.get_by_role("button", name="Sampling").click()
+    page.page.get_by_label("number input for Tokens").fill("256")
+    page.page.get_by_label("Prompt").focus()
+    page.page.wait_for_timeout(1000)  # until the link holds the number
+    before = page.page.url
+    page.drag("kind", 0, 1)
+    busy = page.page.locator(".panes[aria-busy=true]")
+    expect(busy).to_be_visible(timeout=PATIENCE)
+    assert page.page.locator("#curve .current polyline").count() < 2
+    expect(page.page).not_to_have_url(before)
+    assert busy.is_visible()  # 256 tokens take longer than a link
+    page.page.locator("#stop").click()
+    page.has_written()
+
+
 def test_the_curve_is_what_the_api_scores_and_the_present_point_is_on_it(page: SteeringPage, server: Served) -> None:
     page.page.get_by_label("Question").fill(QUESTION)
     alphas = sweep(LOW, HIGH)

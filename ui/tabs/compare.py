@@ -62,9 +62,14 @@ class CompareTab:
         inputs = [*c.inputs, self.curve]
         c.dial.input(self.score, inputs, [self.bars, self.drawing], trigger_mode="always_last", **c.quick)
         asked = [c.question.change, c.prefix.change, c.choices.change]
-        gr.on([c.dial.release, *asked], self.measure, inputs, self.measured, **c.slow)
+        gr.on(asked, self.measure, inputs, self.measured, **c.slow)
+        # Gradio runs the listeners of one event one after another, each to the end of its stream, but those
+        # of `then` at once; answers and curve wait for nothing but the dial.
+        rested = c.dial.release(None, None, None, js="() => {}")
+        rested.then(self.measure, inputs, self.measured, **c.slow)
+        rested.then(self.write, c.inputs, [self.answers, self.panes], **c.slow)
         c.compare.change(lambda compare: gr.update(visible=compare == OTHER), c.compare, c.other, **c.quick)
-        wanted = [self.run.click, c.prompt.submit, c.dial.release, c.other.release, c.compare.input]
+        wanted = [self.run.click, c.prompt.submit, c.other.release, c.compare.input]
         gr.on(wanted, self.write, c.inputs, [self.answers, self.panes], **c.slow)
         self.stop.click(self.halt, None, None, **c.quick)
         chosen = self.preset.input(PRESETS.get, self.preset, [c.prompt, c.question], **c.quick)
