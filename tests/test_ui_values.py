@@ -19,6 +19,7 @@ from ipissa_ui.controls import Controls
 from ipissa_ui.curve import Curve
 from ipissa_ui.dial import dial_value, dials_of, start
 from ipissa_ui.share import ANSWERS, CHOICE, snippet
+from ipissa_ui.tabs.adapters import AdapterTab
 from ipissa_ui.tabs.chat import ChatTab
 from ipissa_ui.tabs.compare import CompareTab
 from ipissa_ui.tabs.share import CURVE_PNG, ShareTab
@@ -236,6 +237,18 @@ def values_of(tab: CompareTab | ChatTab, *names: str, moved: int = 0) -> list[An
     dial = dial_value(dials_of(adapters), {names[0]: 0.5}, names[0]) | {"moved": moved}
     view = tab.controls.restored(View(), adapters)
     return ["", adapters, dial, *view[1:2], dial | {"moved": 0}, *view[3:], Curve()]
+
+
+def test_a_page_whose_session_was_thrown_away_says_so_and_one_without_dials_waits() -> None:
+    tab = compare_tab(SlowScores())
+    key, _, dial, *rest = values_of(tab, "good")
+    with pytest.raises(gr.Error, match="load it again, which keeps its settings"):
+        tab.controls.asked(SOMEBODY, [key, [], dial, *rest])
+    with gr.Blocks():
+        adapters = AdapterTab(tab.controls)
+    with pytest.raises(gr.Error, match="load it again, which keeps its settings"):
+        asyncio.run(adapters.show(key, [], "good"))
+    assert tab.controls.asked(SOMEBODY, [key, [], dial_value([], {}, ""), *rest]) is None
 
 
 @pytest.mark.parametrize(("moved", "drawn"), [(3, 1), (4, 0)])
