@@ -7,7 +7,7 @@ import base64
 import json
 import shlex
 import zlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -240,15 +240,18 @@ def values_of(tab: CompareTab | ChatTab, *names: str, moved: int = 0) -> list[An
 
 
 def test_a_page_whose_session_was_thrown_away_says_so_and_one_without_dials_waits() -> None:
-    tab = compare_tab(SlowScores())
-    key, _, dial, *rest = values_of(tab, "good")
-    with pytest.raises(gr.Error, match="load it again, which keeps its settings"):
-        tab.controls.asked(SOMEBODY, [key, [], dial, *rest])
-    with gr.Blocks():
-        adapters = AdapterTab(tab.controls)
-    with pytest.raises(gr.Error, match="load it again, which keeps its settings"):
-        asyncio.run(adapters.show(key, [], "good"))
-    assert tab.controls.asked(SOMEBODY, [key, [], dial_value([], {}, ""), *rest]) is None
+    async def play() -> None:
+        with gr.Blocks():
+            controls = Controls(SlowScores())  # type: ignore[arg-type]
+            tab, adapters = CompareTab(controls), AdapterTab(controls)
+        key, _, dial, *rest = values_of(tab, "good")
+        with pytest.raises(gr.Error, match="load it again, which keeps its settings"):
+            controls.asked(SOMEBODY, [key, [], dial, *rest])
+        with pytest.raises(gr.Error, match="load it again, which keeps its settings"):
+            await adapters.show(key, [], "good")
+        assert controls.asked(SOMEBODY, [key, [], dial_value([], {}, ""), *rest]) is None
+
+    asyncio.run(play())
 
 
 @pytest.mark.parametrize(("moved", "drawn"), [(3, 1), (4, 0)])
@@ -258,6 +261,7 @@ def test_only_a_dial_that_has_moved_on_overtakes_a_curve_that_is_measured(moved:
     async def play() -> int:
         tab = compare_tab(SlowScores())
         curves = tab.measure(SOMEBODY, *values_of(tab, "good", moved=3))
+        await anext(curves)  # it is faded
         first = asyncio.create_task(anext(curves, None))
         await asyncio.sleep(0.01)
         await tab.score(SOMEBODY, *values_of(tab, "good", moved=moved))
@@ -272,7 +276,8 @@ def test_a_curve_that_cannot_be_had_is_told_beside_the_others_and_the_choice_sta
 ) -> None:
     async def play() -> list[tuple[Any, ...]]:
         tab = compare_tab(LosingScores(status))
-        return [step async for step in tab.measure(SOMEBODY, *values_of(tab, "good", "kind", "calm"))]
+        _, *measured = [step async for step in tab.measure(SOMEBODY, *values_of(tab, "good", "kind", "calm"))]
+        return measured
 
     bars, _, notes, curves = zip(*asyncio.run(play()), strict=True)
     assert all("refusal" not in drawn for drawn in bars)
@@ -283,7 +288,8 @@ def test_a_curve_that_cannot_be_had_is_told_beside_the_others_and_the_choice_sta
 def test_choice_and_curve_are_shown_at_the_alpha_that_was_applied() -> None:
     async def play() -> tuple[Any, ...]:
         tab = compare_tab(RoundingScores())
-        return await anext(tab.measure(SOMEBODY, *values_of(tab, "good")))
+        _, measured = [step async for step in tab.measure(SOMEBODY, *values_of(tab, "good"))]
+        return measured
 
     bars, drawing, _, curve = asyncio.run(play())
     assert "α = good +0.40" in bars
@@ -297,7 +303,7 @@ def test_a_curve_is_saved_as_it_was_measured_whatever_is_asked_by_now() -> None:
             tab = CompareTab(Controls(SlowScores()))  # type: ignore[arg-type]
             share = ShareTab(tab.controls, tab.panes, tab.curve)
         *shared, _ = values_of(tab, "good")
-        *_, curve = await anext(tab.measure(SOMEBODY, *shared, Curve()))
+        *_, (*_, curve) = [step async for step in tab.measure(SOMEBODY, *shared, Curve())]
         shared[tab.controls.inputs.index(tab.controls.choices)] = "One"
         return curve, await share.make(CURVE_PNG, SOMEBODY, *shared, curve, None)
 
@@ -311,8 +317,64 @@ def test_a_choice_that_cannot_be_had_is_refused_in_its_place() -> None:
         tab = compare_tab(LosingScores(404))
         return [step async for step in tab.measure(SOMEBODY, *values_of(tab, "kind", "good"))]
 
-    ((bars, *_),) = asyncio.run(play())
+    _, (bars, *_) = asyncio.run(play())
     assert "It is not to be had." in bars
+
+
+def asking(tab: CompareTab, choices: str, curve: Curve, *names: str) -> AsyncIterator[tuple[Any, ...]]:
+    """What `measure` does once these choices are typed, the page having this curve."""
+    *shared, _ = values_of(tab, *names)
+    shared[tab.controls.inputs.index(tab.controls.choices)] = choices
+    return tab.measure(SOMEBODY, *shared, curve)
+
+
+async def steps_of(measuring: AsyncIterator[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    return [step async for step in measuring]
+
+
+def test_what_was_typed_and_undone_is_overtaken_and_the_choice_is_that_of_what_is_there() -> None:
+    async def play() -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+        tab = compare_tab(SlowScores())
+        *_, (*_, curve) = await steps_of(asking(tab, "Yes, No", Curve(), "good"))
+        typed = asyncio.create_task(steps_of(asking(tab, "Yes, Nope", curve, "good")))
+        await asyncio.sleep(0.01)
+        return await steps_of(asking(tab, "Yes, No", curve, "good")), await typed
+
+    ((bars, drawing, *_),), typed = asyncio.run(play())
+    assert "log-odds" in bars
+    assert "current" in drawing
+    ((bars, drawing, *_),) = typed
+    assert bars == gr.skip()
+    assert "stale" in drawing  # faded, and given up
+
+
+def test_a_refused_choice_is_drawn_again_once_it_is_what_it_was() -> None:
+    async def play() -> list[tuple[Any, ...]]:
+        tab = compare_tab(SlowScores())
+        *_, (*_, curve) = await steps_of(asking(tab, "Yes, No", Curve(), "good"))
+        refused = await steps_of(asking(tab, "Yes", curve, "good"))
+        return [*refused, *await steps_of(asking(tab, "Yes, No", curve, "good"))]
+
+    (_, faded, *_), (refused, *_), (bars, drawing, *_) = asyncio.run(play())
+    assert "stale" in faded
+    assert "refusal" in refused
+    assert "log-odds" in bars
+    assert "current" in drawing
+
+
+def test_a_question_asked_between_two_curves_is_measured_to_its_end() -> None:
+    async def play() -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+        tab = compare_tab(SlowScores())
+        earlier = asking(tab, "Yes, No", Curve(), "good", "kind")
+        await anext(earlier)
+        *_, curve = await anext(earlier)
+        newer = asyncio.create_task(steps_of(asking(tab, "No, Yes", curve, "good", "kind")))
+        await asyncio.sleep(0.01)
+        return await steps_of(earlier), await newer
+
+    earlier, newer = asyncio.run(play())
+    assert not earlier
+    assert [len(curve.lines) for *_, curve in newer if isinstance(curve, Curve)] == [1, 2]
 
 
 class RefusingChat(SlowScores):

@@ -95,45 +95,48 @@ class CompareTab:
         return self._drawn(asked, asked.rest[0], score)
 
     async def measure(self, request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, Any, Any, Any]]:
-        """The curves that are not known yet, the held dial's first; gives way to a moving dial."""
+        """The choice, and the curves that are not known yet, the held dial's first; gives way to a moving dial.
+
+        One turn holds for all of them, so that whatever is asked next, also between two curves, ends this one.
+        """
         asked = self.controls.asked(request, values)
         if asked is None:
             return
-        key, curve, note = curve_key(asked.view, asked.dials), asked.rest[0], ""
-        if curve.key != key:
-            curve = Curve(key=key, view=asked.view)
-        drawn = {line.name for line in curve.lines}
-        names = dict.fromkeys((asked.view.held, *(each["name"] for each in asked.dials)))
-        for name in [each for each in names if each not in drawn]:
-            try:
-                measured = await self._measured(asked, name)
-            except ServerError as error:
-                if not curve.lines:  # the held dial's is refused, and with it the choice
-                    yield draw_refusal(str(error)), gr.skip(), "", gr.skip()
+        async with self.controls.scores.take(asked.user, asked.moved) as overtaken:
+            if overtaken.is_set():
+                return
+            key, curve, note = curve_key(asked.view, asked.dials), asked.rest[0], ""
+            if curve.key != key:
+                yield gr.skip(), draw_curve(curve, None), "", gr.skip()  # it answers an earlier question
+                curve = Curve(key=key, view=asked.view)
+            for name in _unknown(asked, curve) or [None]:  # where all is known, the choice alone
+                try:
+                    measured = await unless(overtaken, self._measured(asked, curve, name))
+                except ServerError as error:
+                    if name is None or not curve.lines:  # the held dial's is refused, and with it the choice
+                        yield draw_refusal(str(error)), gr.skip(), "", gr.skip()
+                        return
+                    note += draw_refusal(f"No curve of {name}: {error}")
+                    yield gr.skip(), gr.skip(), note, gr.skip()
+                    if error.status == 404:  # it was unloaded; the others may be there
+                        continue
                     return
-                note += draw_refusal(f"No curve of {name}: {error}")
-                yield gr.skip(), gr.skip(), note, gr.skip()
-                if error.status == 404:  # it was unloaded; the others may be there
-                    continue
-                return
-            if measured is None:
-                return
-            present, base, line = measured
-            curve = curve.add(base, line)
-            yield (*self._drawn(asked, curve, present), note, curve)
+                if measured is None:
+                    return
+                present, curve = measured
+                yield (*self._drawn(asked, curve, present), note, curve)
 
-    async def _measured(self, asked: Asked, name: str) -> tuple[Score, Score, Line] | None:
-        """The present choice, the base model's, and an adapter's line; None when overtaken."""
+    async def _measured(self, asked: Asked, curve: Curve, name: str | None) -> tuple[Score, Curve]:
+        """The present choice, and the curve with an adapter's line if one is named."""
         view = asked.view
+        if name is None:
+            (present,) = await self._scores(asked, [view.left])
+            return present, curve
         (dial,) = (each for each in asked.dials if each["name"] == name)
         alphas = sweep(dial["low"], dial["high"])
         settings = [view.at(alpha) if name == view.held else {name: alpha} for alpha in alphas]
-        async with self.controls.scores.take(asked.user, asked.moved) as overtaken:
-            scores = await unless(overtaken, self._scores(asked, [view.left, view.base, *settings]))
-        if scores is None:
-            return None
-        present, base, *line = scores
-        return present, base, Line(name, tuple(score.steer[name] for score in line), tuple(line))
+        present, base, *line = await self._scores(asked, [view.left, view.base, *settings])
+        return present, curve.add(base, Line(name, tuple(score.steer[name] for score in line), tuple(line)))
 
     async def _scores(self, asked: Asked, settings: list[Any]) -> list[Score]:
         view = asked.view
@@ -191,6 +194,13 @@ class CompareTab:
         """Overtake whatever the user has running, by nothing; that closes the stream, which frees the engine."""
         async with self.controls.generations.take(request.session_hash or ""):
             pass
+
+
+def _unknown(asked: Asked, curve: Curve) -> list[str]:
+    """The adapters whose curves are still to be measured, the held one first."""
+    drawn = {line.name for line in curve.lines}
+    names = dict.fromkeys((asked.view.held, *(each["name"] for each in asked.dials)))
+    return [name for name in names if name not in drawn]
 
 
 def _ended(panes: Panes, note: str) -> Panes:
