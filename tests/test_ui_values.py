@@ -18,6 +18,7 @@ from ipissa_ui.client import Message, Score, ServerError
 from ipissa_ui.controls import Controls
 from ipissa_ui.curve import Curve
 from ipissa_ui.dial import dial_value, dials_of, start
+from ipissa_ui.page import _restore
 from ipissa_ui.share import ANSWERS, CHOICE, snippet
 from ipissa_ui.tabs.adapters import AdapterTab
 from ipissa_ui.tabs.chat import ChatTab
@@ -40,6 +41,9 @@ VIEW = View(
     temperature=0.0,
     seed=9,
 )
+
+
+NASTY = "<b>&"
 
 
 def packed(text: str) -> str:
@@ -77,6 +81,8 @@ def test_a_link_restores_every_setting() -> None:
         packed('{"alphas": {"honest": NaN}}'),
         packed('{"alphas": {"honest": 1e300}}'),
         packed(json.dumps({"prompt": "a" * 1_000_000})),
+        packed('{"prompt": "\\ud800"}'),
+        packed('{"alphas": {"\\udfff": 1}}'),
         packed('{"alphas": ' + "[" * 5000 + "]" * 5000 + "}"),
         to_link(VIEW)[:-20].split("=", 1)[1],
     ],
@@ -84,6 +90,33 @@ def test_a_link_restores_every_setting() -> None:
 def test_a_damaged_link_is_refused_in_one_sentence(link: str) -> None:
     with pytest.raises(ValueError, match=r"This link is damaged .*, so the page shows its usual settings"):
         from_link(link)
+
+
+class LoadedAdapters:
+    """A client whose server has one adapter."""
+
+    url, has_page = "http://127.0.0.1:8000", False
+
+    async def adapters(self, key: str) -> list[dict[str, Any]]:
+        return [about(-1, 1)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"alphas": {f"{NASTY}[log in](https://example.com)" + "long " * 1000: 1.0}}, {NASTY: 1}, {"seed": NASTY * 1000}],
+)
+def test_what_a_link_holds_is_told_as_text_and_in_short(settings: dict[str, Any]) -> None:
+    async def play() -> dict[str, Any]:
+        with gr.Blocks():
+            restore = _restore(Controls(LoadedAdapters()))  # type: ignore[arg-type]
+        status, *_ = await restore(SOMEBODY, "", f"http://page/?s={packed(json.dumps(settings))}")
+        return status
+
+    told = asyncio.run(play())["value"]
+    assert told.startswith('<p class="refusal"')
+    assert "<b>" not in told
+    assert "&lt;b&gt;" in told
+    assert len(told) < 1000
 
 
 def test_the_two_settings_of_a_view_are_explicit_and_zero_has_no_sign() -> None:
@@ -96,6 +129,7 @@ def test_the_two_settings_of_a_view_are_explicit_and_zero_has_no_sign() -> None:
     assert VIEW.at(-1.0) == {"honest": -1.0, "kind": -0.25}
     assert describe(VIEW.left) == "honest +0.70, kind -0.25"
     assert describe(still.left) == "0, the base model"
+    assert describe({"honest": 0.004, "kind": -0.333}) == "honest +0.004, kind -0.333"  # as finely as dials go
 
 
 def test_a_dial_spans_its_calibrated_range_in_whole_steps_with_zero_in_it() -> None:

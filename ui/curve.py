@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from .client import Score
-from .view import View
+from .view import View, signed
 
 POINTS = 41
 WIDTH, HEIGHT = 480, 250
@@ -77,7 +77,7 @@ def draw_curve(curve: Curve, present: tuple[float, Score] | None) -> str:
     if present:
         alpha, score = present
         at = f'cx="{scale.x(alpha):.1f}" cy="{scale.y(score.log_odds):.1f}"'
-        point = f'<circle class="point" {at} r="5.5"><title>α {alpha:+.2f}: {score.log_odds:+.2f} nats</title></circle>'
+        point = f'<circle class="point" {at} r="5.5"><title>α {signed(alpha)}: {score.log_odds:+.2f} nats</title></circle>'
     legend = "".join(
         f'<span class="line-{i % COLOURS}"><i></i>{escape(line.name)}{"" if i == 0 else " alone"}</span>'
         for i, line in enumerate(curve.lines)

@@ -2,7 +2,7 @@
 window.ipissa = (() => {
   const escape = (text) =>
     String(text).replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`);
-  const signed = (alpha) => (alpha > 0 ? "+" : "") + (Math.round(alpha * 100) / 100).toString().replace("-", "−");
+  const signed = (alpha) => (alpha > 0 ? "+" : "") + (Math.round(alpha * 1000) / 1000).toString().replace("-", "−");
 
   // --- dials ---------------------------------------------------------------------------------
   // The thumb's middle runs from half its width to the track's width less that.

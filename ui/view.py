@@ -81,8 +81,13 @@ class View:
 
 def describe(steer: Steer) -> str:
     """A setting in words: `kind +0.70, honest -1.00`, or `0, the base model`."""
-    turned = [f"{name} {alpha:+.2f}" for name, alpha in steer.items() if alpha]
+    turned = [f"{name} {signed(alpha)}" for name, alpha in steer.items() if alpha]
     return ", ".join(turned) or "0, the base model"
+
+
+def signed(alpha: float) -> str:
+    """An α with two decimals, or three where the third is not 0, as finely as a dial is turned."""
+    return f"{alpha:+.3f}".removesuffix("0")
 
 
 def to_link(view: View) -> str:
@@ -105,9 +110,16 @@ def from_link(packed: str) -> View:
         changed = json.loads(text)
         if not isinstance(changed, dict):
             raise ValueError("no settings in it")
+        json.dumps(changed, ensure_ascii=False).encode()  # half a character is text to Python, and to nothing else
         return replace(View(), **{name: _checked(name, value) for name, value in changed.items()})
     except (ValueError, TypeError, RecursionError, zlib.error) as error:
-        raise ValueError(f"This link is damaged ({error}), so the page shows its usual settings.") from error
+        why = cut(str(error), 200)
+        raise ValueError(f"This link is damaged ({why}), so the page shows its usual settings.") from error
+
+
+def cut(text: str, most: int) -> str:
+    """The beginning of a text that may be longer than anybody reads."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _checked(name: str, value: Any) -> Any:

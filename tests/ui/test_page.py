@@ -95,7 +95,8 @@ def test_the_dial_takes_typed_values_arrow_keys_and_says_when_it_is_beyond_its_r
     expect(slider).to_have_attribute("aria-valuetext", "+0.1, towards a kind, loving person")
     page.typed("kind").fill("-0.333")
     page.typed("kind").press("Enter")
-    page.shows_choice_at("honest +1.00, kind -0.33")
+    page.shows_choice_at("honest +1.00, kind -0.333")
+    expect(slider).to_have_attribute("aria-valuetext", "−0.333, towards an angry, hateful person")
     page.typed("kind").fill("4")
     page.typed("kind").press("Enter")
     low, high = load_adapter(SHIPPED / "kind.safetensors").alpha_range
