@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import random
 import shlex
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -26,7 +27,7 @@ from ipissa_ui.tabs.compare import CompareTab
 from ipissa_ui.tabs.share import CURVE_PNG, ShareTab
 from ipissa_ui.tokens import Answer, Piece, parting, pieces_of
 from ipissa_ui.turns import Turns, unless, until
-from ipissa_ui.view import OPPOSITE, OTHER, View, describe, from_link, to_link
+from ipissa_ui.view import OPPOSITE, OTHER, View, describe, from_link, left_out, to_link
 
 VIEW = View(
     alphas={"honest": 0.7, "kind": -0.25},
@@ -58,6 +59,34 @@ def about(low: float, high: float, limit: float = 10.0) -> dict:
 def test_a_link_restores_every_setting() -> None:
     assert from_link(to_link(VIEW).split("=", 1)[1]) == VIEW
     assert from_link(to_link(View()).split("=", 1)[1]) == View()
+
+
+def test_a_link_leaves_out_the_longest_texts_rather_than_being_too_long_to_be_opened() -> None:
+    noise = random.Random(0).randbytes(20_000).hex()
+    for prompt in (noise, "word " * 50_000):  # too long as it is, and too long once it is unpacked
+        link = to_link(replace(VIEW, prompt=prompt))
+        assert left_out(replace(VIEW, prompt=prompt)) == ["prompt"]
+        assert len(link) < 8100
+        assert from_link(link.split("=", 1)[1]) == replace(VIEW, prompt=View().prompt)
+    assert left_out(replace(VIEW, prompt=noise, question=noise[:-1])) == ["prompt", "question"]
+    assert left_out(VIEW) == []
+
+
+def test_the_share_tab_says_what_its_link_leaves_out() -> None:
+    async def play() -> list[Any]:
+        with gr.Blocks():
+            tab = CompareTab(Controls(SlowScores()))  # type: ignore[arg-type]
+            share = ShareTab(tab.controls, tab.panes, tab.curve)
+        *shared, _ = values_of(tab, "good")
+        notes = []
+        for prompt in ("Hi", "word " * 50_000):
+            shared[tab.controls.inputs.index(tab.controls.prompt)] = prompt
+            notes.append((await share.describe(SOMEBODY, *shared, ANSWERS, "curl", "http://page"))[1])
+        return notes
+
+    whole, shortened = asyncio.run(play())
+    assert not whole
+    assert "The link is without prompt" in shortened
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,12 @@ window.ipissa = (() => {
     });
   }
 
+  // Of Gradio's own sliders only a pointer tells that it has let go; the arrow keys shall, too.
+  document.addEventListener("keyup", (event) => {
+    const slider = event.target.closest?.('[data-testid="range-input"]');
+    if (slider) slider.dispatchEvent(new PointerEvent("pointerup", { bubbles: true }));
+  });
+
   // --- the token under the pointer, or reached with the arrow keys --------------------------------
   function show(token) {
     document.querySelectorAll(".token.active").forEach((each) => each.classList.remove("active"));
@@ -82,6 +88,7 @@ window.ipissa = (() => {
     if (token) show(token);
   });
   document.addEventListener("keydown", (event) => {
+    if (event.altKey || event.ctrlKey || event.metaKey) return; // the browser's own keys
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     const text = event.target.closest?.(".tokens");
     if (!step || !text) return;
@@ -145,9 +152,24 @@ window.ipissa = (() => {
 
   // --- links, keys and files --------------------------------------------------------------------
   function remember(query) {
-    const link = `${location.origin}${location.pathname}?${query}`;
-    if (query && link !== location.href) history.replaceState(history.state, "", link);
+    const parameters = new URLSearchParams(location.search); // the theme may be among them
+    for (const [name, value] of new URLSearchParams(query)) parameters.set(name, value);
+    const link = `${location.origin}${location.pathname}?${parameters}`;
+    try {
+      if (query && link !== location.href) history.replaceState(history.state, "", link);
+    } catch {
+      // Some browsers take only so many addresses in a while; the next one holds everything, too.
+    }
     return link;
+  }
+  // Browsers have no clipboard for a page that came over plain http from another machine.
+  function copy(link) {
+    if (navigator.clipboard) return void navigator.clipboard.writeText(link);
+    const box = Object.assign(document.createElement("textarea"), { value: link });
+    document.body.append(box);
+    box.select();
+    document.execCommand("copy");
+    box.remove();
   }
   function save(file) {
     if (!file) return;
@@ -160,5 +182,5 @@ window.ipissa = (() => {
   const opened = (key) => [key || sessionStorage.getItem(KEY) || "", location.href];
   const keepKey = (key) => sessionStorage.setItem(KEY, key ?? "");
 
-  return { drawDials, listen, missed, found, remember, save, opened, keepKey };
+  return { drawDials, listen, missed, found, remember, copy, save, opened, keepKey };
 })();

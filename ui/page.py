@@ -100,7 +100,7 @@ def _open(
     scored = opened.success(compare.score, [*c.inputs, compare.curve], [compare.bars, compare.drawing], **c.quick)
     scored.then(compare.measure, [*c.inputs, compare.curve], compare.measured, **c.slow)
     opened.success(compare.write, c.inputs, [compare.answers, compare.panes], **c.slow)
-    opened.success(share.describe, share.inputs, [share.query, share.code], **c.quick)
+    opened.success(share.describe, share.inputs, share.described, **c.quick)
     page.unload(c.leave)
     c.key.submit(None, c.key, None, js="ipissa.keepKey")
 

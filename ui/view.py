@@ -19,6 +19,8 @@ QUESTION = (
 )
 LINK_PARAMETER = "s"
 MOST_LINK_BYTES = 100_000
+MOST_LINK_CHARACTERS = 8_000  # servers refuse addresses that are much longer
+TEXTS = ("prompt", "question", "prefix", "choices")
 RANGES = {"max_tokens": (8, 256), "temperature": (0.0, 1.5), "seed": (0, 2**53 - 1)}  # a browser's largest whole number
 
 
@@ -91,10 +93,34 @@ def signed(alpha: float) -> str:
 
 
 def to_link(view: View) -> str:
-    """The query of a link that restores the view: what differs from a fresh page, compressed."""
+    """The query of a link that restores the view, but for what is `left_out`."""
+    usual = View()
+    return _query(replace(view, **{name: getattr(usual, name) for name in left_out(view)}))
+
+
+def left_out(view: View) -> list[str]:
+    """The texts without which a link is short enough to be opened: none, or the longest ones."""
+    names = sorted(TEXTS, key=lambda name: -len(getattr(view, name)))
+    usual = View()
+    for count in range(len(names)):
+        if _fits(replace(view, **{name: getattr(usual, name) for name in names[:count]})):
+            return names[:count]
+    return names
+
+
+def _fits(view: View) -> bool:
+    return len(_changed(view)) <= MOST_LINK_BYTES and len(_query(view)) <= MOST_LINK_CHARACTERS
+
+
+def _changed(view: View) -> bytes:
+    """What differs from a fresh page."""
     usual = asdict(View())
     changed = {name: value for name, value in asdict(view).items() if value != usual[name]}
-    packed = zlib.compress(json.dumps(changed, ensure_ascii=False, separators=(",", ":")).encode(), 9)
+    return json.dumps(changed, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _query(view: View) -> str:
+    packed = zlib.compress(_changed(view), 9)
     return f"{LINK_PARAMETER}={base64.urlsafe_b64encode(packed).decode().rstrip('=')}"
 
 
