@@ -100,30 +100,51 @@ window.ipissa = (() => {
   });
 
   // --- the state of the server ----------------------------------------------------------------
+  const GONE = "The server is gone. Your settings are kept; this page goes on by itself when it is back.";
   const SAYS = {
     loading: "The server is loading its model. This page goes on by itself when it is ready.",
-    gone: "The server is gone. Your settings are kept; this page goes on by itself when it is back.",
+    gone: GONE,
+    unreached: GONE,
     slow: "The server is slow to answer just now.",
     failed: "This page could not open, although the server is ready. It tries again by itself.",
   };
   const STATES = { 200: "ready", 503: "loading", 504: "slow" };
+  let said = ""; // by a server whose engine has ended: what to do about it
   const MISSES = "ipissa-misses"; // how often in a row this tab failed to open
-  let wasMissing = false;
+  let wasMissing = false; // the server said so itself, or it is another one now
+  let wasUnreached = false;
   let notBefore = 0;
   async function health() {
     try {
       const answer = await fetch("health", { cache: "no-store", signal: AbortSignal.timeout(5000) });
-      return STATES[answer.status] ?? "gone";
+      const { error } = answer.status === 503 ? await answer.json().catch(() => ({})) : {};
+      if (error?.code !== "engine_dead") return STATES[answer.status] ?? "gone";
+      said = error.message;
+      return "ended";
     } catch (error) {
-      return error.name === "TimeoutError" ? "slow" : "gone";
+      return error.name === "TimeoutError" ? "slow" : "unreached";
+    }
+  }
+  // Where only the network was away, the server still knows this page, with all that no address restores.
+  async function knowsThisPage() {
+    try {
+      const answer = await fetch("gradio_api/app_id", { cache: "no-store", signal: AbortSignal.timeout(5000) });
+      return (await answer.json()).app_id === window.gradio_config.app_id;
+    } catch {
+      return false;
     }
   }
   async function watch() {
     const state = await health();
+    if (state === "unreached") wasUnreached = true;
+    else if (state === "ready" && wasUnreached) {
+      wasMissing ||= !(await knowsThisPage());
+      wasUnreached = false;
+    }
     const waits = state === "ready" && wasMissing && Date.now() < notBefore;
     if (state === "ready" && wasMissing && !waits) return location.reload(); // the address restores the settings
     // A slow server still knows this page; loading it again would only give the server more to do.
-    if (state !== "slow" && !waits) wasMissing = state !== "ready";
+    if (!["slow", "unreached"].includes(state) && !waits) wasMissing = state !== "ready";
     let banner = document.getElementById("server-state");
     if (!banner) {
       banner = document.createElement("div");
@@ -132,7 +153,7 @@ window.ipissa = (() => {
       document.body.append(banner);
     }
     banner.hidden = state === "ready" && !waits;
-    banner.textContent = SAYS[waits ? "failed" : state] ?? "";
+    banner.textContent = waits ? SAYS.failed : state === "ended" ? said : (SAYS[state] ?? "");
     setTimeout(watch, state === "ready" ? 3000 : 1000);
   }
   // Gradio may add this script before the page is read or after.
