@@ -27,7 +27,7 @@ from ipissa_ui.tabs.compare import CompareTab
 from ipissa_ui.tabs.share import CURVE_PNG, ShareTab
 from ipissa_ui.tokens import Answer, Piece, parting, pieces_of
 from ipissa_ui.turns import Turns, unless, until
-from ipissa_ui.view import OPPOSITE, OTHER, View, describe, from_link, left_out, to_link
+from ipissa_ui.view import OPPOSITE, OTHER, Steer, View, describe, from_link, left_out, to_link
 
 VIEW = View(
     alphas={"honest": 0.7, "kind": -0.25},
@@ -221,6 +221,13 @@ def test_a_text_is_cut_where_its_tokens_end_and_nothing_of_it_is_lost(
     assert [piece.text for piece in answer.pieces] == pieces
     assert answer.text == text
     assert answer.ids == list(range(len(tokens)))
+
+
+@pytest.mark.parametrize("shown", ["", "<s>"])
+def test_a_token_that_begins_a_text_leaves_the_first_word_its_change(shown: str) -> None:
+    answer = pieces_of("one two", [(shown, 0, None), ("one", 1, -1.0), (" two", 2, -1.0)])
+    assert [piece.change for piece in answer.against([None, -3.0, -1.0]).pieces] == [None, 2.0, 0.0]
+    assert answer.text == "one two"
 
 
 def test_of_requests_that_wait_only_the_newest_goes_on_and_one_runs_at_a_time() -> None:
@@ -438,6 +445,35 @@ def test_a_question_asked_between_two_curves_is_measured_to_its_end() -> None:
     earlier, newer = asyncio.run(play())
     assert not earlier
     assert [len(curve.lines) for *_, curve in newer if isinstance(curve, Curve)] == [1, 2]
+
+
+class ReadingClient(SlowScores):
+    """A client whose server takes one row at a time."""
+
+    async def chat(
+        self, key: str, messages: list[Message], settings: Any, **more: Any
+    ) -> AsyncGenerator[list[Answer], None]:
+        yield [grown(("Yes", 1, -1.0)), grown(("No", 2, -2.0))]
+
+    async def tokenize(self, key: str, **what: Any) -> list[int]:
+        return [7]
+
+    async def read(self, key: str, texts: list[list[int]], settings: list[Steer]) -> Any:
+        if len(texts) * len(settings) > 1:
+            raise ServerError("That is more than this server takes.", 400)
+        (ids,), (steer,) = texts, settings
+        return [[[("", None), *(("", -10.0 * token - steer["good"]) for token in ids[1:])]]], settings
+
+
+def test_both_answers_are_read_at_the_other_setting_also_where_a_server_takes_one_row_at_a_time() -> None:
+    async def play() -> list[tuple[Any, ...]]:
+        tab = compare_tab(ReadingClient())
+        *shared, _ = values_of(tab, "good")
+        return [step async for step in tab.write(SOMEBODY, *shared)]
+
+    *_, (_, panes) = asyncio.run(play())
+    assert not panes.note
+    assert [answer.pieces[0].elsewhere for answer in panes.answers] == [-10.0, -20.5]  # at 0 and at 0.5
 
 
 class RefusingChat(SlowScores):

@@ -182,13 +182,14 @@ class CompareTab:
             yield draw_panes(panes), panes
 
     async def _read(self, asked: Asked, panes: Panes) -> Panes:
-        """The panes with every token's log-probability under the other setting, read in one request."""
+        """The panes with every token's log-probability under the other setting; one row at a time, as servers take."""
         client, (left, right) = self.controls.client, panes.answers
         start = await client.tokenize(asked.key, messages=[{"role": "user", "content": panes.prompt}])
-        texts = [[*start, *left.ids], [*start, *right.ids]]
-        read, _ = await client.read(asked.key, texts, panes.settings)
-        crossed = [[value for _, value in read[side][1 - side][len(start) :]] for side in (0, 1)]
-        return Panes(panes.prompt, panes.settings, (left.against(crossed[0]), right.against(crossed[1])))
+        crossed = []
+        for answer, other in zip((left, right), reversed(panes.settings), strict=True):
+            ((read,),), _ = await client.read(asked.key, [[*start, *answer.ids]], [other])
+            crossed.append(answer.against([value for _, value in read[len(start) :]]))
+        return Panes(panes.prompt, panes.settings, (crossed[0], crossed[1]))
 
     async def halt(self, request: gr.Request) -> None:
         """Overtake whatever the user has running, by nothing; that closes the stream, which frees the engine."""
