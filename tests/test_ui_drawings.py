@@ -101,6 +101,8 @@ def test_whatever_a_model_or_a_user_writes_is_text_and_never_markup() -> None:
     nasty_score = Score({}, {NASTY: -1.0, "No": -2.0}, 0.5, 0.6)
     drawn.append(draw_choice([(NASTY, nasty_score)], [NASTY, "No"]))
     drawn.append(draw_curve(Curve(view=View(choices=f"{NASTY}, No")).add(score(0), line(NASTY)), (0.0, score(0))))
+    said = transcript([Turn(NASTY, {NASTY: 1.0}, NASTY, NASTY)])
+    drawn += [message["content"] for message in said]
     for html in drawn:
         found = Text(html)
         assert "script" not in found.tags
@@ -206,9 +208,9 @@ def test_a_conversation_remembers_at_which_alpha_each_answer_was_written() -> No
         {"role": "user", "content": "And you?"},
     ]
     shown = [message["content"] for message in transcript(answered(turns, answer("Fine"), "stopped"))]
-    assert shown == ["Hi", "`α = honest +1.00`\n\nHello.", "And you?", "`α = 0, the base model`\n\nFine\n\n⚠️ stopped"]
+    assert shown == ["Hi", "α = honest +1.00\n\nHello.", "And you?", "α = 0, the base model\n\nFine\n\n⚠️ stopped"]
     applied = replace(answer("Fine"), steer={"honest": 0.25})
-    assert transcript(answered(turns, applied))[-1]["content"] == "`α = honest +0.25`\n\nFine"
+    assert transcript(answered(turns, applied))[-1]["content"] == "α = honest +0.25\n\nFine"
 
 
 INTERVAL = {"value": 0.336, "low": 0.23, "high": 0.434, "t": 4.8}

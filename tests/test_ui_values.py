@@ -15,6 +15,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from ipissa_ui.chat import Conversation
 from ipissa_ui.client import Message, Score, ServerError
 from ipissa_ui.controls import Controls
 from ipissa_ui.curve import Curve
@@ -498,18 +499,59 @@ def test_what_a_chat_could_not_answer_is_back_in_the_box_and_not_sent_again_unas
         with gr.Blocks():
             tab = ChatTab(Controls(client))  # type: ignore[arg-type]
         *shared, _ = values_of(tab, "good")
-        ends, turns = [], []
+        ends, conversation = [], Conversation()
         for said in ("Hi", "Who are you?"):
-            *_, end = [step async for step in tab.answer(SOMEBODY, *shared, said, turns)]
-            turns = end[1]
+            *_, end = [step async for step in tab.answer(SOMEBODY, *shared, said, conversation)]
             ends.append(end)
         return ends
 
-    (shown, _, refused), (_, _, taken) = asyncio.run(play())
+    (shown, refused), (_, taken) = asyncio.run(play())
     assert "The server is busy." in shown[-1]["content"]
     assert refused == "Hi"
-    assert taken == gr.skip()
+    assert not taken
     assert client.sent[1] == [{"role": "user", "content": "Who are you?"}]
+
+
+class TalkingChat(SlowScores):
+    """A client whose server never comes to an end, and keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[Message]] = []
+
+    async def chat(
+        self, key: str, messages: list[Message], settings: Any, **more: Any
+    ) -> AsyncGenerator[list[Answer], None]:
+        self.sent.append(messages)
+        for count in range(1, 10**6):
+            yield [grown(*((" la", i, -1.0) for i in range(count)))]
+            await asyncio.sleep(0.01)
+
+
+def test_what_is_said_into_an_answer_follows_all_of_it_that_was_shown() -> None:
+    client = TalkingChat()
+
+    async def play() -> str:
+        with gr.Blocks():
+            tab = ChatTab(Controls(client))  # type: ignore[arg-type]
+        *shared, _ = values_of(tab, "good")
+        conversation = Conversation()
+        first = tab.answer(SOMEBODY, *shared, "Sing", conversation)
+        for _ in range(3):
+            await anext(first)
+        second = tab.answer(SOMEBODY, *shared, "Stop", conversation)
+        waiting = asyncio.create_task(anext(second))  # asked for, and not begun before the first has ended
+        *_, (shown, _) = [step async for step in first]
+        await waiting
+        await anext(second)
+        await second.aclose()
+        return shown[-1]["content"]
+
+    shown = asyncio.run(play())
+    assert "stopped" in shown
+    _, answer, _ = client.sent[1]
+    assert answer["content"].strip()
+    assert answer["content"] in shown
+    assert shown.count("la") == answer["content"].count("la")
 
 
 def test_users_do_not_wait_for_each_other() -> None:
