@@ -28,10 +28,11 @@ def _row(name: str, score: Score, choices: Sequence[str]) -> str:
         ]
     )
     first, second = (escape(choice) for choice in choices[:2])
+    share = _share(score.log_odds)
     label = f"{escape(name)}: log-odds of {first} against {second} {odds[0]}{odds[1]}"
     return (
         f'<div class="choice-row"><div class="choice-name">{escape(name)}</div>'
-        f'<div class="choice-bar" role="img" aria-label="{label}"><i style="width:{_share(score.log_odds):.1f}%"></i><b></b></div>'
+        f'<div class="choice-bar" role="img" aria-label="{label}"><i style="width:{share:.1f}%"></i><b></b></div>'
         f'<div class="choice-figures">{figures}</div></div>'
     )
 

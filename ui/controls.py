@@ -120,7 +120,7 @@ class Controls:
         """A handler's values; None before any adapter is known, when nothing can be asked.
 
         Raises:
-            gr.Error: the page has dials, but its session was thrown away, as Gradio does an hour after a connection broke.
+            gr.Error: the page has dials, but its session was thrown away: an hour after a connection broke.
         """
         key, adapters, dial, compare, other, prompt, question, prefix, choices, max_tokens, temperature, seed, *rest = (
             values

@@ -131,7 +131,8 @@ class _Scale:
 
 def _line(line: Line, index: int, scale: _Scale) -> str:
     points = " ".join(
-        f"{scale.x(alpha):.1f},{scale.y(odds):.1f}" for alpha, odds in _known(zip(line.alphas, line.scores, strict=True))
+        f"{scale.x(alpha):.1f},{scale.y(odds):.1f}"
+        for alpha, odds in _known(zip(line.alphas, line.scores, strict=True))
     )
     return f'<polyline class="line line-{index % COLOURS}" points="{points}"/>'
 

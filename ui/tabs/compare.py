@@ -109,7 +109,8 @@ class CompareTab:
             if curve.key != key:
                 yield gr.skip(), draw_curve(curve, None), "", gr.skip()  # it answers an earlier question
                 curve = Curve(key=key, view=asked.view)
-            for name in _unknown(asked, curve) or [None]:  # where all is known, the choice alone
+            names: list[str | None] = [*_unknown(asked, curve)] or [None]  # where all is known, the choice alone
+            for name in names:
                 try:
                     measured = await unless(overtaken, self._measured(asked, curve, name))
                 except ServerError as error:
