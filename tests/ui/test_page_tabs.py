@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ipissa_ui.view import View, to_link
+from ipissa_ui.view import View, from_link, to_link
 from page_servers import counted
 from playwright.sync_api import Locator, expect
 from serving import Served, free_port, in_process, standalone
@@ -66,13 +66,14 @@ def test_a_link_opened_in_a_new_window_restores_the_whole_page(
 
 
 def test_the_link_follows_sampling_once_it_is_set_and_typing_raises_no_complaint(page: SteeringPage) -> None:
-    here, query = page.page, page.page.locator("#query textarea, #query input")
+    here = page.page
     here.get_by_role("button", name="Sampling").click()
     tokens = here.get_by_label("number input for Tokens")
 
-    def follows(**settings: float) -> None:
-        view = View(**{"question": QUESTION, "max_tokens": TOKENS, "alphas": {"honest": 1, "kind": 0}, **settings})
-        expect(query).to_have_value(to_link(replace(view, held="honest", other={"honest": 0, "kind": 0})))
+    def follows(**settings: Any) -> None:
+        still = View(question=QUESTION, alphas={"honest": 1, "kind": 0}, held="honest", other={"honest": 0, "kind": 0})
+        view = replace(still, **settings)
+        here.wait_for_url(lambda url: from_link(url.partition("?s=")[2]) == view)
 
     tokens.fill("")
     tokens.press_sequentially("128")
@@ -292,10 +293,17 @@ def test_the_page_fits_a_phone_and_its_text_stands_out(
 
 
 def test_long_names_break_rather_than_widen_the_page(visit: Visit, server: Served) -> None:
-    view = View(question=QUESTION, max_tokens=TOKENS, choices=f"{'Y' * 120}, {'N' * 120}")
-    page = visit(f"{server.url}/?{to_link(view)}", viewport={"width": 375, "height": 812}, is_mobile=True)
+    lost = to_link(View(question=QUESTION, max_tokens=TOKENS, alphas={"x" * 90: 1.0, "honest": 1.0}))
+    page = visit(f"{server.url}/?{lost}", viewport={"width": 375, "height": 812}, is_mobile=True)
     page.has_curve()
     page.has_written()
+    expect(page.page.locator("#status")).to_contain_text("xxx")
+    page.page.evaluate(
+        """() => document.querySelectorAll(
+          `.pane h4, .token-tip, .dial-name strong, .poles span,
+          .choice-name, .choice-ends span, .choice-figures, .curve figcaption span`
+        ).forEach((each) => { each.textContent = 'x'.repeat(120); })"""
+    )
     assert page.page.evaluate("document.documentElement.scrollWidth") <= 375
 
 
