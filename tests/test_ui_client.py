@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import json
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -111,14 +114,20 @@ def test_an_adapter_that_is_gone_is_told_with_what_to_do_about_it(served: Served
     assert refused.value.status == 404
 
 
+def status_of(url: str) -> int | None:
+    """What is wrong with the server, as a status."""
+    wrong = ask(url, lambda client: client.health())
+    return wrong and wrong.status
+
+
 def test_a_server_that_is_not_there_is_told_in_words() -> None:
     url = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(ServerError, match="does not answer"):
         ask(url, lambda client: client.adapters(""))
-    assert ask(url, lambda client: client.health()) == 502
+    assert status_of(url) == 502
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the request, and says nothing
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        assert ask(url, lambda client: client.health()) == 504
+        assert status_of(url) == 504
 
 
 def test_a_busy_server_is_told_in_words(tiny: Path) -> None:
@@ -134,18 +143,58 @@ def test_a_busy_server_is_told_in_words(tiny: Path) -> None:
 
 def test_keys_are_sent_and_those_no_key_can_be_are_refused(tiny: Path) -> None:
     with in_thread(**settings_for(tiny, "honest"), api_key="sesame") as served:
-        assert ask(served.url, lambda client: client.health()) == 200
-        for key in ("", "wrong", "sésame"):
+        assert ask(served.url, lambda client: client.health()) is None
+        for key in ("", "wrong", "sésame", "ses\name", "ses\x00ame"):
             with pytest.raises(ServerError, match="The API key is missing or wrong") as refused:
                 ask(served.url, lambda client, key=key: client.adapters(key))
             assert refused.value.status == 401
-        assert [each["id"] for each in ask(served.url, lambda client: client.adapters("sesame"))] == ["honest"]
+        for key in ("sesame", " sesame \n"):  # blanks come along when a key is copied
+            found = ask(served.url, lambda client, key=key: client.adapters(key))
+            assert [each["id"] for each in found] == ["honest"]
 
 
 def test_the_page_on_its_own_passes_on_how_its_server_is(served: Served) -> None:
     for url, status in ((served.url + "/", 200), (f"http://127.0.0.1:{free_port()}", 502)):
         with standalone(url, status=status) as page:
             assert "ipissa" in page.http.get("/").text
+
+
+class EndedEngine(BaseHTTPRequestHandler):
+    """A server whose engine has ended, and which has a run for every adapter of any name."""
+
+    def do_GET(self) -> None:
+        ended = {"error": {"message": "The engine has ended; restart the server.", "code": "engine_dead"}}
+        status, body = (503, ended) if self.path == "/health" else (200, {"path": self.path})
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def ended() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), EndedEngine) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_the_page_on_its_own_passes_on_why_its_server_is_not_ready(ended: str) -> None:
+    with standalone(ended, status=503) as page:
+        assert page.http.get("/health").json()["error"] == {
+            "message": "The engine has ended; restart the server.",
+            "code": "engine_dead",
+        }
+
+
+def test_the_run_of_an_adapter_is_asked_for_whatever_its_name(ended: str) -> None:
+    asked = ask(ended, lambda client: client.training_run("", "a/b#1?"))
+    assert asked["path"] == "/v1/adapters/a%2Fb%231%3F/run"
 
 
 def test_the_page_answers_no_route_that_moves_files_or_fetches_for_others() -> None:

@@ -101,6 +101,8 @@ def test_whatever_a_model_or_a_user_writes_is_text_and_never_markup() -> None:
     nasty_score = Score({}, {NASTY: -1.0, "No": -2.0}, 0.5, 0.6)
     drawn.append(draw_choice([(NASTY, nasty_score)], [NASTY, "No"]))
     drawn.append(draw_curve(Curve(view=View(choices=f"{NASTY}, No")).add(score(0), line(NASTY)), (0.0, score(0))))
+    said = transcript([Turn(NASTY, {NASTY: 1.0}, NASTY, NASTY)])
+    drawn += [message["content"] for message in said]
     for html in drawn:
         found = Text(html)
         assert "script" not in found.tags
@@ -112,6 +114,21 @@ def test_the_choice_bar_is_the_share_of_the_first_choice() -> None:
     assert re.findall(r"width:([\d.]+)%", html) == ["75.0", "50.0"]
     assert "log-odds <b>+1.10</b> nats · Yes 60.0% · No 20.0% · choice mass 80.0%" in html
     assert draw_choice([("α", Score({}, {"Yes": -1.0, "No": -1000.0}, 999.0, 0.4))], ["Yes", "No"])
+
+
+def test_figures_that_the_server_could_not_tell_are_said_to_be_not_known_and_left_out_of_the_curve() -> None:
+    unknown = Score({"honest": 0.0}, {"Yes": -1.0, "No": None}, None, None)
+    assert "log-odds <b>not known</b> · Yes 36.8% · No not known · choice mass not known" in draw_choice(
+        [("α = 0", unknown)], ["Yes", "No"]
+    )
+    known = line()
+    holed = replace(known, scores=(unknown, *known.scores[1:]))
+    html = draw_curve(Curve().add(score(0), holed), (0.0, unknown))
+    (points,) = re.findall(r'<polyline[^>]* points="([^"]*)"', html)
+    assert len(points.split()) == 40
+    assert "current" in html
+    assert "not known" in draw_curve(Curve().add(score(0), replace(known, scores=(unknown,) * 41)), None)
+    assert curve_png(Curve().add(score(0), holed), None).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(("low", "high"), [(-2, 3), (-1.5, 2.5), (-0.35, 1.7), (0, 2)])
@@ -191,9 +208,9 @@ def test_a_conversation_remembers_at_which_alpha_each_answer_was_written() -> No
         {"role": "user", "content": "And you?"},
     ]
     shown = [message["content"] for message in transcript(answered(turns, answer("Fine"), "stopped"))]
-    assert shown == ["Hi", "`α = honest +1.00`\n\nHello.", "And you?", "`α = 0, the base model`\n\nFine\n\n⚠️ stopped"]
+    assert shown == ["Hi", "α = honest +1.00\n\nHello.", "And you?", "α = 0, the base model\n\nFine\n\n⚠️ stopped"]
     applied = replace(answer("Fine"), steer={"honest": 0.25})
-    assert transcript(answered(turns, applied))[-1]["content"] == "`α = honest +0.25`\n\nFine"
+    assert transcript(answered(turns, applied))[-1]["content"] == "α = honest +0.25\n\nFine"
 
 
 INTERVAL = {"value": 0.336, "low": 0.23, "high": 0.434, "t": 4.8}
@@ -210,6 +227,11 @@ def test_an_adapters_page_tells_its_range_digest_and_figures() -> None:
     for part in ("-1.5 to +2.5", "`3e4b`", "2 layers, rank 32", "0.336 [0.230, 0.434]", "100 held-out prompts"):
         assert part in told
     assert "no evaluation" in describe_adapter({**ABOUT, "evaluation": {}})
+
+
+def test_an_adapters_words_stay_within_their_cells() -> None:
+    told = describe_adapter({**ABOUT, "license": "MIT | ours\nand theirs"})
+    assert "| licence | MIT \\| ours and theirs |" in told.splitlines()
 
 
 def test_a_vectors_page_names_its_kind_where_an_adapters_tells_the_rank() -> None:

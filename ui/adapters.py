@@ -24,8 +24,13 @@ def describe_adapter(about: dict[str, Any]) -> str:
         "licence": about["license"] or "not given",
         "sha256": f"`{about['digest']}`",
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    return f"### {about['id']}\n\n| | |\n|-|-|\n{table}\n\n{_yardsticks(about['evaluation'])}"
+    table = "\n".join(f"| {name} | {_cell(str(value))} |" for name, value in facts.items())
+    return f"### {_cell(about['id'])}\n\n| | |\n|-|-|\n{table}\n\n{_yardsticks(about['evaluation'])}"
+
+
+def _cell(text: str) -> str:
+    """A text that stays within its cell."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def _read_from(evaluation: dict[str, Any] | None) -> str:

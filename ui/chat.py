@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from html import escape
 from typing import Any
 
 from .client import Message
@@ -20,6 +21,13 @@ class Turn:
     note: str = ""  # why the answer is not whole
 
 
+@dataclass
+class Conversation:
+    """The turns so far; changed in place, as what is said next may be on its way before an answer has ended."""
+
+    turns: list[Turn] = field(default_factory=list)
+
+
 def messages_of(turns: list[Turn]) -> list[Message]:
     """The conversation as the server takes it, up to where the assistant speaks; without what was left unanswered."""
     *before, now = turns
@@ -31,13 +39,20 @@ def messages_of(turns: list[Turn]) -> list[Message]:
 
 
 def transcript(turns: list[Turn]) -> list[dict[str, Any]]:
-    """The conversation as Gradio's chatbot shows it, with the setting above every answer."""
+    """The conversation as Gradio's chatbot shows it, with the setting above every answer.
+
+    Escaped, since the chatbot takes every text for HTML, and would fetch what a model names.
+    """
     shown: list[dict[str, Any]] = []
     for turn in turns:
         note = f"\n\n⚠️ {turn.note}" if turn.note else ""
-        content = f"`α = {describe(turn.steer)}`\n\n{turn.answered or '…'}{note}"
-        shown += [{"role": "user", "content": turn.said}, {"role": "assistant", "content": content}]
+        content = f"α = {describe(turn.steer)}\n\n{turn.answered or '…'}{note}"
+        shown += [{"role": "user", "content": _plain(turn.said)}, {"role": "assistant", "content": _plain(content)}]
     return shown
+
+
+def _plain(text: str) -> str:
+    return escape(text, quote=False)
 
 
 def answered(turns: list[Turn], answer: Answer, note: str = "") -> list[Turn]:

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 import typer
 import uvicorn
 from fastapi import FastAPI, Response
+from fastapi.responses import JSONResponse
 
 from .client import Client
 from .page import mount_page
@@ -35,7 +36,10 @@ def standalone_app(server: str) -> FastAPI:
 
     @app.get("/health")
     async def health() -> Response:
-        return Response(status_code=await client.health())
+        wrong = await client.health()
+        if wrong is None:
+            return Response()
+        return JSONResponse({"error": {"message": str(wrong), "code": wrong.code}}, status_code=wrong.status or 502)
 
     return mount_page(app, client)
 

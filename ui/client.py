@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import quote
 
 import openai
 
@@ -19,19 +20,22 @@ REQUEST_SECONDS = 300.0
 class ServerError(Exception):
     """The server is gone, loading, busy, or refuses; the text says which, for a person."""
 
-    def __init__(self, message: str, status: int | None = None) -> None:
+    def __init__(self, message: str, status: int | None = None, code: str | None = None) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.code = status, code
 
 
 @dataclass(frozen=True)
 class Score:
-    """The choices at one setting: the α that were applied, which the server may have rounded."""
+    """The choices at one setting: the α that were applied, which the server may have rounded.
+
+    A figure that is no number, as the odds of a choice without any probability, is None.
+    """
 
     steer: Steer
-    logprobs: dict[str, float]
-    log_odds: float
-    choice_mass: float
+    logprobs: dict[str, float | None]
+    log_odds: float | None
+    choice_mass: float | None
 
 
 class Client:
@@ -52,13 +56,13 @@ class Client:
         """Close the connections."""
         await self._openai.close()
 
-    async def health(self) -> int:
-        """The status of `/health`: 200 when ready, 503 while loading; 502 when nobody answers, 504 when not in time."""
+    async def health(self) -> ServerError | None:
+        """None when ready, else what is wrong: 503 as `/health` says, 502 when nobody answers, 504 when not in time."""
         try:
             await _told(self._openai.get(f"{self.url}/health", cast_to=object, options={"timeout": 5.0}))
         except ServerError as error:
-            return error.status or 504
-        return 200
+            return error
+        return None
 
     async def adapters(self, key: str) -> list[dict[str, Any]]:
         """The adapters the server has loaded."""
@@ -66,7 +70,7 @@ class Client:
 
     async def training_run(self, key: str, adapter: str) -> dict[str, Any]:
         """What an adapter's training recorded."""
-        return await self._get(f"/v1/adapters/{adapter}/run", key)
+        return await self._get(f"/v1/adapters/{quote(adapter, safe='')}/run", key)
 
     async def score(
         self, key: str, question: str, prefix: str, choices: Sequence[str], settings: Sequence[Steer]
@@ -164,7 +168,8 @@ def _grown(answer: Answer, choice: Any) -> Answer:
 
 
 def _bearer(key: str) -> dict[str, str]:
-    if not key.isascii():  # which a header cannot carry
+    key = key.strip()  # as the server does with its own
+    if not (key.isascii() and key.isprintable()):  # which a header cannot carry
         raise ServerError("The API key is missing or wrong; it holds characters that no key has.", 401)
     return {"Authorization": f"Bearer {key or 'none'}"}
 
@@ -180,8 +185,8 @@ async def _told(call: Any) -> Any:
             message = f"The server is busy. {message}"
         if body.get("code") == "adapter_not_found":
             message += " It was unloaded; load this page again to see what there is."
-        raise ServerError(message, error.status_code) from error
+        raise ServerError(message, error.status_code, body.get("code")) from error
     except openai.APITimeoutError as error:
-        raise ServerError(f"The server did not answer within {REQUEST_SECONDS:.0f} seconds.") from error
+        raise ServerError(f"The server did not answer within {REQUEST_SECONDS:.0f} seconds.", 504) from error
     except openai.APIConnectionError as error:
         raise ServerError(UNREACHABLE, 502) from error

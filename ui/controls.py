@@ -14,6 +14,7 @@ from .turns import Turns
 from .view import BASE, COMPARISONS, OTHER, RANGES, View
 
 Adapters = list[dict[str, Any]]
+FORGOTTEN = "This page was left alone for too long; load it again, which keeps its settings."
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,18 @@ class Controls:
             turns.forget(request.session_hash or "")
 
     def asked(self, request: gr.Request, values: Sequence[Any]) -> Asked | None:
-        """A handler's values; None before any adapter is known, when nothing can be asked."""
+        """A handler's values; None before any adapter is known, when nothing can be asked.
+
+        Raises:
+            gr.Error: the page has dials, but its session was thrown away: an hour after a connection broke.
+        """
         key, adapters, dial, compare, other, prompt, question, prefix, choices, max_tokens, temperature, seed, *rest = (
             values
         )
-        if not adapters or not dial["dials"]:
+        if not dial["dials"]:
             return None
+        if not adapters:
+            raise gr.Error(FORGOTTEN, print_exception=False)
         view = View(
             alphas=dial["alphas"],
             held=dial["held"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from .client import Score
-from .view import View
+from .view import View, signed
 
 POINTS = 41
 WIDTH, HEIGHT = 480, 250
@@ -73,11 +73,12 @@ def draw_curve(curve: Curve, present: tuple[float, Score] | None) -> str:
     first, second = (escape(choice) for choice in curve.view.choice_list[:2])
     scale = _Scale.around(curve, present)
     lines = "".join(_line(line, i, scale) for i, line in enumerate(curve.lines))
-    point, fresh = "", "current" if present else "stale"
-    if present:
-        alpha, score = present
-        at = f'cx="{scale.x(alpha):.1f}" cy="{scale.y(score.log_odds):.1f}"'
-        point = f'<circle class="point" {at} r="5.5"><title>α {alpha:+.2f}: {score.log_odds:+.2f} nats</title></circle>'
+    fresh = "current" if present else "stale"
+    point = "".join(
+        f'<circle class="point" cx="{scale.x(alpha):.1f}" cy="{scale.y(odds):.1f}" r="5.5">'
+        f"<title>α {signed(alpha)}: {odds:+.2f} nats</title></circle>"
+        for alpha, odds in _known([present] if present else [])
+    )
     legend = "".join(
         f'<span class="line-{i % COLOURS}"><i></i>{escape(line.name)}{"" if i == 0 else " alone"}</span>'
         for i, line in enumerate(curve.lines)
@@ -90,8 +91,16 @@ def draw_curve(curve: Curve, present: tuple[float, Score] | None) -> str:
 
 
 def _summary(line: Line) -> str:
-    first, last = line.scores[0], line.scores[-1]
-    return f"from {first.log_odds:+.2f} nats at {line.alphas[0]:+g} to {last.log_odds:+.2f} at {line.alphas[-1]:+g}"
+    points = _known(zip(line.alphas, line.scores, strict=True))
+    if not points:
+        return "not known"
+    (low, first), (high, last) = points[0], points[-1]
+    return f"from {first:+.2f} nats at {low:+g} to {last:+.2f} at {high:+g}"
+
+
+def _known(points: Iterable[tuple[float, Score]]) -> list[tuple[float, float]]:
+    """(α, log-odds) of the points whose log-odds the server could tell."""
+    return [(alpha, score.log_odds) for alpha, score in points if score.log_odds is not None]
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,7 @@ class _Scale:
         for line in curve.lines:
             points += zip(line.alphas, line.scores, strict=True)
         alphas = [alpha for alpha, _ in points]
-        odds = [score.log_odds for _, score in points]
+        odds = [value for _, value in _known(points)] or [0.0]
         margin = 0.08 * max(max(odds) - min(odds), 0.2)
         return cls(min(alphas), max(alphas), min(odds) - margin, max(odds) + margin)
 
@@ -122,8 +131,8 @@ class _Scale:
 
 def _line(line: Line, index: int, scale: _Scale) -> str:
     points = " ".join(
-        f"{scale.x(alpha):.1f},{scale.y(score.log_odds):.1f}"
-        for alpha, score in zip(line.alphas, line.scores, strict=True)
+        f"{scale.x(alpha):.1f},{scale.y(odds):.1f}"
+        for alpha, odds in _known(zip(line.alphas, line.scores, strict=True))
     )
     return f'<polyline class="line line-{index % COLOURS}" points="{points}"/>'
 
@@ -181,7 +190,7 @@ def curve_png(curve: Curve, alpha: float | None) -> bytes:
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for i, line in enumerate(curve.lines):
-        odds = [score.log_odds for score in line.scores]
+        odds = [math.nan if score.log_odds is None else score.log_odds for score in line.scores]
         axes.plot(line.alphas, odds, label=line.name if i == 0 else f"{line.name} alone", linewidth=2 if i == 0 else 1)
     if alpha is not None:
         axes.axvline(alpha, color="grey", linestyle=":", linewidth=1)

@@ -2,7 +2,7 @@
 window.ipissa = (() => {
   const escape = (text) =>
     String(text).replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`);
-  const signed = (alpha) => (alpha > 0 ? "+" : "") + (Math.round(alpha * 100) / 100).toString().replace("-", "−");
+  const signed = (alpha) => (alpha > 0 ? "+" : "") + (Math.round(alpha * 1000) / 1000).toString().replace("-", "−");
 
   // --- dials ---------------------------------------------------------------------------------
   // The thumb's middle runs from half its width to the track's width less that.
@@ -70,6 +70,12 @@ window.ipissa = (() => {
     });
   }
 
+  // Of Gradio's own sliders only a pointer tells that it has let go; the arrow keys shall, too.
+  document.addEventListener("keyup", (event) => {
+    const slider = event.target.closest?.('[data-testid="range-input"]');
+    if (slider) slider.dispatchEvent(new PointerEvent("pointerup", { bubbles: true }));
+  });
+
   // --- the token under the pointer, or reached with the arrow keys --------------------------------
   function show(token) {
     document.querySelectorAll(".token.active").forEach((each) => each.classList.remove("active"));
@@ -82,6 +88,7 @@ window.ipissa = (() => {
     if (token) show(token);
   });
   document.addEventListener("keydown", (event) => {
+    if (event.altKey || event.ctrlKey || event.metaKey) return; // the browser's own keys
     const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
     const text = event.target.closest?.(".tokens");
     if (!step || !text) return;
@@ -93,26 +100,51 @@ window.ipissa = (() => {
   });
 
   // --- the state of the server ----------------------------------------------------------------
+  const GONE = "The server is gone. Your settings are kept; this page goes on by itself when it is back.";
   const SAYS = {
     loading: "The server is loading its model. This page goes on by itself when it is ready.",
-    gone: "The server is gone. Your settings are kept; this page goes on by itself when it is back.",
+    gone: GONE,
+    unreached: GONE,
     slow: "The server is slow to answer just now.",
+    failed: "This page could not open, although the server is ready. It tries again by itself.",
   };
   const STATES = { 200: "ready", 503: "loading", 504: "slow" };
-  let wasMissing = false;
+  let said = ""; // by a server whose engine has ended: what to do about it
+  const MISSES = "ipissa-misses"; // how often in a row this tab failed to open
+  let wasMissing = false; // the server said so itself, or it is another one now
+  let wasUnreached = false;
+  let notBefore = 0;
   async function health() {
     try {
       const answer = await fetch("health", { cache: "no-store", signal: AbortSignal.timeout(5000) });
-      return STATES[answer.status] ?? "gone";
+      const { error } = answer.status === 503 ? await answer.json().catch(() => ({})) : {};
+      if (error?.code !== "engine_dead") return STATES[answer.status] ?? "gone";
+      said = error.message;
+      return "ended";
     } catch (error) {
-      return error.name === "TimeoutError" ? "slow" : "gone";
+      return error.name === "TimeoutError" ? "slow" : "unreached";
+    }
+  }
+  // Where only the network was away, the server still knows this page, with all that no address restores.
+  async function knowsThisPage() {
+    try {
+      const answer = await fetch("gradio_api/app_id", { cache: "no-store", signal: AbortSignal.timeout(5000) });
+      return (await answer.json()).app_id === window.gradio_config.app_id;
+    } catch {
+      return false;
     }
   }
   async function watch() {
     const state = await health();
-    if (state === "ready" && wasMissing) return location.reload(); // the address restores the settings
+    if (state === "unreached") wasUnreached = true;
+    else if (state === "ready" && wasUnreached) {
+      wasMissing ||= !(await knowsThisPage());
+      wasUnreached = false;
+    }
+    const waits = state === "ready" && wasMissing && Date.now() < notBefore;
+    if (state === "ready" && wasMissing && !waits) return location.reload(); // the address restores the settings
     // A slow server still knows this page; loading it again would only give the server more to do.
-    if (state !== "slow") wasMissing = state !== "ready";
+    if (!["slow", "unreached"].includes(state) && !waits) wasMissing = state !== "ready";
     let banner = document.getElementById("server-state");
     if (!banner) {
       banner = document.createElement("div");
@@ -120,20 +152,45 @@ window.ipissa = (() => {
       banner.setAttribute("role", "alert");
       document.body.append(banner);
     }
-    banner.hidden = state === "ready";
-    banner.textContent = SAYS[state] ?? "";
+    banner.hidden = state === "ready" && !waits;
+    banner.textContent = waits ? SAYS.failed : state === "ended" ? said : (SAYS[state] ?? "");
     setTimeout(watch, state === "ready" ? 3000 : 1000);
   }
   // Gradio may add this script before the page is read or after.
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", watch);
   else watch();
-  const missed = () => void (wasMissing = true); // by the time of the next look it may be back
+  // What failed once may fail again, so that every further attempt waits longer.
+  function missed() {
+    const misses = Number(sessionStorage.getItem(MISSES)) + 1;
+    sessionStorage.setItem(MISSES, misses);
+    notBefore = Date.now() + 1000 * Math.min(60, 2 ** misses);
+    wasMissing = true; // by the time of the next look the server may be back
+  }
+  function found() {
+    sessionStorage.removeItem(MISSES);
+    wasMissing = false;
+  }
 
   // --- links, keys and files --------------------------------------------------------------------
   function remember(query) {
-    const link = `${location.origin}${location.pathname}?${query}`;
-    if (query && link !== location.href) history.replaceState(history.state, "", link);
+    const parameters = new URLSearchParams(location.search); // the theme may be among them
+    for (const [name, value] of new URLSearchParams(query)) parameters.set(name, value);
+    const link = `${location.origin}${location.pathname}?${parameters}`;
+    try {
+      if (query && link !== location.href) history.replaceState(history.state, "", link);
+    } catch {
+      // Some browsers take only so many addresses in a while; the next one holds everything, too.
+    }
     return link;
+  }
+  // Browsers have no clipboard for a page that came over plain http from another machine.
+  function copy(link) {
+    if (navigator.clipboard) return void navigator.clipboard.writeText(link);
+    const box = Object.assign(document.createElement("textarea"), { value: link });
+    document.body.append(box);
+    box.select();
+    document.execCommand("copy");
+    box.remove();
   }
   function save(file) {
     if (!file) return;
@@ -146,5 +203,5 @@ window.ipissa = (() => {
   const opened = (key) => [key || sessionStorage.getItem(KEY) || "", location.href];
   const keepKey = (key) => sessionStorage.setItem(KEY, key ?? "");
 
-  return { drawDials, listen, missed, remember, save, opened, keepKey };
+  return { drawDials, listen, missed, found, remember, copy, save, opened, keepKey };
 })();

@@ -14,12 +14,13 @@ from fastapi import FastAPI
 from .client import Client, ServerError
 from .controls import Controls
 from .gradio_routes import OnlyCalledRoutes
+from .panes import draw_refusal
 from .tabs.adapters import AdapterTab
 from .tabs.chat import ChatTab
 from .tabs.compare import CompareTab
 from .tabs.share import ShareTab
 from .tabs.where import WhereTab
-from .view import LINK_PARAMETER, View, from_link
+from .view import LINK_PARAMETER, View, cut, from_link
 
 TITLE = "ipissa · steer a language model from the inside"
 INTRODUCTION = (
@@ -62,7 +63,7 @@ def build_page(client: Client) -> gr.Blocks:
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         controls = Controls(client)
         gr.Markdown(INTRODUCTION)
-        status = gr.Markdown(visible=False, elem_id="status")
+        status = gr.HTML(visible=False, elem_id="status", apply_default_css=False)
         controls.key.render()
         controls.adapters.render()
         controls.url.render()
@@ -77,14 +78,14 @@ def build_page(client: Client) -> gr.Blocks:
             adapters = AdapterTab(controls)
         with gr.Tab("Keep and share", elem_id="tab-share"):
             share = ShareTab(controls, compare.panes, compare.curve)
-        for tab in (compare, where, chat, adapters, share):
+        for tab in (share, compare, where, chat, adapters):  # the link does not wait for what follows it
             tab.listen()
         _open(page, controls, status, compare, adapters, share)
     return page
 
 
 def _open(
-    page: gr.Blocks, c: Controls, status: gr.Markdown, compare: CompareTab, adapters: AdapterTab, share: ShareTab
+    page: gr.Blocks, c: Controls, status: gr.HTML, compare: CompareTab, adapters: AdapterTab, share: ShareTab
 ) -> None:
     """What happens when the page opens, and again when a key is given."""
     address = gr.Textbox(visible="hidden")
@@ -94,11 +95,12 @@ def _open(
     )
     # The browser looks only now and then, and may not have seen the server missing.
     opened.failure(None, None, None, js="ipissa.missed")
+    opened.success(None, None, None, js="ipissa.found")
     # The present choice first, which is quick, then the whole curve.
     scored = opened.success(compare.score, [*c.inputs, compare.curve], [compare.bars, compare.drawing], **c.quick)
     scored.then(compare.measure, [*c.inputs, compare.curve], compare.measured, **c.slow)
     opened.success(compare.write, c.inputs, [compare.answers, compare.panes], **c.slow)
-    opened.success(share.describe, share.inputs, [share.query, share.code], **c.quick)
+    opened.success(share.describe, share.inputs, share.described, **c.quick)
     page.unload(c.leave)
     c.key.submit(None, c.key, None, js="ipissa.keepKey")
 
@@ -114,17 +116,18 @@ def _restore(controls: Controls) -> Callable[..., Any]:
             if error.status in (502, 503):  # the browser says so, and opens the page again when it is over
                 raise gr.Error(str(error), visible=False, print_exception=False) from error
             needs_key = gr.update(visible=True) if error.status == 401 else gr.skip()
-            return [gr.update(value=f"⚠️ {error}", visible=True), needs_key, *unknown]
+            return [gr.update(value=draw_refusal(str(error)), visible=True), needs_key, *unknown]
         if not adapters:
-            note = "⚠️ The server has no adapter loaded, so there is nothing to steer; start it with --adapter."
-            return [gr.update(value=note, visible=True), gr.skip(), *unknown]
+            note = "The server has no adapter loaded, so there is nothing to steer; start it with --adapter."
+            return [gr.update(value=draw_refusal(note), visible=True), gr.skip(), *unknown]
         view, note = _view_of(address)
         names = [each["id"] for each in adapters]
         lost = [name for name, alpha in {**view.other, **view.alphas}.items() if alpha and name not in names]
         if lost:
-            note = f"⚠️ The link turns {', '.join(lost)}, which this server has not loaded; the rest is restored."
+            named = cut(", ".join(lost), 100)
+            note = f"The link turns {named}, which this server has not loaded; the rest is restored."
         return [
-            gr.update(value=note, visible=bool(note)),
+            gr.update(value=draw_refusal(note) if note else "", visible=bool(note)),
             key,
             adapters,
             _page_of(address) if controls.client.has_page else gr.skip(),
@@ -149,4 +152,4 @@ def _view_of(address: str) -> tuple[View, str]:
     try:
         return from_link(packed[0]), ""
     except ValueError as error:
-        return View(), f"⚠️ {error}"
+        return View(), str(error)

@@ -108,6 +108,8 @@ def pieces_of(text: str, tokens: Sequence[tuple[str, int, float | None]]) -> Ans
         if not last and UNFINISHED not in shown and shown:
             found = text.find(shown, at)
             end = found + len(shown) if 0 <= found <= at + 1 + len(answer.pending) else at
-        answer = answer.add(text[at:end], token_id, logprob, last=last)
+        # A token that only begins the text has neither text nor log-probability, and would take the first word's.
+        begins = not answer.ids and logprob is None and end == at and UNFINISHED not in shown
+        answer = answer.add(text[at:end], token_id, logprob, last=last or begins)
         at = end
     return answer

@@ -19,6 +19,8 @@ QUESTION = (
 )
 LINK_PARAMETER = "s"
 MOST_LINK_BYTES = 100_000
+MOST_LINK_CHARACTERS = 8_000  # servers refuse addresses that are much longer
+TEXTS = ("prompt", "question", "prefix", "choices")
 RANGES = {"max_tokens": (8, 256), "temperature": (0.0, 1.5), "seed": (0, 2**53 - 1)}  # a browser's largest whole number
 
 
@@ -81,15 +83,44 @@ class View:
 
 def describe(steer: Steer) -> str:
     """A setting in words: `kind +0.70, honest -1.00`, or `0, the base model`."""
-    turned = [f"{name} {alpha:+.2f}" for name, alpha in steer.items() if alpha]
+    turned = [f"{name} {signed(alpha)}" for name, alpha in steer.items() if alpha]
     return ", ".join(turned) or "0, the base model"
 
 
+def signed(alpha: float) -> str:
+    """An α with two decimals, or three where the third is not 0, as finely as a dial is turned."""
+    return f"{alpha:+.3f}".removesuffix("0")
+
+
 def to_link(view: View) -> str:
-    """The query of a link that restores the view: what differs from a fresh page, compressed."""
+    """The query of a link that restores the view, but for what is `left_out`."""
+    usual = View()
+    return _query(replace(view, **{name: getattr(usual, name) for name in left_out(view)}))
+
+
+def left_out(view: View) -> list[str]:
+    """The texts without which a link is short enough to be opened: none, or the longest ones."""
+    names = sorted(TEXTS, key=lambda name: -len(getattr(view, name)))
+    usual = View()
+    for count in range(len(names)):
+        if _fits(replace(view, **{name: getattr(usual, name) for name in names[:count]})):
+            return names[:count]
+    return names
+
+
+def _fits(view: View) -> bool:
+    return len(_changed(view)) <= MOST_LINK_BYTES and len(_query(view)) <= MOST_LINK_CHARACTERS
+
+
+def _changed(view: View) -> bytes:
+    """What differs from a fresh page."""
     usual = asdict(View())
     changed = {name: value for name, value in asdict(view).items() if value != usual[name]}
-    packed = zlib.compress(json.dumps(changed, ensure_ascii=False, separators=(",", ":")).encode(), 9)
+    return json.dumps(changed, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _query(view: View) -> str:
+    packed = zlib.compress(_changed(view), 9)
     return f"{LINK_PARAMETER}={base64.urlsafe_b64encode(packed).decode().rstrip('=')}"
 
 
@@ -105,9 +136,16 @@ def from_link(packed: str) -> View:
         changed = json.loads(text)
         if not isinstance(changed, dict):
             raise ValueError("no settings in it")
+        json.dumps(changed, ensure_ascii=False).encode()  # half a character is text to Python, and to nothing else
         return replace(View(), **{name: _checked(name, value) for name, value in changed.items()})
     except (ValueError, TypeError, RecursionError, zlib.error) as error:
-        raise ValueError(f"This link is damaged ({error}), so the page shows its usual settings.") from error
+        why = cut(str(error), 200)
+        raise ValueError(f"This link is damaged ({why}), so the page shows its usual settings.") from error
+
+
+def cut(text: str, most: int) -> str:
+    """The beginning of a text that may be longer than anybody reads."""
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _checked(name: str, value: Any) -> Any:

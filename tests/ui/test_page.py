@@ -95,7 +95,8 @@ def test_the_dial_takes_typed_values_arrow_keys_and_says_when_it_is_beyond_its_r
     expect(slider).to_have_attribute("aria-valuetext", "+0.1, towards a kind, loving person")
     page.typed("kind").fill("-0.333")
     page.typed("kind").press("Enter")
-    page.shows_choice_at("honest +1.00, kind -0.33")
+    page.shows_choice_at("honest +1.00, kind -0.333")
+    expect(slider).to_have_attribute("aria-valuetext", "−0.333, towards an angry, hateful person")
     page.typed("kind").fill("4")
     page.typed("kind").press("Enter")
     low, high = load_adapter(SHIPPED / "kind.safetensors").alpha_range
@@ -151,7 +152,11 @@ def test_pointing_at_a_token_tells_its_log_probability_under_both_settings(page:
     assert there == pytest.approx(echoed["logprobs"]["token_logprobs"][-1], abs=0.006)
     page.page.locator(".pane .tokens").first.focus()
     page.page.keyboard.press("ArrowRight")
-    assert page.page.locator(".token-tip").first.inner_text() != tip
+    after = page.page.locator(".token-tip").first.inner_text()
+    assert after != tip
+    for key in ("Alt", "Control", "Meta"):  # the browser's own, as to go back
+        page.page.keyboard.press(f"{key}+ArrowRight")
+        assert page.page.locator(".token-tip").first.inner_text() == after
 
 
 @pytest.mark.parametrize("how", ["stop", "close"])
@@ -183,6 +188,22 @@ def test_a_new_position_takes_over_from_answers_that_are_being_written(page: Ste
     page.has_written(f"honest {HIGH:+.2f}")
     engine_is_free(server, page)
     assert page.page.locator(".pane").first.locator(".token").count() <= TOKENS  # not the long ones, later
+
+
+def test_answers_do_not_wait_for_the_curves_nor_the_link_for_the_answers(page: SteeringPage) -> None:
+    page.page.get_by_role("button", name="Sampling").click()
+    page.page.get_by_label("number input for Tokens").fill("256")
+    page.page.get_by_label("Prompt").focus()
+    page.page.wait_for_timeout(1000)  # until the link holds the number
+    before = page.page.url
+    page.drag("kind", 0, 1)
+    busy = page.page.locator(".panes[aria-busy=true]")
+    expect(busy).to_be_visible(timeout=PATIENCE)
+    expect(page.page.locator("#curve .stale, #curve .hint")).to_be_visible()  # and no curve of this position yet
+    expect(page.page).not_to_have_url(before)
+    assert busy.is_visible()  # 256 tokens take longer than a link
+    page.page.locator("#stop").click()
+    page.has_written()
 
 
 def test_the_curve_is_what_the_api_scores_and_the_present_point_is_on_it(page: SteeringPage, server: Served) -> None:

@@ -9,14 +9,16 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ipissa_ui.view import View, from_link, to_link
 from page_servers import counted
 from playwright.sync_api import Locator, expect
 from serving import Served, free_port, in_process, standalone
-from steering_page import HIGH, LOW, PATIENCE, SHIPPED, TOKENS, SteeringPage, short
+from steering_page import HIGH, LOW, PATIENCE, QUESTION, SHIPPED, TOKENS, SteeringPage, short
 
 from ipissa.adapter import load_adapter
 
@@ -61,6 +63,51 @@ def test_a_link_opened_in_a_new_window_restores_the_whole_page(
     figures = again.page.locator("#choice .choice-figures").first
     expect(here.locator("#choice .choice-figures").first).to_have_text(figures.inner_text())
     assert again.page.url == here.url
+
+
+def test_the_link_follows_sampling_once_it_is_set_and_typing_raises_no_complaint(page: SteeringPage) -> None:
+    here = page.page
+    here.get_by_role("button", name="Sampling").click()
+    tokens = here.get_by_label("number input for Tokens")
+
+    def follows(**settings: Any) -> None:
+        still = View(question=QUESTION, alphas={"honest": 1, "kind": 0}, held="honest", other={"honest": 0, "kind": 0})
+        view = replace(still, **settings)
+        here.wait_for_url(lambda url: from_link(url.partition("?s=")[2]) == view)
+
+    tokens.fill("")
+    tokens.press_sequentially("128")
+    here.get_by_label("Seed").focus()
+    follows(max_tokens=128)
+    tokens.fill("1")  # less than the least
+    here.get_by_label("Seed").fill("7")
+    here.get_by_label("Seed").press("Enter")
+    follows(max_tokens=8, seed=7)
+    here.get_by_label("range slider for Temperature").press("ArrowRight")
+    follows(max_tokens=8, seed=7, temperature=0.8)
+    expect(here.locator(".toast-body")).to_have_count(0)
+
+
+def test_the_link_is_copied_and_kept_where_the_browser_has_no_clipboard_and_takes_no_address(
+    visit: Visit, server: Served
+) -> None:
+    page = visit("about:blank")
+    here = page.page
+    here.add_init_script(
+        """Object.defineProperty(navigator, 'clipboard', { value: undefined });
+        document.execCommand = (what) => { window.copied = [what, document.activeElement.value]; };
+        history.replaceState = () => { throw new DOMException('too many', 'SecurityError'); };"""
+    )
+    here.goto(f"{server.url}{short()}&__theme=dark")
+    page.has_written()
+    page.drag("honest", 1, -1)
+    page.tab("Keep and share")
+    link = here.get_by_label("Link that restores this page")
+    expect(link).to_have_value(re.compile(r"__theme=dark"))
+    expect(link).not_to_have_value(re.compile(re.escape(short())))
+    here.locator("#copy-link").click()
+    here.wait_for_function("window.copied")
+    assert here.evaluate("window.copied") == ["copy", link.input_value()]
 
 
 def test_a_damaged_link_opens_a_usual_page_and_says_so(visit: Visit, server: Served) -> None:
@@ -159,16 +206,37 @@ def test_a_chat_says_at_which_alpha_each_answer_was_written(
     expect(bots.first).not_to_contain_text("…", timeout=PATIENCE)
     page.typed("honest").fill("-2")  # while the first answer is being written, which goes on at its own α
     page.typed("honest").press("Enter")
+    page.page.wait_for_timeout(3000)
+    expect(page.page.locator("#chat")).not_to_contain_text("stopped")
     page.page.get_by_label("You", exact=True).fill("What do you do all day?")
     page.page.locator("#chat-send").click()
     expect(bots.last).to_contain_text("α = honest -2.00", timeout=PATIENCE)
     expect(bots.first).to_contain_text(re.compile(r"\+1\.00\s*\w+"))  # what it had said is kept
     expect(bots.last).to_contain_text(re.compile(r"-2\.00\s*\w+\W+\w+"), timeout=PATIENCE)
-    page.page.wait_for_timeout(3000)
-    expect(page.page.locator("#chat")).not_to_contain_text("stopped")
     screenshot(page.page, "chat")
     page.page.locator("#chat-clear").click()
     expect(bots).to_have_count(0)
+
+
+def test_a_chat_shows_text_as_text_and_sends_it_once(page: SteeringPage) -> None:
+    page.tab("Chat")
+    said = "**Is** <b>this</b> & $$x$$ ![it](https://example.com/a.png)?\n<img src=x onerror='window.fetched = true'>"
+    box = page.page.get_by_label("You", exact=True)
+    box.fill(said.replace("\n", " "))
+    box.press("Enter")
+    box.press("Enter")
+    box.press_sequentially("And then")
+    bots = page.page.locator("#chat .bot .md")
+    expect(bots.first).not_to_contain_text("…", timeout=PATIENCE)
+    page.page.wait_for_timeout(3000)  # until it is answered
+    users = page.page.locator("#chat .user .md")
+    expect(users).to_have_count(1)
+    assert users.inner_text() == said.replace("\n", " ")
+    expect(bots).to_have_count(1)
+    assert bots.inner_text().startswith("α = honest +1.00\n\n")
+    assert not page.page.evaluate("window.fetched")
+    expect(page.page.locator("#chat")).not_to_contain_text("stopped")
+    expect(box).to_have_value("And then")
 
 
 def test_the_adapter_tab_shows_facts_figures_and_the_card(page: SteeringPage, screenshot: Callable[..., None]) -> None:
@@ -222,6 +290,21 @@ def test_the_page_fits_a_phone_and_its_text_stands_out(
         assert contrast(page.page.locator(selector).first) >= 4.5, selector
     page.dial("kind").tap()
     expect(page.page.locator("#choice .choice-name").first).to_contain_text("kind", timeout=PATIENCE)
+
+
+def test_long_names_break_rather_than_widen_the_page(visit: Visit, server: Served) -> None:
+    lost = to_link(View(question=QUESTION, max_tokens=TOKENS, alphas={"x" * 90: 1.0, "honest": 1.0}))
+    page = visit(f"{server.url}/?{lost}", viewport={"width": 375, "height": 812}, is_mobile=True)
+    page.has_curve()
+    page.has_written()
+    expect(page.page.locator("#status")).to_contain_text("xxx")
+    page.page.evaluate(
+        """() => document.querySelectorAll(
+          `.pane h4, .token-tip, .dial-name strong, .poles span,
+          .choice-name, .choice-ends span, .choice-figures, .curve figcaption span`
+        ).forEach((each) => { each.textContent = 'x'.repeat(120); })"""
+    )
+    assert page.page.evaluate("document.documentElement.scrollWidth") <= 375
 
 
 def contrast(element: Locator) -> float:
@@ -295,6 +378,19 @@ def test_a_page_that_opened_without_its_server_opens_again_although_the_browser_
         expect(page.page.get_by_label("Prompt")).to_be_visible()
         with in_process(port=port):
             expect(page.dial("honest")).to_be_visible(timeout=PATIENCE)
+            assert page.page.evaluate("sessionStorage.getItem('ipissa-misses')") is None
+
+
+def test_a_page_that_fails_to_open_again_and_again_is_not_loaded_again_at_once(visit: Visit) -> None:
+    with standalone(f"http://127.0.0.1:{free_port()}", status=502) as alone:
+        page = visit("about:blank")
+        page.page.add_init_script("sessionStorage.setItem('ipissa-misses', 5)")
+        page.page.route("**/health", lambda route: route.fulfill(status=200))
+        page.page.goto(alone.url + short())
+        expect(page.page.locator("#server-state")).to_contain_text("This page could not open", timeout=PATIENCE)
+        page.page.evaluate("window.stayed = true")
+        page.page.wait_for_timeout(8000)  # more than two looks
+        assert page.page.evaluate("window.stayed")
 
 
 def test_a_slow_server_is_told_of_and_the_page_stays_as_it_is(visit: Visit, server: Served) -> None:
@@ -307,6 +403,26 @@ def test_a_slow_server_is_told_of_and_the_page_stays_as_it_is(visit: Visit, serv
     page.page.unroute("**/health")
     expect(banner).to_be_hidden(timeout=PATIENCE)
     assert page.page.evaluate("window.stayed")  # a page that was loaded again would have forgotten it
+
+
+def test_a_network_that_was_away_leaves_the_page_as_it_is(visit: Visit, server: Served) -> None:
+    page = visit(server.url + short())
+    page.has_written()
+    page.page.evaluate("window.stayed = true")
+    page.page.route("**/health", lambda route: route.abort())
+    banner = page.page.locator("#server-state")
+    expect(banner).to_contain_text("The server is gone", timeout=PATIENCE)
+    page.page.unroute("**/health")
+    expect(banner).to_be_hidden(timeout=PATIENCE)
+    assert page.page.evaluate("window.stayed")
+
+
+def test_an_engine_that_has_ended_is_told_of_in_the_servers_words(visit: Visit, server: Served) -> None:
+    page = visit(server.url + short())
+    page.has_written()
+    error = {"message": "The engine has ended; restart the server.", "code": "engine_dead"}
+    page.page.route("**/health", lambda route: route.fulfill(status=503, json={"error": error}))
+    expect(page.page.locator("#server-state")).to_have_text(error["message"], timeout=PATIENCE)
 
 
 def test_a_server_with_a_key_asks_for_it_and_tells_when_it_is_wrong(visit: Visit) -> None:

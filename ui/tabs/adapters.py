@@ -8,7 +8,7 @@ import gradio as gr
 
 from ..adapters import describe_adapter, history_frame, layers_frame
 from ..client import ServerError
-from ..controls import Adapters, Controls
+from ..controls import FORGOTTEN, Adapters, Controls
 
 
 class AdapterTab:
@@ -33,6 +33,8 @@ class AdapterTab:
 
     async def show(self, key: str, adapters: Adapters, name: str | None) -> Any:
         """Everything the server tells about an adapter."""
+        if name and not adapters:
+            raise gr.Error(FORGOTTEN, print_exception=False)
         about = next((each for each in adapters if each["id"] == name), None)
         if about is None:
             return [gr.skip()] * 6

@@ -62,9 +62,14 @@ class CompareTab:
         inputs = [*c.inputs, self.curve]
         c.dial.input(self.score, inputs, [self.bars, self.drawing], trigger_mode="always_last", **c.quick)
         asked = [c.question.change, c.prefix.change, c.choices.change]
-        gr.on([c.dial.release, *asked], self.measure, inputs, self.measured, **c.slow)
+        gr.on(asked, self.measure, inputs, self.measured, **c.slow)
+        # Gradio runs the listeners of one event one after another, each to the end of its stream, but those
+        # of `then` at once; answers and curve wait for nothing but the dial.
+        rested = c.dial.release(None, None, None, js="() => {}")
+        rested.then(self.measure, inputs, self.measured, **c.slow)
+        rested.then(self.write, c.inputs, [self.answers, self.panes], **c.slow)
         c.compare.change(lambda compare: gr.update(visible=compare == OTHER), c.compare, c.other, **c.quick)
-        wanted = [self.run.click, c.prompt.submit, c.dial.release, c.other.release, c.compare.input]
+        wanted = [self.run.click, c.prompt.submit, c.other.release, c.compare.input]
         gr.on(wanted, self.write, c.inputs, [self.answers, self.panes], **c.slow)
         self.stop.click(self.halt, None, None, **c.quick)
         chosen = self.preset.input(PRESETS.get, self.preset, [c.prompt, c.question], **c.quick)
@@ -90,45 +95,49 @@ class CompareTab:
         return self._drawn(asked, asked.rest[0], score)
 
     async def measure(self, request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, Any, Any, Any]]:
-        """The curves that are not known yet, the held dial's first; gives way to a moving dial."""
+        """The choice, and the curves that are not known yet, the held dial's first; gives way to a moving dial.
+
+        One turn holds for all of them, so that whatever is asked next, also between two curves, ends this one.
+        """
         asked = self.controls.asked(request, values)
         if asked is None:
             return
-        key, curve, note = curve_key(asked.view, asked.dials), asked.rest[0], ""
-        if curve.key != key:
-            curve = Curve(key=key, view=asked.view)
-        drawn = {line.name for line in curve.lines}
-        names = dict.fromkeys((asked.view.held, *(each["name"] for each in asked.dials)))
-        for name in [each for each in names if each not in drawn]:
-            try:
-                measured = await self._measured(asked, name)
-            except ServerError as error:
-                if not curve.lines:  # the held dial's is refused, and with it the choice
-                    yield draw_refusal(str(error)), gr.skip(), "", gr.skip()
+        async with self.controls.scores.take(asked.user, asked.moved) as overtaken:
+            if overtaken.is_set():
+                return
+            key, curve, note = curve_key(asked.view, asked.dials), asked.rest[0], ""
+            if curve.key != key:
+                yield gr.skip(), draw_curve(curve, None), "", gr.skip()  # it answers an earlier question
+                curve = Curve(key=key, view=asked.view)
+            names: list[str | None] = [*_unknown(asked, curve)] or [None]  # where all is known, the choice alone
+            for name in names:
+                try:
+                    measured = await unless(overtaken, self._measured(asked, curve, name))
+                except ServerError as error:
+                    if name is None or not curve.lines:  # the held dial's is refused, and with it the choice
+                        yield draw_refusal(str(error)), gr.skip(), "", gr.skip()
+                        return
+                    note += draw_refusal(f"No curve of {name}: {error}")
+                    yield gr.skip(), gr.skip(), note, gr.skip()
+                    if error.status == 404:  # it was unloaded; the others may be there
+                        continue
                     return
-                note += draw_refusal(f"No curve of {name}: {error}")
-                yield gr.skip(), gr.skip(), note, gr.skip()
-                if error.status == 404:  # it was unloaded; the others may be there
-                    continue
-                return
-            if measured is None:
-                return
-            present, base, line = measured
-            curve = curve.add(base, line)
-            yield (*self._drawn(asked, curve, present), note, curve)
+                if measured is None:
+                    return
+                present, curve = measured
+                yield (*self._drawn(asked, curve, present), note, curve)
 
-    async def _measured(self, asked: Asked, name: str) -> tuple[Score, Score, Line] | None:
-        """The present choice, the base model's, and an adapter's line; None when overtaken."""
+    async def _measured(self, asked: Asked, curve: Curve, name: str | None) -> tuple[Score, Curve]:
+        """The present choice, and the curve with an adapter's line if one is named."""
         view = asked.view
+        if name is None:
+            (present,) = await self._scores(asked, [view.left])
+            return present, curve
         (dial,) = (each for each in asked.dials if each["name"] == name)
         alphas = sweep(dial["low"], dial["high"])
         settings = [view.at(alpha) if name == view.held else {name: alpha} for alpha in alphas]
-        async with self.controls.scores.take(asked.user, asked.moved) as overtaken:
-            scores = await unless(overtaken, self._scores(asked, [view.left, view.base, *settings]))
-        if scores is None:
-            return None
-        present, base, *line = scores
-        return present, base, Line(name, tuple(score.steer[name] for score in line), tuple(line))
+        present, base, *line = await self._scores(asked, [view.left, view.base, *settings])
+        return present, curve.add(base, Line(name, tuple(score.steer[name] for score in line), tuple(line)))
 
     async def _scores(self, asked: Asked, settings: list[Any]) -> list[Score]:
         view = asked.view
@@ -174,18 +183,26 @@ class CompareTab:
             yield draw_panes(panes), panes
 
     async def _read(self, asked: Asked, panes: Panes) -> Panes:
-        """The panes with every token's log-probability under the other setting, read in one request."""
+        """The panes with every token's log-probability under the other setting; one row at a time, as servers take."""
         client, (left, right) = self.controls.client, panes.answers
         start = await client.tokenize(asked.key, messages=[{"role": "user", "content": panes.prompt}])
-        texts = [[*start, *left.ids], [*start, *right.ids]]
-        read, _ = await client.read(asked.key, texts, panes.settings)
-        crossed = [[value for _, value in read[side][1 - side][len(start) :]] for side in (0, 1)]
-        return Panes(panes.prompt, panes.settings, (left.against(crossed[0]), right.against(crossed[1])))
+        crossed = []
+        for answer, other in zip((left, right), reversed(panes.settings), strict=True):
+            ((read,),), _ = await client.read(asked.key, [[*start, *answer.ids]], [other])
+            crossed.append(answer.against([value for _, value in read[len(start) :]]))
+        return Panes(panes.prompt, panes.settings, (crossed[0], crossed[1]))
 
     async def halt(self, request: gr.Request) -> None:
         """Overtake whatever the user has running, by nothing; that closes the stream, which frees the engine."""
         async with self.controls.generations.take(request.session_hash or ""):
             pass
+
+
+def _unknown(asked: Asked, curve: Curve) -> list[str]:
+    """The adapters whose curves are still to be measured, the held one first."""
+    drawn = {line.name for line in curve.lines}
+    names = dict.fromkeys((asked.view.held, *(each["name"] for each in asked.dials)))
+    return [name for name in names if name not in drawn]
 
 
 def _ended(panes: Panes, note: str) -> Panes:
