@@ -25,7 +25,7 @@ class ChatTab:
             label="Conversation",
             height=420,
             elem_id="chat",
-            buttons=["copy"],
+            buttons=[],  # they would copy the escaped text
             render_markdown=False,
             latex_delimiters=[],
         )
