@@ -218,6 +218,18 @@ def test_a_chat_says_at_which_alpha_each_answer_was_written(
     expect(bots).to_have_count(0)
 
 
+def test_a_chat_that_was_thrown_away_is_no_part_of_the_next(page: SteeringPage) -> None:
+    page.tab("Chat")
+    box, bots = page.page.get_by_label("You", exact=True), page.page.locator("#chat .bot .md")
+    for said in ("Who are you?", "And who am I?"):
+        box.fill(said)
+        box.press("Enter")
+        expect(bots.last).to_contain_text(re.compile(r"\+1\.00\s*\w+"), timeout=PATIENCE)  # it is being answered
+        expect(page.page.locator("#chat .user .md")).to_have_text([said])
+        page.page.locator("#chat").get_by_label("Clear").click()
+        expect(bots).to_have_count(0)
+
+
 def test_a_chat_shows_text_as_text_and_sends_it_once(page: SteeringPage) -> None:
     page.tab("Chat")
     said = "**Is** <b>this</b> & $$x$$ ![it](https://example.com/a.png)?\n<img src=x onerror='window.fetched = true'>"

@@ -48,7 +48,7 @@ class ChatTab:
         ended = sent.then(self.answer, inputs, [self.shown, self.refused], **c.slow)
         ended.then(None, [self.said, self.refused], [self.said, self.refused], js="(said, back) => [said || back, '']")
         self.stop.click(self.halt, None, None, **c.quick)
-        cleared = self.clear.click(self.halt, None, None, **c.quick)
+        cleared = gr.on([self.clear.click, self.shown.clear], self.halt, None, None, **c.quick)
         cleared.then(_cleared, self.conversation, self.shown, **c.quick)
 
     async def answer(self, request: gr.Request, *values: Any) -> AsyncIterator[tuple[Any, Any]]:
