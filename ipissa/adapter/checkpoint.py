@@ -154,7 +154,7 @@ def save_adapter(adapter: Kind, path: str | os.PathLike[str]) -> Kind:
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise AdapterFileError(
             f"{path} cannot be written ({error}); make room there or choose another path."
         ) from error

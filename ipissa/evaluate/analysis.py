@@ -89,12 +89,13 @@ def analyse(measured: Measured, dataset: Dataset) -> Analysis:
         "valid": float(at_poles(measured.rows)["valid"].mean()),
         "choice_mass": float(rows.loc[rows["alpha"] == 0, "choice_mass"].mean()),
     }
+    asked = with_labels(measured.rows, labels[dataset.target])  # at every α, whether it has an answer or not
     clusters = published.cluster_slopes(means, dataset.target, clusters_of(means.columns))
     return Analysis(
         measured.method,
         figures,
-        _dose(with_labels(measured.rows, labels[dataset.target]), measured.rows),
-        _effects(with_labels(measured.rows, labels[dataset.target])),
+        _dose(asked, measured.rows),
+        _effects(asked),
         values,
         # A ratio to a slope that may as well be 0 says nothing.
         clusters.assign(target_slope=figures["balanced_value"]).loc[[way(figures) != 0] * len(clusters)],

@@ -51,16 +51,15 @@ def checked_card(output: Path) -> Path:
     return card
 
 
-def renew_card(adapter: AnyAdapter, output: Path, *, before: str) -> Path:
+def renew_card(adapter: AnyAdapter, card: Path, *, before: str) -> None:
     """Write the card of an adapter that was changed after its training.
 
     Args:
+        card: Where it goes (`checked_card`).
         before: The card that it had; how it was made, and samples, stay as they are there.
     """
-    card = checked_card(output)
     _, made, rest = before.partition(MADE)
-    write_text(card, f"{_what_it_is(output.stem, adapter)}\n\n{made}{rest}".rstrip() + "\n")
-    return card
+    write_text(card, f"{_what_it_is(card.stem, adapter)}\n\n{made}{rest}".rstrip() + "\n")
 
 
 def card_of(adapter: AnyAdapter, path: Path) -> str:

@@ -57,7 +57,7 @@ def recalibrate(
         TrainingError: there is no such range; nothing is written.
     """
     output = checked_output(output)
-    checked_card(output)
+    card = checked_card(output)
     adapter = load_adapter(path)
     before = card_of(adapter, Path(path))
     trained = adapter.evaluation.get("training", {})
@@ -74,7 +74,7 @@ def recalibrate(
         remedy=REMEDY,
     )
     written = save_adapter(with_range(adapter, found), output)
-    renew_card(written, output, before=before)
+    renew_card(written, card, before=before)
     return written
 
 
