@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from ipissa.cli import app
 from ipissa.cli_errors import run_cli
 from ipissa.errors import ConfigError
+from ipissa.files import checked_output
 from ipissa.train import TrainConfig, train
 from ipissa.train.config import OPTIONS
 from ipissa.train.presets import PRESETS, preset_settings
@@ -131,3 +132,44 @@ def test_every_option_of_the_command_line_is_a_setting() -> None:
     assert set(OPTIONS) <= parameters
     assert set(OPTIONS) <= set(TrainConfig.__dataclass_fields__)
     assert parameters - set(OPTIONS) == {"output", "config", "preset", "set", "quick", "resume", "shared", "return"}
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ({"batch_size": 3}, "even number"),
+        ({"lr": 0}, "lr 0 is not positive"),
+        ({"max_prompts": 0}, "max_prompts 0 leaves nothing to train on"),
+        ({"held_out": 1}, "held_out 1 leaves no interval"),
+        ({"depth_start": 0.9, "depth_end": 0.5}, "depth_start"),
+        ({"template": "Be kind."}, r"template 'Be kind.' must say {persona} once"),
+        ({"template": "Be {persona}, {mood}."}, r"must say {persona} once, where the phrase goes, and no other name"),
+        ({"top_p": 7}, "top_p 7 is not a share above 0"),
+        ({"weight_decay": -1}, "weight_decay -1 is negative"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm -1.0 is negative; 0 is none"),
+        ({"temperature": float("inf")}, "temperature inf is not a finite number"),
+        ({"temperature": 1e-5}, "temperature 1e-05 draws nothing"),
+        ({"max_new_tokens": 3}, "max_new_tokens 3 leaves no text to learn from; give at least 4"),
+        ({"objective": "guided=1,guided=2"}, "names guided twice"),
+        ({"contrastive": {"dims": 4}}, r"contrastive .* is for objective contrastive, not 'guided'"),
+        ({"objective": "contrastive", "antiparallel": {"rank": 2}}, "antiparallel .* is for objective antiparallel"),
+        ({"depth_count": 0}, "depth_count 0 adapts nothing"),
+        ({"suffixes": "mine.txt"}, "suffixes 'mine.txt' are for pairs of texts"),
+        ({"suffixes": "mine.txt", "selection": "random"}, "with selection 'random' does not read"),
+        ({"objective": "contrastive", "contrastive": {"dims": 0}}, "dims 0 leaves no direction"),
+        ({"objective": "contrastive", "contrastive": {"coherence": "high"}}, "coherence 'high' is not of type float"),
+        ({"max_rotation": 0.5}, "max_rotation 0.5 is for singular triples"),
+        ({"trainer": {"adam_beta1": 0.5}}, "the cycle moves it"),
+    ],
+)
+def test_unusable_settings_are_refused(bad: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        TrainConfig("kind", "angry", **bad)
+
+
+def test_an_unwritable_output_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not end in"):
+        checked_output(tmp_path / "adapter.bin")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        checked_output(tmp_path / "file" / "adapter.safetensors")
