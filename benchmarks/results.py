@@ -62,9 +62,18 @@ def section(name: str, medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
         "|-" * (1 + len(SHOWN)) + "|",
         *(_row(name, method, figures, facts["seeds"]) for method, figures in medians.groupby("method", sort=False)),
         "",
-        " ".join(filter(None, [_rank(name, medians), _dilemmas(medians, facts), facts.get("computed_in")])),
+        *(f"- {finding}" for finding in _findings(name, medians, facts) if finding),
     ]
     return "\n".join(lines)
+
+
+def _findings(name: str, medians: pd.DataFrame, facts: Mapping[str, Any]) -> list[str | None]:
+    return [
+        _at_equal_cost(name, medians),
+        _at_best_scale(name, medians),
+        _dilemmas(medians, facts),
+        facts.get("computed_in"),
+    ]
 
 
 def _row(name: str, method: str, figures: pd.DataFrame, seeds: int) -> str:
@@ -85,11 +94,10 @@ def _cell(figure: pd.Series, seeds: int, digits: int) -> str:
     return f"{median} [{lowest}, {highest}]{of}"
 
 
-def _rank(name: str, medians: pd.DataFrame) -> str:
-    """How far the adapter's trait gain is above that of others, over the same prompts; seeds are counted.
+def _at_equal_cost(name: str, medians: pd.DataFrame) -> str:
+    """How far the adapter's trait gain is above that of methods that cost text what it costs at every seed.
 
-    First among methods that cost text what the adapter costs at every seed, then with each at its best scale. More and
-    less is what has a 95 % interval over prompts on one side of 0.
+    Over the same prompts; seeds are counted. More and less is what has a 95 % interval over prompts on one side of 0.
     """
     at_cost = medians[medians["figure"] == "equal"].set_index("method")["lowest"]  # NaN for prompts: they have no scale
     other = _other_models(medians)
@@ -103,15 +111,21 @@ def _rank(name: str, medians: pd.DataFrame) -> str:
     unequal = at_cost.index[at_cost == 0]
     if len(unequal):
         text += f" Not compared, as their cost was not equal at every seed: {_listed(unequal)}."
-    best = medians[medians["figure"] == WORSE + AT_BEST].set_index("method").drop(other, errors="ignore")
+    return text
+
+
+def _at_best_scale(name: str, medians: pd.DataFrame) -> str | None:
+    """The same with each other method at its best scale; None where none has one."""
+    worse_at_best = medians[medians["figure"] == WORSE + AT_BEST].set_index("method")["median"]
+    best = worse_at_best.drop(_other_models(medians), errors="ignore")
     if best.empty:
-        return text
-    nearest = best["median"].idxmax()
+        return None
     own = medians[medians["figure"] == WORSE].set_index("method").loc[ADAPTER, "median"]
+    nearest = best.idxmax()
     return (
-        f"{text} With each at the best of nine scales, from 1/64 to 4 times that one, or times the one that it was "
+        "With each at the best of nine scales, from 1/64 to 4 times that one, or times the one that it was "
         f"trained at, whatever that costs: {_apart(name, medians, best.index, AT_BEST)} The nearest at its worse pole, "
-        f"`{nearest}`, has {best.loc[nearest, 'median']:.2f} there, `{name}` {own:.2f}."
+        f"`{nearest}`, has {best[nearest]:.2f} there, `{name}` {own:.2f}."
     )
 
 

@@ -97,7 +97,7 @@ def test_a_method_that_is_another_model_at_zero_is_compared_with_nothing() -> No
     assert (
         "`kind` has more trait gain than `lora` at both poles and every seed. Not compared, as at α = 0 it is" in text
     )
-    assert "it is not the same model: `caa`. With each" in text
+    assert "it is not the same model: `caa`.\n- With each" in text
     assert "The nearest at its worse pole, `lora`, has 0.10 there, `kind` 0.30." in text
 
 

@@ -29,12 +29,13 @@ WORSE = "trait_gain worse"  # of the two poles
 AT_BEST = " at best"
 FIRST_SHOWS = "first_shows"  # share of the dilemmas that list the action first that shows the target
 MORE = "adapter_more"  # by how much the adapter's trait gain is above, over the same prompts
+PUBLISHED = ("published_effect", "published_gain", "steering_f1", "steering_swapped")
 FIGURES = {
     "yardsticks": ("trait_gain", "without_echoes", "plain_gain", "contrast", MORE),
     "best": ("trait_gain", "without_echoes", MORE),
     "methods": (
-        "balanced_value", "balanced_t", "balanced_p", "acquiescence_value", "published_effect", "published_gain",
-        "steering_f1", "steering_swapped", "transfer", "symmetry", "dose_monotonic", "base_difference", "kept",
+        "balanced_value", "balanced_t", "balanced_p", "acquiescence_value", *PUBLISHED, "transfer", "symmetry",
+        "dose_monotonic", "base_difference", "kept",
     ),
 }  # fmt: skip
 
@@ -247,24 +248,35 @@ def _worse_pole(yardsticks: pd.DataFrame) -> pd.DataFrame:
 
 
 def _markdown(medians: pd.DataFrame, facts: Mapping[str, Any]) -> str:
+    """What the seeds are of, and a table per theme, of the methods that have a figure of it."""
     seeds, adapters = facts["seeds"], facts["adapters"]
     of = "of one adapter, whose own training was not repeated" if adapters == 1 else "each of an adapter of its own"
     about = f" Dilemmas: {facts['dataset']}, about {facts['target']!r}." if "target" in facts else ""
     about += "".join(f" {facts[name]}" for name in ("computed_in", "chance") if name in facts)
     few = "" if seeds >= ENOUGH_SEEDS else f" Fewer than {ENOUGH_SEEDS} seeds: claim nothing from them."
-    figures = list(dict.fromkeys(medians["figure"]))
-    cell = {
-        (row.method, row.figure): f"{row.median:.3g} [{row.lowest:.3g}, {row.highest:.3g}]"
+    said = f"Medians over {seeds} seeds, {of}, with the lowest and the highest.{about}{few}"
+    in_order = pd.Categorical(medians["method"], medians["method"].unique())  # that of the reports
+    known = medians.assign(method=in_order)[medians["seeds"] > 0]
+    themes = known.groupby(known["figure"].map(_theme), sort=False)
+    return "\n\n".join([said, *(f"## {theme}\n\n{_table(found, seeds)}" for theme, found in themes)])
+
+
+def _theme(figure: str) -> str:
+    if figure.endswith(AT_BEST):
+        return "On held-out texts, each at its best scale"
+    if figure in PUBLISHED:
+        return "In dilemmas, as published"
+    return "In dilemmas" if figure in FIGURES["methods"] else "On held-out texts"
+
+
+def _table(medians: pd.DataFrame, seeds: int) -> str:
+    """A row per method, a column per figure."""
+    cells = (
+        f"{row.median:.3g} [{row.lowest:.3g}, {row.highest:.3g}]"
         + (f" ({row.seeds} of {seeds})" if row.seeds < seeds else "")
         for row in medians.itertuples()
-        if row.seeds
-    }
-    lines = [
-        f"Medians over {seeds} seeds, {of}, with the lowest and the highest.{about}{few}",
-        "",
-        f"| method | {' | '.join(figures)} |",
-        "|-" * (len(figures) + 1) + "|",
-    ]
-    for method in dict.fromkeys(medians["method"]):
-        lines.append(f"| {method} | {' | '.join(cell.get((method, figure), '') for figure in figures)} |")
-    return "\n".join(lines)
+    )
+    wide = medians.assign(cell=list(cells)).pivot(index="method", columns="figure", values="cell").fillna("")
+    wide = wide[medians["figure"].unique()]
+    lines = [f"| method | {' | '.join(wide.columns)} |", "|-" * (1 + len(wide.columns)) + "|"]
+    return "\n".join([*lines, *(f"| {method} | {' | '.join(row)} |" for method, row in wide.iterrows())])
