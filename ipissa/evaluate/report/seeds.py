@@ -19,6 +19,7 @@ from ipissa.errors import ConfigError
 from ipissa.evaluate.methods import ADAPTER
 from ipissa.evaluate.null import USABLE, comparable, median_p, null_check
 from ipissa.evaluate.report.parts import SETTINGS
+from ipissa.evaluate.report.shown import PUBLISHED
 from ipissa.evaluate.settings import dataset_name
 from ipissa.files import write_text
 from ipissa.train.config import TrainConfig
@@ -29,13 +30,12 @@ WORSE = "trait_gain worse"  # of the two poles
 AT_BEST = " at best"
 FIRST_SHOWS = "first_shows"  # share of the dilemmas that list the action first that shows the target
 MORE = "adapter_more"  # by how much the adapter's trait gain is above, over the same prompts
-PUBLISHED = ("published_effect", "published_gain", "steering_f1", "steering_swapped")
 FIGURES = {
     "yardsticks": ("trait_gain", "without_echoes", "plain_gain", "contrast", MORE),
     "best": ("trait_gain", "without_echoes", MORE),
     "methods": (
-        "balanced_value", "balanced_t", "balanced_p", "acquiescence_value", *PUBLISHED, "transfer", "symmetry",
-        "dose_monotonic", "base_difference", "kept",
+        "balanced_value", "balanced_t", "balanced_p", "acquiescence_value", "published_effect", "published_gain",
+        "steering_f1", "steering_swapped", "transfer", "symmetry", "dose_monotonic", "base_difference", "kept",
     ),
 }  # fmt: skip
 
@@ -271,12 +271,12 @@ def _theme(figure: str) -> str:
 
 def _table(medians: pd.DataFrame, seeds: int) -> str:
     """A row per method, a column per figure."""
-    cells = (
+    cells = [
         f"{row.median:.3g} [{row.lowest:.3g}, {row.highest:.3g}]"
         + (f" ({row.seeds} of {seeds})" if row.seeds < seeds else "")
         for row in medians.itertuples()
-    )
-    wide = medians.assign(cell=list(cells)).pivot(index="method", columns="figure", values="cell").fillna("")
+    ]
+    wide = medians.assign(cell=cells).pivot(index="method", columns="figure", values="cell").fillna("")
     wide = wide[medians["figure"].unique()]
     lines = [f"| method | {' | '.join(wide.columns)} |", "|-" * (1 + len(wide.columns)) + "|"]
     return "\n".join([*lines, *(f"| {method} | {' | '.join(row)} |" for method, row in wide.iterrows())])
