@@ -84,5 +84,12 @@ class SteeringPage:
             expect(busy).to_have_text(re.compile(r"\S"), timeout=PATIENCE)
 
     def tab(self, name: str) -> None:
-        """Open a tab."""
+        """Open a tab, and wait until Gradio is done with it.
+
+        When a tab is opened for the first time, Gradio 6 gives its components their first values once more a frame or
+        two after it has shown them, and what a script has typed until then is lost. A person is never so quick.
+        """
         self.page.get_by_role("tab", name=name).click()
+        expect(self.page.get_by_role("tabpanel").filter(visible=True)).to_have_text(re.compile(r"\S"), timeout=PATIENCE)
+        for _ in range(3):
+            self.page.evaluate("() => new Promise(requestAnimationFrame)")
