@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,6 +57,19 @@ class RoundingScores(SlowScores):
     async def score(self, key: str, question: str, prefix: str, choices: list[str], settings: list[Any]) -> list[Score]:
         rounded = [{name: round(alpha / 0.4) * 0.4 for name, alpha in steer.items()} for steer in settings]
         return await super().score(key, question, prefix, choices, rounded)
+
+
+class ReplacingScores(SlowScores):
+    """A client whose server loads another file under every name from the `replaced`-th request on."""
+
+    def __init__(self, replaced: int) -> None:
+        self.asked, self.replaced = 0, replaced
+
+    async def score(self, key: str, question: str, prefix: str, choices: list[str], settings: list[Any]) -> list[Score]:
+        self.asked += 1
+        file = "old" if self.asked < self.replaced else "new"
+        files = {name: file for steer in settings for name in steer}
+        return [replace(each, files=files) for each in await super().score(key, question, prefix, choices, settings)]
 
 
 SOMEBODY: Any = SimpleNamespace(session_hash="somebody")
@@ -130,6 +144,21 @@ def test_choice_and_curve_are_shown_at_the_alpha_that_was_applied() -> None:
     assert "α = good +0.40" in bars
     assert "<title>α +0.40:" in drawing
     assert {round(alpha, 1) for alpha in curve.lines[0].alphas} == {-0.8, -0.4, 0.0, 0.4, 0.8}
+
+
+@pytest.mark.parametrize("replaced", [2, 3])  # between two curves, or when all are known
+def test_curves_of_an_adapter_that_was_replaced_are_measured_again(replaced: int) -> None:
+    async def play() -> tuple[list[tuple[Any, ...]], list[tuple[Any, ...]]]:
+        tab = compare_tab(ReplacingScores(replaced))
+        first = await steps_of(asking(tab, "Yes, No", Curve(), "good", "kind"))
+        *_, (*_, curve) = first
+        return first, await steps_of(asking(tab, "Yes, No", curve, "good", "kind"))
+
+    first, second = asyncio.run(play())
+    shown = [curve for *_, curve in [*first, *second] if isinstance(curve, Curve)]
+    assert [set(curve.files.values()) for curve in shown] == [{"old"}] * (replaced - 1) + [{"new"}] * (5 - replaced)
+    assert [line.name for line in shown[-1].lines] == ["good", "kind"]
+    assert "current" in second[-1][1]
 
 
 def test_a_curve_is_saved_as_it_was_measured_whatever_is_asked_by_now() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import quote
 
@@ -29,13 +29,15 @@ class ServerError(Exception):
 class Score:
     """The choices at one setting: the α that were applied, which the server may have rounded.
 
-    A figure that is no number, as the odds of a choice without any probability, is None.
+    A figure that is no number, as the odds of a choice without any probability, is None. `files` are the digests of
+    the adapters that were asked for, by name.
     """
 
     steer: Steer
     logprobs: dict[str, float | None]
     log_odds: float | None
     choice_mass: float | None
+    files: dict[str, str] = field(default_factory=dict)
 
 
 class Client:
@@ -84,7 +86,8 @@ class Client:
         }
         answer = await self._post("/v1/score", key, body)
         return [
-            Score(each["steer"], each["logprobs"], each["log_odds"], each["choice_mass"]) for each in answer["data"]
+            Score(each["steer"], each["logprobs"], each["log_odds"], each["choice_mass"], answer["steer_adapters"])
+            for each in answer["data"]
         ]
 
     async def tokenize(self, key: str, **what: Any) -> list[int]:

@@ -39,16 +39,22 @@ class Curve:
         view: The page as it was when measuring began, which by now may ask something else.
         base: The score of the base model.
         lines: The held dial's first.
+        files: The digests of the adapters that were measured, by name.
     """
 
     key: tuple[Any, ...] = ()
     view: View = field(default_factory=View)
     base: Score | None = None
     lines: tuple[Line, ...] = ()
+    files: dict[str, str] = field(default_factory=dict)
 
     def add(self, base: Score, line: Line) -> Curve:
         """One line more, and the score of the base model that was measured with it."""
-        return replace(self, base=base, lines=(*self.lines, line))
+        return replace(self, base=base, lines=(*self.lines, line), files=self.files | base.files)
+
+    def fits(self, score: Score) -> bool:
+        """The adapters are still those that were measured: none was replaced by another under its name."""
+        return all(self.files.get(name, digest) == digest for name, digest in score.files.items())
 
 
 def curve_key(view: View, dials: Sequence[dict[str, Any]]) -> tuple[Any, ...]:

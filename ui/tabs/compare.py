@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -109,8 +110,9 @@ class CompareTab:
             if curve.key != key:
                 yield gr.skip(), draw_curve(curve, None), "", gr.skip()  # it answers an earlier question
                 curve = Curve(key=key, view=asked.view)
-            names: list[str | None] = [*_unknown(asked, curve)] or [None]  # where all is known, the choice alone
-            for name in names:
+            names = deque(_to_measure(asked, curve))
+            while names:
+                name = names.popleft()
                 try:
                     measured = await unless(overtaken, self._measured(asked, curve, name))
                 except ServerError as error:
@@ -124,7 +126,12 @@ class CompareTab:
                     return
                 if measured is None:
                     return
-                present, curve = measured
+                present, grown = measured
+                if not curve.fits(present):  # an adapter was replaced meanwhile: all over again
+                    curve = Curve(key=key, view=asked.view)
+                    names = deque(_to_measure(asked, curve))
+                    continue
+                curve = grown
                 yield (*self._drawn(asked, curve, present), note, curve)
 
     async def _measured(self, asked: Asked, curve: Curve, name: str | None) -> tuple[Score, Curve]:
@@ -148,7 +155,7 @@ class CompareTab:
     def _drawn(self, asked: Asked, curve: Curve, score: Score) -> tuple[Any, Any]:
         """The bars and the curve with the present point."""
         view = asked.view
-        current = curve.key == curve_key(view, asked.dials)
+        current = curve.key == curve_key(view, asked.dials) and curve.fits(score)
         bars = [("α = " + describe(score.steer), score)]
         if current and curve.base and any(score.steer.values()):
             bars.append(("α = " + describe({}), curve.base))
@@ -198,11 +205,11 @@ class CompareTab:
             pass
 
 
-def _unknown(asked: Asked, curve: Curve) -> list[str]:
-    """The adapters whose curves are still to be measured, the held one first."""
+def _to_measure(asked: Asked, curve: Curve) -> list[str | None]:
+    """The adapters whose curves are still to be measured, the held one first; where there is none, no adapter."""
     drawn = {line.name for line in curve.lines}
     names = dict.fromkeys((asked.view.held, *(each["name"] for each in asked.dials)))
-    return [name for name in names if name not in drawn]
+    return [name for name in names if name not in drawn] or [None]
 
 
 def _ended(panes: Panes, note: str) -> Panes:
