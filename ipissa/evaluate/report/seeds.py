@@ -168,8 +168,8 @@ def _chance(folders: Sequence[Path], figures: Sequence[pd.DataFrame], adapters: 
         return {"chance": f"At some seed no random adapter {USABLE}: nothing is said of chance."}
     count = sum(len(comparable(each)) for each in random)
     sentence = (
-        f"With one of {count} random adapters that cost text as much in the place of each seed's, the median is as "
-        f"large with p = {p:.3f}."
+        f"Take, at each seed, the adapter or one of the random adapters that cost text as much ({count} in all): of "
+        f"all such choices {p:.1%} have a median as large (p = {p:.3f})."
     )
     return {"chance": sentence, "chance_p": p}
 
