@@ -39,6 +39,7 @@ from ipissa.evaluate.degradation import PlainText, text_degradation
 from ipissa.evaluate.dial import ScaledDial
 from ipissa.evaluate.held_out import HeldOut
 from ipissa.evaluate.methods import ADAPTER, METHODS, Materials, made
+from ipissa.evaluate.run import recipe
 from ipissa.evaluate.side_by_side import side_by_side, texts_markdown
 from ipissa.evaluate.steerer import Steerer
 from ipissa.evaluate.yardsticks import measure_yardsticks
@@ -409,6 +410,13 @@ def test_tuners_need_an_adapter_that_says_how_it_was_trained(model: Any) -> None
     with pytest.raises(ConfigError, match="does not say how it was trained"):
         training_config(replace(adapter, evaluation={}))
     how = {"positive": "kind", "negative": "angry", "seconds": 3}
-    assert training_config(replace(adapter, evaluation={"training": how})).positive == "kind"
+    found = training_config(replace(adapter, evaluation={"training": how}))
+    assert (found.positive, found.accumulation, found.report_to) == ("kind", 1, "none")
+    several = how | {"processes": 3, "accumulation": 2, "report_to": "wandb"}
+    found = training_config(replace(adapter, evaluation={"training": several}))
+    assert (found.accumulation, found.report_to) == (6, "none")  # one process takes the rows of all
+    trained = (how, how | {"processes": 1}, several)
+    recipes = [recipe(replace(adapter, evaluation={"training": each})) for each in trained]
+    assert recipes[0] == recipes[1] != recipes[2]
     with pytest.raises(ConfigError, match="trained with objective 'contrastive'"):
         training_config(replace(adapter, evaluation={"training": how | {"objective": "contrastive"}}))

@@ -168,6 +168,11 @@ def test_unusable_options_are_refused_in_one_sentence(tmp_path: Path) -> None:
         run("ipissa", "export", "--adapter", adapter, "--alpha", "nan", "--output", str(tmp_path / "y")),
         "alpha nan is not a finite number",
     )
+    peft = ["--format", "peft", "--alpha", "0.5"]
+    assert_refused(
+        run("ipissa", "export", "--adapter", adapter, *peft, "--output", str(tmp_path / "z")),
+        "format peft keeps the dial, so --alpha 0.5 would do nothing",
+    )
     assert_refused(
         run("ipissa", "train", "--positive", "kind", "--negative", "kind", "--output", str(tmp_path / "z.safetensors")),
         "give two opposite words",

@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from ipissa.cli import app
 from ipissa.data.items import Dataset
 from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError
-from ipissa.evaluate import bench
+from ipissa.evaluate import bench, run
 from ipissa.evaluate.analysis import label_overlap
 from ipissa.evaluate.baselines.tuners import distillation_targets as targets
 from ipissa.evaluate.choices import measure_choices
@@ -185,6 +186,59 @@ def test_a_folder_takes_other_settings_until_something_was_measured_in_it(tmp_pa
     assert Parts(folder, {"seed": 1}).load("adapter") == 1
 
 
+def test_a_folder_takes_other_methods_and_says_which_its_report_has(tmp_path: Path) -> None:
+    def said() -> Any:
+        return json.loads((tmp_path / "settings.json").read_text())
+
+    first, second = ({"seed": 0, "baselines": names, "null": null} for names, null in ((["caa"], 5), (["lora"], 9)))
+    Parts(tmp_path, first).save("adapter", 1)
+    parts = Parts(tmp_path, second)
+    assert parts.load("adapter") == 1
+    assert said() == first  # until there is a report of the others
+    parts.complete()
+    assert said() == second
+
+
+def test_a_figure_that_is_no_number_is_named_before_it_is_kept(tmp_path: Path) -> None:
+    parts = Parts(tmp_path, {"seed": 0})
+    with pytest.raises(ConfigError, match="lora: a figure is no finite number"):
+        parts.save("lora", {"cost": float("nan")})
+    assert parts.load("lora") is None
+
+
+def test_an_evaluation_does_not_go_on_with_other_weights(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "model", tmp_path / "model")
+    settings = EvalSettings(
+        model=str(tmp_path / "model"), prompts=str(home / "prompts.txt"), dataset=None, baselines=()
+    )
+    evaluate(home / "honest.safetensors", tmp_path / "report", settings)
+    (tmp_path / "report" / "parts" / "told-and-steered.json").unlink()
+    model, _ = load_model(str(tmp_path / "model"))
+    with torch.no_grad():
+        model.get_input_embeddings().weight *= 1.001
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"The weights of .*model are not those that this evaluation began with"):
+        evaluate(home / "honest.safetensors", tmp_path / "report", settings)
+
+
+def test_the_search_for_a_random_adapters_scale_begins_at_the_last_one_that_was_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[float] = []
+    found = iter([(2.0, True), (1024.0, False), (3.0, True), (4.0, True), (5.0, True)])
+
+    def slopes(*_: Any, seed: int, start: float, **__: Any) -> list[dict[str, Any]]:
+        starts.append(start)
+        scale, equal = next(found)
+        return [{"seed": seed, "scale": scale, "equal": equal, "name": "honesty"}]
+
+    monkeypatch.setattr(run, "null_slopes", slopes)
+    settings = EvalSettings(null=5)
+    bench_ = SimpleNamespace(settings=settings, parts=Parts(tmp_path, {}), materials=None, degradation=0.1)
+    assert len(run._random_slopes(bench_, None)) == 5  # type: ignore[arg-type]
+    assert starts == [1.0, 2.0, 2.0, 3.0, 4.0]
+
+
 def test_vectors_that_were_measured_can_be_attached_at_the_scale_they_had(
     home: Path, report: Path, measured: list[Measured], dataset: Dataset
 ) -> None:
@@ -271,6 +325,8 @@ def test_random_adapters_that_all_lost_their_answers_cost_no_report() -> None:
         ({"baselines": ("magic",)}, "baseline 'magic' is unknown"),
         ({"alphas": (float("nan"),)}, "no α"),
         ({"null": 2}, "null 2 random adapters say nothing"),
+        ({"null": 1001}, "null 1001 random adapters are more than there are seeds"),
+        ({"seed": -1}, "seed -1 is not between 0 and 4000000"),
         ({"null": 9, "dataset": None}, "null is of dilemmas, and there is no data set"),
         ({"topic": "lies", "dataset": None}, "topic is of dilemmas, and there is no data set"),
         ({"baselines": ("caa", "prompt", "caa")}, "baseline 'caa' is named 2 times"),

@@ -210,6 +210,14 @@ def test_a_setting_of_a_sweep_is_compared_within_equal_other_settings(results: P
     assert list(table["symmetry"]) == pytest.approx([0.25, 0.45, 0.25, 0.45])
 
 
+def test_a_sweep_over_a_setting_that_has_a_column_of_its_own_has_a_table(results: Path) -> None:
+    table = pd.read_csv(results)
+    varied = [json.loads(each) | {"dtype": "float32"} for each in table["varied"]]
+    table.assign(dtype="fast", varied=[json.dumps(each) for each in varied]).to_csv(results, index=False)
+    assert set(read_results(results)["dtype"]) == {"float32"}
+    assert len(table_by(read_results(results), "dtype")) == 4
+
+
 def test_tables_and_figures_of_a_sweep_are_generated_from_its_csv(results: Path, tmp_path: Path) -> None:
     for setting in ("depth_end", "weight_decay", "target_modules"):
         command = ["table", str(results), "--by", setting, "--output", str(tmp_path)]

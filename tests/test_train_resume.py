@@ -134,6 +134,19 @@ def test_how_often_checkpoints_are_written_is_no_reason_to_begin_anew(
     assert not (tmp_path / "broken.run" / "checkpoints").exists()
 
 
+def test_checkpoints_of_steps_of_several_processes_are_not_gone_on_with_by_one(
+    config: TrainConfig, tmp_path: Path, killed_at: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = broken_off(config, tmp_path, killed_at)
+    processes = tmp_path / "broken.run" / "state" / "processes"
+    assert processes.read_text() == "1"
+    processes.write_text("2")
+    RunFolder(output, config, resume=True).begin(*load_model(config.model))
+    assert "The broken run had 2 processes and not 1: it learns anew." in caplog.text
+    assert not (tmp_path / "broken.run" / "checkpoints").exists()
+    assert processes.read_text() == "1"
+
+
 def test_answers_are_those_of_one_arithmetic_and_one_chat_template(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -153,6 +153,8 @@ def test_every_option_of_the_command_line_is_a_setting() -> None:
         ({"objective": "guided=1,guided=2"}, "names guided twice"),
         ({"contrastive": {"dims": 4}}, r"contrastive .* is for objective contrastive, not 'guided'"),
         ({"objective": "contrastive", "antiparallel": {"rank": 2}}, "antiparallel .* is for objective antiparallel"),
+        ({"objective": "contrastive", "strengths": [0.5, 1]}, "strengths .* is for objectives guided, odd, told, not"),
+        ({"objective": "antiparallel", "contexts": "both"}, "contexts both is for objectives guided, odd, told, not"),
         ({"depth_count": 0}, "depth_count 0 adapts nothing"),
         ({"suffixes": "mine.txt"}, "suffixes 'mine.txt' are for pairs of texts"),
         ({"suffixes": "mine.txt", "selection": "random"}, "with selection 'random' does not read"),

@@ -10,6 +10,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from ipissa.adapter.base_model import weights_digest
 from ipissa.adapter.checkpoint import Adapter, AnyAdapter
 from ipissa.data.continuations import Continuation, Sampling, sample_continuations
 from ipissa.data.items import Dataset
@@ -39,6 +40,7 @@ PLAIN_PROMPTS = 48
 PAIR_PROMPTS = 96
 SIDE_BY_SIDE_PROMPTS = 6
 STATE = "state"
+WEIGHTS = "weights"  # the part that says of which model the others are
 
 
 def unseen(adapter: AnyAdapter, prompts: Sequence[str]) -> list[str]:
@@ -97,10 +99,17 @@ class Bench:
         """Model, tokenizer and trait."""
         name = self.settings.model or self.adapter.base_model["name"]
         model, tokenizer = load_model(name, device=self.settings.device, dtype=self.settings.dtype)
+        if self.parts.load(WEIGHTS) not in (None, weights_digest(model)):
+            raise ConfigError(
+                f"The weights of {name} are not those that this evaluation began with; choose another --output, or "
+                "delete the folder."
+            )
         return model, tokenizer, Trait(**{field.name: self.adapter.trait[field.name] for field in fields(Trait)})
 
     def check(self, dataset: Dataset | None) -> None:
         """Refuse what would fail after hours: an adapter of another model, and a model that answers no dilemma.
+
+        What passes is the model of this evaluation from then on.
 
         Raises:
             BaseModelMismatchError, ConfigError: as `attach` and `measure_choices`.
@@ -109,6 +118,7 @@ class Bench:
         with attached(model, self.adapter) as steerer:
             if dataset is not None:
                 measure_choices(steerer, tokenizer, dataset, [0.0])
+        self.parts.save(WEIGHTS, weights_digest(model))
 
     @cached_property
     def materials(self) -> Materials:
@@ -180,6 +190,7 @@ class Bench:
 
     def complete(self) -> None:
         """Remove what only an evaluation that was broken off needs."""
+        self.parts.complete()
         shutil.rmtree(self._state, ignore_errors=True)
 
     @property

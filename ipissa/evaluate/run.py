@@ -26,11 +26,11 @@ from ipissa.evaluate.null import NullCheck, null_check, null_slopes
 from ipissa.evaluate.published import loss_gap
 from ipissa.evaluate.report.page import Findings, write_report
 from ipissa.evaluate.report.parts import Parts, measured_from_json, measured_to_json
-from ipissa.evaluate.settings import EvalSettings
+from ipissa.evaluate.settings import MAX_NULL, EvalSettings
+from ipissa.models import resolve_device
 from ipissa.train.config import TrainConfig
+from ipissa.train.fit import check_trainer
 from ipissa.train.processes import refuse_launcher
-
-NULL_SEEDS = 1000  # more than any null check draws
 
 
 def evaluate(
@@ -89,7 +89,10 @@ def recipe(adapter: AnyAdapter) -> dict[str, Any] | None:
     """How an adapter was trained but for the seed and the machine, None where its file does not say."""
     said = adapter.evaluation.get("training", {})
     chosen = {field.name for field in fields(TrainConfig)} - {"seed", "device", "dtype", "report_to"}
-    return {name: value for name, value in said.items() if name in chosen} or None
+    found = {name: value for name, value in said.items() if name in chosen}
+    if found and said.get("processes", 1) != 1:
+        found["processes"] = said["processes"]  # of which each has batches of its own
+    return found or None
 
 
 def _check(adapter: AnyAdapter, settings: EvalSettings) -> None:
@@ -102,7 +105,7 @@ def _check(adapter: AnyAdapter, settings: EvalSettings) -> None:
                 f"{', '.join([*needing, *(['null'] if settings.null else [])])}."
             )
     elif set(needing) & set(TRAINED):
-        training_config(adapter)
+        check_trainer(training_config(adapter), resolve_device(settings.device).type)
 
 
 def _all_methods(bench: Bench, dataset: Dataset | None, folder: Path) -> list[Measured]:
@@ -150,12 +153,13 @@ def _random_slopes(bench: Bench, dataset: Dataset) -> pd.DataFrame:
     def slopes(seed: int, start: float) -> list[dict[str, Any]]:
         return null_slopes(bench.materials, dataset, degradation=bench.degradation, seed=seed, start=start)
 
-    first = NULL_SEEDS * (1 + bench.settings.seed)  # none that another evaluation or its `random` has
+    first = MAX_NULL * (1 + bench.settings.seed)  # none that another evaluation or its `random` has
     found: list[dict[str, Any]] = []
     scale = 1.0
     for seed in tqdm(range(first, first + bench.settings.null), desc="random adapters"):
         found += bench.parts.once(f"null-{seed}", partial(slopes, seed, scale))
-        scale = found[-1]["scale"]  # where the next one begins: it is nearly that
+        if found[-1]["equal"]:
+            scale = found[-1]["scale"]  # where the next one begins: it is nearly that
     return pd.DataFrame(found)
 
 

@@ -16,7 +16,8 @@ from ipissa.evaluate.methods import METHODS, QUICK_METHODS
 from ipissa.models import dtype_name, resolve_device
 
 ALPHAS = (-1.0, -0.5, 0.0, 0.5, 1.0)
-MIN_NULL = 5
+MIN_NULL, MAX_NULL = 5, 1000
+MAX_SEED = 4_000_000  # times MAX_NULL, one for every random adapter, within the 32 bits that a seed has
 DIGEST = " (sha256 "  # between a file's name and what says that its content is the same
 
 
@@ -61,6 +62,12 @@ class EvalSettings:
             raise ConfigError(f"alphas {list(self.alphas)} hold a number that is no α; use some such as -1, 0.5, 1.")
         if self.null and self.null < MIN_NULL:
             raise ConfigError(f"null {self.null} random adapters say nothing; use at least {MIN_NULL}, or 0 for none.")
+        if self.null > MAX_NULL:
+            raise ConfigError(
+                f"null {self.null} random adapters are more than there are seeds; use at most {MAX_NULL}."
+            )
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed {self.seed} is not between 0 and {MAX_SEED}.")
         if self.dataset is None:
             for name in ("null", "target", "topic", "max_items"):
                 if getattr(self, name):

@@ -21,7 +21,7 @@ from ipissa.models import DEMO_MODEL
 from ipissa.plain import typed
 from ipissa.sampling import GREEDY
 from ipissa.train.objectives.build import antiparallel_config, contrastive_config, objective_weights
-from ipissa.train.objectives.distill import CONTEXTS
+from ipissa.train.objectives.distill import CONTEXTS, KINDS
 from ipissa.train.objectives.sites import site_blocks
 from ipissa.train.selection import LEARNT, SELECTIONS, WITHOUT_TEXTS
 
@@ -272,6 +272,12 @@ class TrainConfig:
         for name in ("contrastive", "antiparallel"):
             if getattr(self, name) and name not in weights:
                 raise ConfigError(f"{name} {getattr(self, name)} is for objective {name}, not {self.objective!r}.")
+        usual = {each.name: each.default for each in fields(self)}
+        for name in ("strengths", "contexts"):
+            if getattr(self, name) != usual[name] and not set(KINDS) & weights.keys():
+                raise ConfigError(
+                    f"{name} {getattr(self, name)} is for objectives {', '.join(KINDS)}, not {self.objective!r}."
+                )
         pairs = {"contrastive", "antiparallel"} & weights.keys() or self.selection not in WITHOUT_TEXTS
         if self.suffixes is not None and not pairs:
             raise ConfigError(

@@ -26,11 +26,12 @@ from ipissa.files import write_table, write_text
 from ipissa.train.answers import BaseAnswers, digest
 from ipissa.train.config import TrainConfig, read_settings
 from ipissa.train.fit import CHECKPOINTS, has_learnt
-from ipissa.train.processes import of_the_first
+from ipissa.train.processes import count, of_the_first
 
 logger = logging.getLogger(__name__)
 STATE = "state"
 ASKED = "asked"  # in the state: what was asked of which base model
+PROCESSES = "processes"  # in the state: how many learn, each from rows of its own
 CONFIG = "config.yaml"
 
 
@@ -82,11 +83,16 @@ class RunFolder:
     def _begin_in(self, asked: Path, began: str) -> None:
         if self._asks_anew:
             shutil.rmtree(self.path / STATE)
+        before = self._processes_before()
+        if self.resumed and before != count():
+            logger.warning("The broken run had %d processes and not %d: it learns anew.", before, count())
+            self._learns_anew = True
         if self._learns_anew:
             shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         (self.path / STATE).mkdir(parents=True, exist_ok=True)
         self.write_text(CONFIG, yaml.safe_dump(self._config.to_dict(), sort_keys=False, allow_unicode=True))
         write_text(asked, began)
+        write_text(asked.with_name(PROCESSES), str(count()))
 
     def _look_at_the_broken_run(self, resume: bool) -> None:
         if not (self.path / STATE / ASKED).exists():
@@ -106,6 +112,11 @@ class RunFolder:
         elif _learning(before) != _learning(self._config):
             logger.warning("The settings of the learning differ from those of the broken run, so it begins anew.")
             self._learns_anew = True
+
+    def _processes_before(self) -> int:
+        """How many processes the broken run had; those of an earlier version, which did not say, had mostly one."""
+        path = self.path / STATE / PROCESSES
+        return int(path.read_text(encoding="utf-8")) if path.exists() else 1
 
     def _before(self) -> tuple[TrainConfig, Mapping[str, Any]]:
         """The settings of the broken run, and what it asked of the base model."""

@@ -73,7 +73,7 @@ class MidwaySamples(TrainerCallback):
 
     @property
     def samples(self) -> Samples:
-        """None where the run was never there."""
+        """Empty where the run was never there."""
         return json.loads(self._kept.read_text(encoding="utf-8")) if self._kept.exists() else {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:

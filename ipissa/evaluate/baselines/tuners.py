@@ -32,7 +32,7 @@ NAMES = "lora, dora and reft"  # all that learn as the adapter did
 
 
 def training_config(adapter: Adapter) -> TrainConfig:
-    """The settings an adapter was trained with.
+    """The settings an adapter was trained with, for one process (several had batches of their own) and no tracker.
 
     Raises:
         ConfigError: its file does not say, its objective is not a distillation, or its prompts are not here.
@@ -50,7 +50,7 @@ def training_config(adapter: Adapter) -> TrainConfig:
         load_prompts(config.prompts)
     except ConfigError as error:
         raise ConfigError(f"{adapter.name!r} cannot be learnt from anew: {error} Or leave out {NAMES}.") from error
-    return config
+    return replace(config, accumulation=config.accumulation * said.get("processes", 1), report_to="none")
 
 
 def distillation_targets(

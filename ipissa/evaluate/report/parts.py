@@ -17,10 +17,11 @@ from ipissa.files import write_text
 
 SETTINGS = "settings.json"
 PARTS = "parts"
+APART = ("baselines", "null")  # settings that say which parts there are, and change none of them
 
 
 class Parts:
-    """The folder of an evaluation.
+    """The folder of an evaluation; one begun again may compare with more or fewer methods.
 
     Args:
         settings: What the measurements depend on.
@@ -35,11 +36,11 @@ class Parts:
         self._wanted = json.loads(json.dumps(dict(settings)))  # as JSON gives it back
         if self._settings.exists():
             found, wanted = json.loads(self._settings.read_text(encoding="utf-8")), self._wanted
-            differing = sorted(key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key))
-            if differing:
+            differing = {key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)}
+            if differing - {*APART}:
                 raise ConfigError(
-                    f"{folder} holds an evaluation with another {', '.join(differing)}; choose another --output, or "
-                    "delete the folder."
+                    f"{folder} holds an evaluation with another {', '.join(sorted(differing - {*APART}))}; choose "
+                    "another --output, or delete the folder."
                 )
 
     def load(self, name: str) -> Any:
@@ -51,8 +52,22 @@ class Parts:
         """Keep a part, whole or not at all; with the first one the folder is one of these settings."""
         self._folder.mkdir(parents=True, exist_ok=True)
         if not self._settings.exists():
-            write_text(self._settings, json.dumps(self._wanted, indent=2, ensure_ascii=False) + "\n")
-        write_text(self._folder / f"{name}.json", json.dumps(value, allow_nan=False) + "\n")
+            self._write_settings()
+        try:
+            written = json.dumps(value, allow_nan=False)
+        except ValueError as error:
+            raise ConfigError(
+                f"{name}: a figure is no finite number, as the steered model overflows; use --dtype float32, or "
+                "an adapter that moves it less."
+            ) from error
+        write_text(self._folder / f"{name}.json", written + "\n")
+
+    def complete(self) -> None:
+        """Say in the folder which methods its report has, which may have been others before."""
+        self._write_settings()
+
+    def _write_settings(self) -> None:
+        write_text(self._settings, json.dumps(self._wanted, indent=2, ensure_ascii=False) + "\n")
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """A part from disk, or made and kept."""

@@ -41,7 +41,7 @@ def read_results(path: Path) -> pd.DataFrame:
     done = table["error"].isna()
     if not done.any():
         raise ConfigError(f"{path} holds no run that ended.")
-    return table.join(varied.map(_plain))[done]
+    return table.drop(columns=table.columns.intersection(varied.columns)).join(varied.map(_plain))[done]
 
 
 def table_by(results: pd.DataFrame, setting: str, figures: Sequence[str] = FIGURES) -> pd.DataFrame:
