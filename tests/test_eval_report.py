@@ -195,7 +195,7 @@ def test_a_folder_takes_other_methods_and_says_which_its_report_has(tmp_path: Pa
     parts = Parts(tmp_path, second)
     assert parts.load("adapter") == 1
     assert said() == first  # until there is a report of the others
-    parts.complete()
+    parts.write_settings()
     assert said() == second
 
 

@@ -190,7 +190,7 @@ class Bench:
 
     def complete(self) -> None:
         """Remove what only an evaluation that was broken off needs."""
-        self.parts.complete()
+        self.parts.write_settings()
         shutil.rmtree(self._state, ignore_errors=True)
 
     @property

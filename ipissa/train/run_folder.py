@@ -84,10 +84,10 @@ class RunFolder:
         if self._asks_anew:
             shutil.rmtree(self.path / STATE)
         before = self._processes_before()
-        if self.resumed and before != count():
+        others_learnt = self.resumed and before != count()
+        if others_learnt:
             logger.warning("The broken run had %d processes and not %d: it learns anew.", before, count())
-            self._learns_anew = True
-        if self._learns_anew:
+        if self._learns_anew or others_learnt:
             shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
         (self.path / STATE).mkdir(parents=True, exist_ok=True)
         self.write_text(CONFIG, yaml.safe_dump(self._config.to_dict(), sort_keys=False, allow_unicode=True))

@@ -128,7 +128,7 @@ class CompareTab:
                     return
                 present, grown = measured
                 if not curve.fits(present):  # an adapter was replaced meanwhile: all over again
-                    curve = Curve(key=key, view=asked.view)
+                    curve, note = Curve(key=key, view=asked.view), ""
                     names = deque(_to_measure(asked, curve))
                     continue
                 curve = grown

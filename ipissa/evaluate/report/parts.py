@@ -52,7 +52,7 @@ class Parts:
         """Keep a part, whole or not at all; with the first one the folder is one of these settings."""
         self._folder.mkdir(parents=True, exist_ok=True)
         if not self._settings.exists():
-            self._write_settings()
+            self.write_settings()
         try:
             written = json.dumps(value, allow_nan=False)
         except ValueError as error:
@@ -62,11 +62,8 @@ class Parts:
             ) from error
         write_text(self._folder / f"{name}.json", written + "\n")
 
-    def complete(self) -> None:
-        """Say in the folder which methods its report has, which may have been others before."""
-        self._write_settings()
-
-    def _write_settings(self) -> None:
+    def write_settings(self) -> None:
+        """Say in the folder which settings it is of: with its report again, which may have had other methods before."""
         write_text(self._settings, json.dumps(self._wanted, indent=2, ensure_ascii=False) + "\n")
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
