@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import KillAt, KilledError, logits_of, random_adapter, tiny_model
+from conftest import KillAt, KilledError, logits_of, random_adapter, tiny_mixture, tiny_model
+from odd_models import model_of
 from torch import Tensor
 
 from ipissa.adapter import VectorAdapter
@@ -21,6 +23,7 @@ from ipissa.data.datasets import load_items
 from ipissa.data.pairs import ContrastivePair, Opening, contrastive_pairs
 from ipissa.data.personas import Trait
 from ipissa.errors import ConfigError
+from ipissa.evaluate import methods
 from ipissa.evaluate.baselines import tuners
 from ipissa.evaluate.baselines.random import random_like
 from ipissa.evaluate.baselines.reft import ReftDial, trained_reft
@@ -42,10 +45,12 @@ from ipissa.evaluate.methods import ADAPTER, METHODS, Materials, made
 from ipissa.evaluate.run import recipe
 from ipissa.evaluate.side_by_side import side_by_side, texts_markdown
 from ipissa.evaluate.steerer import Steerer
-from ipissa.evaluate.yardsticks import measure_yardsticks
+from ipissa.evaluate.yardsticks import measure_yardsticks, pole_preference
 from ipissa.steering import attach
 from ipissa.train.config import TrainConfig
-from ipissa.train.objectives.distill import Target, build_targets
+from ipissa.train.objectives.base import Objective
+from ipissa.train.objectives.contrastive import Contrastive, ContrastiveConfig
+from ipissa.train.objectives.distill import Distillation, build_targets
 
 TRAIT = Trait.from_words("kind", "angry")
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -222,12 +227,42 @@ def test_an_untrained_loreft_changes_nothing_and_learns_from_there(model: Any) -
     dial.detach()
 
 
+def test_loreft_edits_the_states_of_blocks_that_give_more_than_states() -> None:
+    model = model_of("falcon_h1")
+    base = logits_of(model, IDS)
+    dial = reft_dial(model)
+    with dial.alpha([0.0, 0.5]):
+        found = logits_of(model, IDS)
+    with dial.alpha(0.5):
+        alone = logits_of(model, IDS)[1]
+    dial.detach()
+    assert (found[0] - base[0]).abs().max() < 1e-5
+    assert (found[1] - base[1]).abs().max() > 0.01
+    assert (found[1] - alone).abs().max() < 1e-5
+
+
+def test_what_a_shared_expert_is_given_is_read_at_the_last_tokens_of_every_row() -> None:
+    model = tiny_mixture()
+    layers = {name: module for name, module in linear_layers(model, [1]).items() if "shared_expert" in name}
+    pairs = [ContrastivePair("", [5, 6, 7], [8, 9], [10, 11]), ContrastivePair("", [12], [13, 14, 15, 16], [17])]
+    found = pair_activations(model, SimpleNamespace(pad_token_id=0), pairs, layers).inputs
+    assert len(layers) > 1
+    for name, module in layers.items():
+        seen: list[Tensor] = []
+        handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][-1]))
+        for i, pair in enumerate(pairs):
+            for side, context in enumerate((pair.chosen, pair.rejected)):
+                logits_of(model, torch.tensor([context + pair.opening]))
+                assert (found[name][side, i] - seen.pop()).abs().max() < 1e-5
+        handle.remove()
+
+
 def test_a_trained_loreft_keeps_its_subspace_and_steers(
     model: Any, tokenizer: Any, pairs: list[ContrastivePair], tmp_path: Path
 ) -> None:
     m = materials(model, tokenizer, pairs, random_adapter(model, suffixes=("o_proj",)), tmp_path)
-    config, targets = m.learn()
-    with trained_reft(model, tokenizer, replace(config, epochs=10, weight_decay=0.5), targets, tmp_path) as dial:
+    config, objective = m.learn()
+    with trained_reft(model, replace(config, epochs=10, weight_decay=0.5), objective, tmp_path) as dial:
         for block in dial.steered_modules():
             R = block.get_submodule("loreft").subspace.weight
             assert (R @ R.T - torch.eye(len(R))).abs().max() < 1e-5
@@ -246,11 +281,11 @@ def test_a_tuner_whose_training_was_broken_off_goes_on_to_the_same_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     m = materials(model, tokenizer, pairs, random_adapter(model, suffixes=("o_proj",)), tmp_path)
-    config, targets = m.learn()
+    config, objective = m.learn()
     config = replace(config, epochs=4, checkpoint_every=2)
 
     def steered(state: Path) -> Tensor:
-        with trained_tuner(kind, model, tokenizer, config, targets, state) as dial, dial.alpha(1.0):
+        with trained_tuner(kind, model, config, objective, state) as dial, dial.alpha(1.0):
             return logits_of(model, IDS)
 
     unbroken = steered(tmp_path / "unbroken")
@@ -261,6 +296,47 @@ def test_a_tuner_whose_training_was_broken_off_goes_on_to_the_same_one(
     assert (unbroken - logits_of(model, IDS)).abs().max() > 1e-2
     monkeypatch.setattr(tuners, "fit", partial(tuners.fit, callbacks=[KillAt(1)]))  # it does not begin anew
     assert (steered(tmp_path / "broken") - unbroken).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", TUNERS)
+def test_a_tuner_learns_losses_on_hidden_states_too_and_is_turned_the_right_way_round(
+    kind: str,
+    model: Any,
+    tokenizer: Any,
+    pairs: list[ContrastivePair],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    m = materials(model, tokenizer, pairs, random_adapter(model, suffixes=("o_proj",)), tmp_path)
+    config = replace(m.learn()[0], objective="contrastive", epochs=10, batch_size=8, contrastive={"last_tokens": 2})
+    fitted = []
+
+    def learn() -> tuple[TrainConfig, Objective]:
+        settings = ContrastiveConfig(last_tokens=2)
+        return config, Contrastive(model, pairs, settings, pad_id=tokenizer.pad_token_id)
+
+    def fit(*args: Any, **settings: Any) -> Any:
+        fitted.append((args[2].lr, tuners_fit(*args, **settings)))
+
+    tuners_fit = tuners.fit
+    monkeypatch.setattr(tuners, "fit", fit)
+
+    def preferring(preference: float) -> Tensor:
+        with monkeypatch.context() as patch:
+            patch.setattr(methods, "pole_preference", lambda dial, held_out: preference)
+            with made(kind, replace(m, learn=learn)) as steerer, steerer.dial.alpha(1.0):
+                return logits_of(model, IDS)
+
+    base, kept = logits_of(model, IDS), preferring(0.2)
+    mirrored = preferring(-0.2)
+    lr, history = fitted[0]
+    assert lr == pytest.approx(3e-4)
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert min((kept - base).abs().max(), (mirrored - base).abs().max(), (kept - mirrored).abs().max()) > 1e-3
+    with made(kind, replace(m, learn=learn)) as steerer:
+        preference = pole_preference(steerer.dial, m.tuning_told)
+    assert preference > 0
+    assert torch.equal(logits_of(model, IDS), base)
 
 
 def test_a_random_adapter_of_learnt_directions_has_others_of_the_same_weight(model: Any) -> None:
@@ -299,8 +375,9 @@ def materials(model: Any, tokenizer: Any, pairs: list[ContrastivePair], adapter:
     plain = [PlainText(f"Prompt {i}", tokens()) for i in range(4)]
     config = TrainConfig("kind", "angry", rank=4, epochs=1, batch_size=4, target_modules=("o_proj",), lr=1e-2)
 
-    def learn() -> tuple[TrainConfig, list[Target]]:
-        return config, build_targets(model, tokenizer, TRAIT, texts[:4], top_k=32)
+    def learn() -> tuple[TrainConfig, Objective]:
+        targets = build_targets(model, tokenizer, TRAIT, texts[:4], top_k=32)
+        return config, Distillation(targets, pad_id=tokenizer.pad_token_id)
 
     return Materials(
         model,
@@ -418,5 +495,9 @@ def test_tuners_need_an_adapter_that_says_how_it_was_trained(model: Any) -> None
     trained = (how, how | {"processes": 1}, several)
     recipes = [recipe(replace(adapter, evaluation={"training": each})) for each in trained]
     assert recipes[0] == recipes[1] != recipes[2]
-    with pytest.raises(ConfigError, match="trained with objective 'contrastive'"):
-        training_config(replace(adapter, evaluation={"training": how | {"objective": "contrastive"}}))
+    with pytest.raises(
+        ConfigError, match=r"'honest' cannot be learnt from anew: The suffixes file gone\.txt .* leave out"
+    ):
+        training_config(
+            replace(adapter, evaluation={"training": how | {"suffixes": "gone.txt", "objective": "contrastive"}})
+        )

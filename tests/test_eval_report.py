@@ -26,7 +26,7 @@ from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError
 from ipissa.evaluate import bench, run
 from ipissa.evaluate.analysis import label_overlap
-from ipissa.evaluate.baselines.tuners import distillation_targets as targets
+from ipissa.evaluate.baselines.tuners import adapters_objective as objective_of
 from ipissa.evaluate.choices import measure_choices
 from ipissa.evaluate.compare import Measured
 from ipissa.evaluate.null import median_p, null_check
@@ -342,14 +342,31 @@ def test_methods_that_are_trained_learn_anew_with_every_seed(home: Path, monkeyp
     path = home / "trained.safetensors"
     save_adapter(replace(load_adapter(home / "honest.safetensors"), evaluation={"training": training.to_dict()}), path)
     seeds = []
-    monkeypatch.setattr(bench, "distillation_targets", lambda *asked: seeds.append(asked[3].seed) or targets(*asked))
+    monkeypatch.setattr(bench, "adapters_objective", lambda *asked: seeds.append(asked[3].seed) or objective_of(*asked))
     for seed in (0, 2):
         settings = EvalSettings(
             model=str(home / "model"), prompts=str(home / "prompts.txt"), dataset=None, null=0,
             baselines=("lora",), seed=seed,
         )  # fmt: skip
         evaluate(str(path), home / f"trained-{seed}", settings)
-    assert seeds == [0, 2]
+    assert list(dict.fromkeys(seeds)) == [0, 2]
+
+
+def test_lora_learns_what_a_contrastive_adapter_did_and_loreft_cannot(home: Path) -> None:
+    training = TrainConfig(
+        "kind", "angry", rank=4, epochs=1, batch_size=4, continuations=1, max_new_tokens=4, max_prompts=4,
+        objective="contrastive", contrastive={"last_tokens": 2},
+    )  # fmt: skip
+    path = home / "contrastive.safetensors"
+    save_adapter(replace(load_adapter(home / "honest.safetensors"), evaluation={"training": training.to_dict()}), path)
+    settings = EvalSettings(
+        model=str(home / "model"), prompts=str(home / "prompts.txt"), dataset=None, baselines=("lora",)
+    )
+    evaluate(str(path), home / "contrastive report", settings)
+    found = pd.read_csv(home / "contrastive report" / "tables" / "yardsticks.csv")
+    assert found.query("method == 'lora'")["trait_gain"].abs().max() > 0
+    with pytest.raises(ConfigError, match=r"trained with objective 'contrastive', .* leave out reft"):
+        evaluate(str(path), home / "refused", replace(settings, baselines=("lora", "reft")))
 
 
 def test_what_was_asked_for_the_adapter_is_not_asked_again_for_methods_that_are_trained(
@@ -381,12 +398,18 @@ def test_trained_methods_learn_from_the_adapters_prompts(home: Path, monkeypatch
     path = home / "own.safetensors"
     save_adapter(replace(load_adapter(home / "honest.safetensors"), evaluation={"training": training.to_dict()}), path)
     learnt: list[str] = []
-    monkeypatch.setattr(bench, "distillation_targets", lambda *asked: learnt.extend(asked[4]) or targets(*asked))
+
+    def objective(*asked: Any) -> Any:
+        found = objective_of(*asked)
+        learnt.extend(found.prompts)
+        return found
+
+    monkeypatch.setattr(bench, "adapters_objective", objective)
     settings = EvalSettings(
         model=str(home / "model"), prompts=str(home / "prompts.txt"), dataset=None, baselines=("reft",)
     )
     evaluate(str(path), home / "own report", settings)
-    assert learnt == [f"Own prompt {i}" for i in range(12) if i % 4 != 3]
+    assert list(dict.fromkeys(learnt)) == [f"Own prompt {i}" for i in range(12) if i % 4 != 3]
     own.unlink()
     with pytest.raises(ConfigError, match=r"cannot be learnt from anew: The prompts file .* leave out lora, dora and"):
         evaluate(str(path), home / "gone", settings)

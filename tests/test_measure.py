@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,10 @@ def test_adapters_that_do_not_work_say_so() -> None:
     assert few.shortcomings((-1, 1)) == [
         "At α = -1 the trait gain is 0.20 (t 4.2), which is not distinguishable from nothing."
     ]
+    fewer = replace(
+        few, prompts=12, positive=replace(few.positive, prompts=12), negative=replace(few.negative, prompts=3)
+    )
+    assert fewer.shortcomings((-1, 1)) == few.shortcomings((-1, 1))  # of the pole's own prompts, not of both poles'
     one_sided = said(pole(0.3, 4, 0.01), pole(0.2, 2.5, -0.02))
     assert one_sided.startswith("At α = -1 the pole's own texts are less likely than without steering")
     beyond = said(pole(0.3, 4, 0.01), pole(0.2, 2.5, 0.02), (-0.5, 2.0))

@@ -411,7 +411,29 @@ def test_poles_that_change_places_do_so_in_every_term(tokenizer: Any, pairs: lis
     # The adapter turned round, and the poles with it, is the same: only which term is called positive differs.
     turned = figures(-1.0, -1.0)
     assert turned["order"] == pytest.approx(kept["order"], rel=1e-4)
-    assert turned["coherence_negative"] == pytest.approx(kept["coherence_positive"], rel=1e-4)
+    for term in ("coherence", "separation"):
+        for pole, other in (("negative", "positive"), ("positive", "negative")):
+            assert turned[f"{term}_{pole}"] == pytest.approx(kept[f"{term}_{other}"], rel=1e-4), term
+    assert abs(kept["separation_positive"] - kept["separation_negative"]) > 1e-3
+
+
+def test_every_layer_is_separated_by_the_sign_of_its_own(tokenizer: Any, pairs: list[ContrastivePair]) -> None:
+    model, wrap = fresh(tokenizer, init_std=0.3)
+    settings = ContrastiveConfig(last_tokens=N, depths=(0.5, 0.75), flip="per_layer")
+    objective = Contrastive(model, pairs, settings, pad_id=tokenizer.pad_token_id)
+    batch, wrapped = objective.collate(objective.examples(objective.prompts)), wrap().eval()
+    names = [site.name for site in objective.sites]
+
+    def separations(signs: tuple[float, ...]) -> float:
+        objective.load_state_dict(dict(zip(names, signs, strict=True)))
+        with torch.no_grad():
+            return float(objective.loss(wrapped, batch, 1.0)[1]["separation_positive"])
+
+    both = [separations(signs) for signs in ((1, 1), (1, -1), (-1, 1), (-1, -1))]
+    # One mean over layers, so what one of them changes by turning round does not depend on the other.
+    assert both[0] - both[1] == pytest.approx(both[2] - both[3], rel=1e-3)
+    assert both[0] - both[2] == pytest.approx(both[1] - both[3], rel=1e-3)
+    assert min(abs(both[0] - both[1]), abs(both[0] - both[2])) > 1e-4
 
 
 def test_a_constraint_of_weight_0_is_left_out(tokenizer: Any, pairs: list[ContrastivePair]) -> None:

@@ -80,6 +80,11 @@ def output_of(layer: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+def by_rows(states: Tensor, rows: int) -> Tensor:
+    """(rows, length, d) also of what a mixture's shared expert is given: the tokens of all rows as one list."""
+    return states if states.dim() > 2 else states.unflatten(0, (rows, -1))
+
+
 @contextmanager
 def _recorded(module: nn.Module, last: Tensor, into: list[Tensor]) -> Iterator[None]:
     handle = module.register_forward_pre_hook(lambda _, args: into.append(_last_tokens(args[0], last)))
@@ -90,6 +95,7 @@ def _recorded(module: nn.Module, last: Tensor, into: list[Tensor]) -> Iterator[N
 
 
 def _last_tokens(states: Tensor, last: Tensor) -> Tensor:
+    states = by_rows(states, len(last))
     return states[torch.arange(len(last), device=states.device), last].float().cpu()
 
 

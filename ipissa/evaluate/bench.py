@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ipissa.data.pairs import contrastive_pairs, openings_from_continuations
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_evaluation_prompts, load_prompts, spread
 from ipissa.errors import ConfigError
-from ipissa.evaluate.baselines.tuners import distillation_targets, training_config
+from ipissa.evaluate.baselines.tuners import adapters_objective, training_config
 from ipissa.evaluate.choices import measure_choices
 from ipissa.evaluate.compare import adapter_degradation
 from ipissa.evaluate.degradation import PlainText, sample_plain
@@ -31,7 +31,7 @@ from ipissa.evaluate.side_by_side import ToldAndSteered, side_by_side
 from ipissa.models import load_model
 from ipissa.train.answers import BaseAnswers
 from ipissa.train.config import TrainConfig
-from ipissa.train.objectives.distill import Target
+from ipissa.train.objectives.base import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -140,8 +140,7 @@ class Bench:
 
             return [PlainText(**text) for text in self.parts.once(name, sample)]
 
-        @cache
-        def learn() -> tuple[TrainConfig, list[Target]]:
+        def learn() -> tuple[TrainConfig, Objective]:
             assert isinstance(self.adapter, Adapter)  # `_check`
             config = training_config(self.adapter)
             config = replace(
@@ -152,8 +151,7 @@ class Bench:
                 dtype=self.settings.dtype,
             )
             answers = BaseAnswers(model, tokenizer, self._shared, config)
-            prompts = load_prompts(config.prompts)[0]
-            return config, distillation_targets(model, tokenizer, trait, config, prompts, answers)
+            return config, adapters_objective(model, tokenizer, trait, config, answers)
 
         texts = told("told-training", self.training[:PAIR_PROMPTS], seed)
         openings = openings_from_continuations(texts, seed=seed)

@@ -23,7 +23,7 @@ from ipissa.evaluate.baselines.engineered import EngineeredTrait
 from ipissa.evaluate.baselines.random import random_like
 from ipissa.evaluate.baselines.reft import trained_reft
 from ipissa.evaluate.baselines.sspace import sspace_like
-from ipissa.evaluate.baselines.tuners import TUNERS, trained_tuner
+from ipissa.evaluate.baselines.tuners import TUNERS, says_which_pole, trained_tuner
 from ipissa.evaluate.baselines.vectors import (
     Directions,
     first_components,
@@ -33,12 +33,13 @@ from ipissa.evaluate.baselines.vectors import (
     module_components,
 )
 from ipissa.evaluate.degradation import PlainText
-from ipissa.evaluate.dial import HookDial, LayerDial
+from ipissa.evaluate.dial import HookDial, LayerDial, ScaledDial
 from ipissa.evaluate.held_out import HeldOut
 from ipissa.evaluate.steerer import Steerer
+from ipissa.evaluate.yardsticks import pole_preference
 from ipissa.steering import attach
 from ipissa.train.config import TrainConfig
-from ipissa.train.objectives.distill import Target
+from ipissa.train.objectives.base import Objective
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Materials:
         tuning_told: Told answers to them, on which methods choose their best scale.
         held_out: Told answers to held-out prompts, for the yardsticks.
         plain: Unsteered answers to held-out prompts, for the degradation that is reported.
-        learn: The adapter's training settings and targets, for methods that are trained as it was.
+        learn: The adapter's training settings and its objective, made anew at every call, for methods that are
+            trained as it was.
         state: Folder in which those keep how far they are.
     """
 
@@ -65,7 +67,7 @@ class Materials:
     tuning_told: HeldOut
     held_out: HeldOut
     plain: Sequence[PlainText]
-    learn: Callable[[], tuple[TrainConfig, Sequence[Target]]]
+    learn: Callable[[], tuple[TrainConfig, Objective]]
     state: Path
     seed: int = 0
 
@@ -130,8 +132,10 @@ def _random(m: Materials) -> AbstractContextManager[Steerer]:
 
 @contextmanager
 def _trained(train: Callable[..., AbstractContextManager[LayerDial]], m: Materials) -> Iterator[Steerer]:
-    with train(m.model, m.tokenizer, *m.learn(), m.state) as dial:
-        yield Steerer(dial)
+    config, objective = m.learn()
+    with train(m.model, config, objective, m.state) as dial:
+        mirrored = not says_which_pole(config) and pole_preference(dial, m.tuning_told) < 0
+        yield Steerer(ScaledDial(dial, -1.0) if mirrored else dial)
 
 
 def _engineered(trait: Trait) -> Trait:

@@ -30,6 +30,7 @@ from ipissa.evaluate.settings import MAX_NULL, EvalSettings
 from ipissa.models import resolve_device
 from ipissa.train.config import TrainConfig
 from ipissa.train.fit import check_trainer
+from ipissa.train.objectives.distill import KINDS
 from ipissa.train.processes import refuse_launcher
 
 
@@ -105,7 +106,13 @@ def _check(adapter: AnyAdapter, settings: EvalSettings) -> None:
                 f"{', '.join([*needing, *(['null'] if settings.null else [])])}."
             )
     elif set(needing) & set(TRAINED):
-        check_trainer(training_config(adapter), resolve_device(settings.device).type)
+        config = training_config(adapter)
+        if "reft" in needing and config.objective not in KINDS:
+            raise ConfigError(
+                f"{adapter.name!r} was trained with objective {config.objective!r}, which compares states before those "
+                f"that reft edits; leave out reft, or take an adapter of {', '.join(KINDS)}."
+            )
+        check_trainer(config, resolve_device(settings.device).type)
 
 
 def _all_methods(bench: Bench, dataset: Dataset | None, folder: Path) -> list[Measured]:

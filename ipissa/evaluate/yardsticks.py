@@ -56,6 +56,7 @@ class PoleYardsticks:
     trait_gain: Estimate
     plain_gain: Estimate
     contrast: Estimate
+    prompts: int | None = None  # with a text of this pole; None in files of versions that counted those of both
     by_prompt: TraitSums | None = None  # None where they were not kept
 
 
@@ -97,9 +98,10 @@ class Yardsticks:
 
         def pole(name: str) -> PoleYardsticks:
             figures = dict(values[name])
-            sums = figures.pop("by_prompt", None)
+            sums, prompts = figures.pop("by_prompt", None), figures.pop("prompts", None)
             return PoleYardsticks(
                 **{figure: Estimate(**each) for figure, each in figures.items()},
+                prompts=prompts,
                 by_prompt=None if sums is None else TraitSums(**{side: tuple(each) for side, each in sums.items()}),
             )
 
@@ -129,7 +131,7 @@ class Yardsticks:
             )
         for sign, pole in poles.items():
             gain = pole.trait_gain
-            if gain.value <= 0 or gain.t < _least_t(self.prompts):
+            if gain.value <= 0 or gain.t < _least_t(pole.prompts or self.prompts):
                 found.append(
                     f"At α = {sign}{self.alpha:g} the trait gain is {gain.value:.2f} (t {gain.t:.1f}), "
                     "which is not distinguishable from nothing."
@@ -267,6 +269,7 @@ def _pole_yardsticks(lp: dict[str, np.ndarray], held_out: HeldOut, pole: int) ->
         trait_gain=estimate(steered, told),
         plain_gain=estimate(lp["plain_steered"] - lp["plain"], None),
         contrast=estimate(lp["plain_steered"] - lp["plain_opposite"], lp["told"] - lp["told_opposite"]),
+        prompts=len(prompts),
         by_prompt=TraitSums(
             tuple(prompts.tolist()), tuple(per_prompt(steered).tolist()), tuple(per_prompt(told).tolist())
         ),

@@ -157,7 +157,8 @@ class TrainConfig:
         accumulation: Batches per optimiser step.
         lr: Peak learning rate of AdamW under a one-cycle schedule.
         warmup: Fraction of the steps in which the learning rate rises.
-        validation: Fraction of the training prompts held back to stop early; 0 trains on all.
+        validation: Fraction of the training prompts held back to stop early; 0 trains on all. They are not learnt from,
+            but what is computed once (directions, spreads, chosen triples, weights of the poles) has seen them.
         patience: Checkpoints without a lower validation loss before training stops.
         checkpoint_every: Steps between checkpoints.
         held_out: Cap on the held-out prompts used for the yardsticks.

@@ -22,13 +22,7 @@ from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.convert import from_peft_model
 from ipissa.adapter.model import MODULE_SETS
 from ipissa.data.continuations import Continuation, Sampling, sample_continuations
-from ipissa.data.pairs import (
-    ContrastivePair,
-    contrastive_pairs,
-    openings_from_continuations,
-    openings_from_suffixes,
-    read_suffixes,
-)
+from ipissa.data.pairs import read_suffixes
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts, spread
 from ipissa.errors import ConfigError
@@ -44,7 +38,7 @@ from ipissa.files import checked_output
 from ipissa.models import QUANTISED, dtype_name, load_model, resolve_device
 from ipissa.steering import attach
 from ipissa.train import processes
-from ipissa.train.answers import BaseAnswers, training_targets, training_texts
+from ipissa.train.answers import BaseAnswers, training_texts
 from ipissa.train.calibration import PROMPTS, Calibration, calibrate, with_range
 from ipissa.train.card import write_card
 from ipissa.train.config import TrainConfig
@@ -52,16 +46,7 @@ from ipissa.train.elicitation import elicitation
 from ipissa.train.fit import CHECKPOINTS, History, check_trainer, fit
 from ipissa.train.initialise import select_triples
 from ipissa.train.layers import layer_changes
-from ipissa.train.objectives.antiparallel import Antiparallel
-from ipissa.train.objectives.base import Objective
-from ipissa.train.objectives.build import (
-    antiparallel_config,
-    build_objective,
-    contrastive_config,
-    objective_weights,
-)
-from ipissa.train.objectives.contrastive import Contrastive
-from ipissa.train.objectives.distill import KINDS, Distillation
+from ipissa.train.objectives.build import antiparallel_config, contrastive_config, objective_weights
 from ipissa.train.objectives.sites import site_blocks, site_modules
 from ipissa.train.plots import plot_history
 from ipissa.train.reach import Reach, check_reach, measure_reach
@@ -69,6 +54,7 @@ from ipissa.train.result import TrainResult
 from ipissa.train.run_folder import RunFolder
 from ipissa.train.samples import MidwaySamples, Samples, flipped_samples, peft_samples, samples_table, take_samples
 from ipissa.train.selection import WITHOUT_PAIRS
+from ipissa.train.teaching import objective_to_learn, pairs_to_learn
 
 REACH_PROMPTS = 40
 RESPONSE_PROMPTS = 40
@@ -255,11 +241,13 @@ def _learn(
 ) -> _Learnt:
     """Fit an adapter to the objective; the task's model is the base model again afterwards."""
     config, tokenizer, trait = task.config, task.tokenizer, task.trait
-    pairs = _pairs(task, continuations)
-    objective = _objective(task, continuations, pairs, answers)
+    pairs = pairs_to_learn(
+        tokenizer, trait, config, continuations, suffixes=task.suffixes, prompts=task.training_prompts
+    )
+    objective = objective_to_learn(task.model, tokenizer, trait, config, continuations, pairs, answers)
     peft_model = _wrap(task.model, task.adapter_config())
     if config.selection not in WITHOUT_PAIRS:
-        select_triples(peft_model, tokenizer, pairs[:SELECTION_PAIRS], rule=config.selection, seed=config.seed)
+        select_triples(peft_model, tokenizer, spread(pairs, SELECTION_PAIRS), rule=config.selection, seed=config.seed)
     samples_before = peft_samples(peft_model, tokenizer, trait, task.held_out)
     midway = MidwaySamples(tokenizer, trait, task.held_out, kept=run.path / CHECKPOINTS / MIDWAY)
     history = fit(peft_model, objective, config, run.path, resume=run.resumed, callbacks=[midway])
@@ -296,40 +284,6 @@ def _measure(task: _Task, adapter: Adapter, test_set: Sequence[Continuation]) ->
     response = response_curve(steered, HeldOut(tokenizer, trait, some))
     steered.detach()
     return _Measured(yardsticks, calibration, response, samples)
-
-
-def _pairs(task: _Task, continuations: Sequence[Continuation]) -> list[ContrastivePair]:
-    """Contrastive pairs on the user's own openings, or on the sampled answers, cut short."""
-    seed = task.config.seed
-    openings = (
-        openings_from_continuations(continuations, seed=seed)
-        if task.suffixes is None
-        else openings_from_suffixes(task.tokenizer, task.suffixes, task.training_prompts, seed=seed)
-    )
-    return contrastive_pairs(task.tokenizer, task.trait, openings)
-
-
-def _objective(
-    task: _Task, continuations: Sequence[Continuation], pairs: Sequence[ContrastivePair], answers: BaseAnswers
-) -> Objective:
-    """What the settings ask for, with everything the base model has to say computed now."""
-    config, model, pad_id = task.config, task.model, task.tokenizer.pad_token_id
-    weights = objective_weights(config.objective)
-    contrastive = contrastive_config(config.contrastive, beside=weights)
-    antiparallel = antiparallel_config(config.antiparallel, beside=weights)
-
-    def distillation(kind: str) -> Distillation:
-        targets = training_targets(model, task.tokenizer, task.trait, config, continuations, kind, answers)
-        return Distillation(targets, pad_id=pad_id)
-
-    return build_objective(
-        weights,
-        {
-            **{kind: partial(distillation, kind) for kind in KINDS},
-            "contrastive": lambda: Contrastive(model, pairs, contrastive, pad_id=pad_id),
-            "antiparallel": lambda: Antiparallel(model, pairs, antiparallel, pad_id=pad_id),
-        },
-    )
 
 
 def _right_way_round(task: _Task, learnt: _Learnt, test_set: Sequence[Continuation]) -> tuple[_Learnt, bool]:

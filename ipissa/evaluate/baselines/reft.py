@@ -10,7 +10,7 @@ to begin with, where every α is the unsteered model, as for all methods that ar
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from ipissa.evaluate.dial import LayerDial
 from ipissa.files import write_whole
 from ipissa.train.config import TrainConfig
 from ipissa.train.fit import fit
-from ipissa.train.objectives.distill import Distillation, Target
+from ipissa.train.objectives.base import Objective
 
 RANK = 4
 BLOCKS = 5
@@ -83,15 +83,14 @@ class ReftDial(LayerDial):
             delattr(block, NAME)
 
 
-def _edit(block: nn.Module, args: Any, output: Tensor) -> Tensor:
-    return block.get_submodule(NAME)(output)
+def _edit(block: nn.Module, args: Any, output: Any) -> Any:
+    edit = block.get_submodule(NAME)
+    return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
 
 
 @contextmanager
-def trained_reft(
-    model: Any, tokenizer: Any, config: TrainConfig, targets: Sequence[Target], state: Path
-) -> Iterator[ReftDial]:
-    """`model` with edits fitted to `targets` for the epochs of `config`, none held back; itself again afterwards.
+def trained_reft(model: Any, config: TrainConfig, objective: Objective, state: Path) -> Iterator[ReftDial]:
+    """`model` with edits fitted to an objective for the epochs of `config`, none held back; itself again afterwards.
 
     Args:
         state: Folder in which the fitted edits are kept, and found again.
@@ -108,7 +107,7 @@ def trained_reft(
             trainer = {**config.trainer, "save_strategy": "no"}
             # torch keeps the signs of an orthogonal matrix as whole numbers among its parameters: decayed, 1 becomes 0.
             settings = replace(config, lr=LEARNING_RATE, weight_decay=0.0, validation=0.0, trainer=trainer)
-            fit(model, Distillation(targets, pad_id=tokenizer.pad_token_id), settings, state / "reft")
+            fit(model, objective, settings, state / "reft")
             state.mkdir(parents=True, exist_ok=True)
             write_whole(fitted, lambda partial: torch.save(dial.edits.state_dict(), partial))
         yield dial

@@ -5,7 +5,7 @@ The learning rate is their own: that of learnt directions is for steps of anothe
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,17 +17,22 @@ import torch
 from ipissa.adapter.checkpoint import Adapter
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.dial import add_dial
+from ipissa.data.pairs import read_suffixes
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError
 from ipissa.evaluate.dial import LayerDial
-from ipissa.train.answers import BaseAnswers, training_targets, training_texts
+from ipissa.train.answers import BaseAnswers, training_texts
 from ipissa.train.config import TrainConfig
 from ipissa.train.fit import fit
-from ipissa.train.objectives.distill import KINDS, Distillation, Target
+from ipissa.train.objectives.base import Objective
+from ipissa.train.objectives.build import objective_weights
+from ipissa.train.objectives.distill import KINDS
+from ipissa.train.teaching import objective_to_learn, pairs_to_learn
 
 TUNERS = ("lora", "dora")
 LEARNING_RATE = 3e-3  # theirs, as an adapter's is its own: docs/evaluation.md has how it was found
+ON_STATES = 0.1  # of it, for losses on hidden states alone, as docs/training.md says of adapters
 NAMES = "lora, dora and reft"  # all that learn as the adapter did
 
 
@@ -35,30 +40,38 @@ def training_config(adapter: Adapter) -> TrainConfig:
     """The settings an adapter was trained with, for one process (several had batches of their own) and no tracker.
 
     Raises:
-        ConfigError: its file does not say, its objective is not a distillation, or its prompts are not here.
+        ConfigError: its file does not say, or its prompts or suffixes are not here.
     """
     said = adapter.evaluation.get("training", {})
     known = {field.name for field in fields(TrainConfig)}
     if "positive" not in said:
         raise ConfigError(f"The file of {adapter.name!r} does not say how it was trained; leave out {NAMES}.")
     config = TrainConfig.from_dict({name: value for name, value in said.items() if name in known})
-    if config.objective not in KINDS:
-        raise ConfigError(
-            f"{adapter.name!r} was trained with objective {config.objective!r}; {NAMES} need one of {KINDS}."
-        )
     try:
         load_prompts(config.prompts)
+        _suffixes(config)
     except ConfigError as error:
         raise ConfigError(f"{adapter.name!r} cannot be learnt from anew: {error} Or leave out {NAMES}.") from error
     return replace(config, accumulation=config.accumulation * said.get("processes", 1), report_to="none")
 
 
-def distillation_targets(
-    model: Any, tokenizer: Any, trait: Trait, config: TrainConfig, prompts: Sequence[str], answers: BaseAnswers
-) -> list[Target]:
-    """What the adapter learnt from: the same texts from the same seed, and their teachers."""
-    texts = training_texts(model, tokenizer, trait, config, prompts[: config.max_prompts], answers)
-    return training_targets(model, tokenizer, trait, config, texts, config.objective, answers)
+def says_which_pole(config: TrainConfig) -> bool:
+    """Whether the objective, or a part of it, teaches texts: losses on hidden states may learn the mirror image."""
+    return bool(objective_weights(config.objective).keys() & set(KINDS))
+
+
+def adapters_objective(
+    model: Any, tokenizer: Any, trait: Trait, config: TrainConfig, answers: BaseAnswers
+) -> Objective:
+    """What the adapter learnt from: the same texts from the same seed, and what the base model says of them."""
+    prompts = load_prompts(config.prompts)[0][: config.max_prompts]
+    texts = training_texts(model, tokenizer, trait, config, prompts, answers)
+    pairs = pairs_to_learn(tokenizer, trait, config, texts, suffixes=_suffixes(config), prompts=prompts)
+    return objective_to_learn(model, tokenizer, trait, config, texts, pairs, answers)
+
+
+def _suffixes(config: TrainConfig) -> list[str] | None:
+    return None if config.suffixes is None else read_suffixes(config.suffixes)
 
 
 def lora_like(config: InnerPissaConfig, *, dora: bool = False) -> peft.LoraConfig:
@@ -74,12 +87,11 @@ def lora_like(config: InnerPissaConfig, *, dora: bool = False) -> peft.LoraConfi
 
 
 @contextmanager
-def trained_tuner(
-    kind: str, model: Any, tokenizer: Any, config: TrainConfig, targets: Sequence[Target], state: Path
-) -> Iterator[LayerDial]:
-    """`model` with a LoRA or DoRA fitted to `targets`; the model is itself again afterwards.
+def trained_tuner(kind: str, model: Any, config: TrainConfig, objective: Objective, state: Path) -> Iterator[LayerDial]:
+    """`model` with a LoRA or DoRA fitted to an objective; the model is itself again afterwards.
 
     Args:
+        objective: Of its own: what one has seen while it was fitted is not for another.
         state: Folder of the checkpoints, one per kind, from which training that was broken off goes on.
     """
     model.requires_grad_(False)
@@ -88,8 +100,8 @@ def trained_tuner(
     peft_model = peft.get_peft_model(model, lora_like(same, dora=kind == "dora"))
     handles = add_dial(peft_model)
     try:
-        settings = replace(config, lr=LEARNING_RATE)
-        fit(peft_model, Distillation(targets, pad_id=tokenizer.pad_token_id), settings, state / kind, resume=True)
+        settings = replace(config, lr=LEARNING_RATE * (1 if says_which_pole(config) else ON_STATES))
+        fit(peft_model, objective, settings, state / kind, resume=True)
         yield LayerDial(peft_model)
     finally:
         for handle in handles:

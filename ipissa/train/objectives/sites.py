@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ipissa.adapter.layer import thin_svd
+from ipissa.data.activations import by_rows
 from ipissa.data.pairs import ContrastivePair
 from ipissa.errors import ConfigError
 from ipissa.sequences import PaddedBatch
@@ -107,10 +108,10 @@ def check_pairs(pairs: Sequence[ContrastivePair], last_tokens: int) -> None:
 
 
 def last_tokens(states: Tensor, batch: PaddedBatch, count: int) -> Tensor:
-    """States (rows, length, d) of every row's last `count` tokens, (rows, count, d) float32."""
+    """States (rows, length, d), or (rows · length, d), of every row's last `count` tokens; (rows, count, d) float32."""
     last = batch.input_ids.shape[1] - batch.targets.shape[1] + batch.mask.sum(-1) - 1
     index = last[:, None] - torch.arange(count - 1, -1, -1, device=last.device)
-    return states[torch.arange(len(last), device=last.device)[:, None], index].float()
+    return by_rows(states, len(last))[torch.arange(len(last), device=last.device)[:, None], index].float()
 
 
 def last_mask(batch: PaddedBatch, count: int) -> Tensor:
