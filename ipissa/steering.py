@@ -35,6 +35,7 @@ Rows = tuple[float, ...]  # one α for all batch rows, or one per row
 MAX_ALPHA = 1e6  # as of the range that a file may give
 DEFAULT_CACHE_SIZE = 256
 BATCHES_CACHED = 32  # a server alternates between a few running batches
+ROWS_CACHED = 256  # of a batch that is kept: those of sweeps are large, and seldom asked for again
 Application = tuple[Addend, Coefficients]
 STACKS_CACHED = 8  # combinations of adapters whose factors are kept side by side
 
@@ -158,7 +159,8 @@ class SteeredModel:
 
     def _apply(self, rows: dict[str, Rows]) -> None:
         self._rows = rows
-        self._now = self._batches(tuple(sorted(rows.items()))) if rows else {}
+        large = max(map(len, rows.values()), default=0) > ROWS_CACHED
+        self._now = (self._batch_of if large else self._batches)(tuple(sorted(rows.items()))) if rows else {}
 
     def _batch_of(self, rows: tuple[tuple[str, Rows], ...]) -> dict[str, list[Application]]:
         """What every module adds when the rows of a batch have these α."""

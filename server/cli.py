@@ -151,7 +151,9 @@ class _Server(uvicorn.Server):
 
     async def _end_requests(self) -> None:
         await asyncio.sleep(SHUTDOWN_SECONDS)
-        await asyncio.to_thread(self.config.app.state.engine.close)  # type: ignore[union-attr]
+        engine = self.config.app.state.engine  # type: ignore[union-attr]
+        if engine is not None:  # it may be loading yet
+            await asyncio.to_thread(engine.close)
 
 
 def main(args: list[str] | None = None) -> None:

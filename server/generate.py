@@ -103,7 +103,7 @@ def build_request(
         top_logprobs=0 if top_logprobs is None and body.return_token_ids else top_logprobs,
         echo=echo,
     )
-    return GenerationRequest(rows, sampling)
+    return GenerationRequest(rows, sampling, steer.digests)
 
 
 def usage(prompts: list[list[int]], completion_tokens: int) -> Usage:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
+from ipissa.steering import MAX_ALPHA
 
 DEFAULT_MAX_ALPHA = 10.0
 ALPHA_BUCKETS = {"torch": 0.001, "vllm": 0.05}  # by engine: vLLM holds a LoRA per bucket, and the page still glides
@@ -66,6 +67,13 @@ class Settings:
             raise ConfigError(f"alpha_bucket {self.alpha_bucket} is not between 0 (exact) and 1.")
         if self.max_alpha <= 0:
             raise ConfigError(f"max_alpha {self.max_alpha} is not positive.")
+        if self.max_alpha >= MAX_ALPHA:
+            raise ConfigError(f"max_alpha {self.max_alpha:g} is not below {MAX_ALPHA:g}, the most a model can be at.")
+        if self.bucket > self.max_alpha:
+            raise ConfigError(
+                f"alpha_bucket {self.bucket:g} is more than max_alpha {self.max_alpha:g}, so that every α would be 0; "
+                "lower it, or raise max_alpha."
+            )
         if abs(self.default_alpha) > self.max_alpha:
             raise ConfigError(f"default_alpha {self.default_alpha} is beyond max_alpha {self.max_alpha}.")
         for name in ("max_batch", "max_queue"):

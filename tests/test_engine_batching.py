@@ -206,6 +206,22 @@ def test_an_adapter_that_was_unloaded_fails_its_request_and_no_other(tiny: Path)
     assert isinstance(other, list)
 
 
+def test_an_adapter_that_was_replaced_meanwhile_is_not_taken_for_the_one_that_was_asked_for(tiny: Path) -> None:
+    async def outcomes(engine: TorchEngine, digest: str) -> list[bool]:
+        rows, sampling = [Row([5, 6], {"kind": 1.0})], SamplingParams(max_tokens=3)
+        work = (
+            run(engine, GenerationRequest(rows, sampling, {"kind": digest})),
+            engine.score(ScoreRequest([5, 6], ["Yes", "No"], [{"kind": 1.0}], {"kind": digest})),
+        )
+        found = await asyncio.gather(*work, return_exceptions=True)
+        return [isinstance(each, UnknownAdapterError) for each in found]
+
+    with engine_for(tiny) as engine:
+        own = engine.adapters["kind"].digest
+        assert asyncio.run(outcomes(engine, own)) == [False, False]
+        assert asyncio.run(outcomes(engine, engine.adapters["honest"].digest)) == [True, True]
+
+
 def test_scores_in_one_batch_are_what_they_are_alone(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = random.Random(2)
     monkeypatch.setattr(Pace, "tokens", lambda self, decoding: 50)

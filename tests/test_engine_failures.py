@@ -15,6 +15,7 @@ import torch
 from conftest import random_adapter, tiny_model
 from engines import adapters_of, engine_for, run
 from ipissa_server.engine import cache, worker
+from ipissa_server.engine import scores as scoring
 from ipissa_server.engine.base import (
     AdapterInUseError,
     GenerationRequest,
@@ -393,6 +394,52 @@ def test_score_calls_keep_to_the_pace_while_somebody_streams(tiny: Path, small_s
         asyncio.run(scenario(engine))
     assert len(calls) > 8
     assert max(rows * width for rows, width in calls) <= 20
+
+
+def test_scores_of_long_choices_have_as_few_logits_at_a_time_as_they_may(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "SPOTS", 12)
+    found: list[list[ChoiceScore]] = []
+    picked: list[int] = []
+
+    async def scenario(engine: TorchEngine) -> None:
+        runner = engine._worker._runner
+        rest = runner.continue_from
+        runner.continue_from = lambda hidden, steers, picks: (
+            picked.append(len(picks[0])),
+            rest(hidden, steers, picks),
+        )[1]
+        for choices in (["so it is", "it is not so"], ["Yes", "No"]):
+            found.append(await engine.score(ScoreRequest([5, 6, 7], choices, SWEEP[:40])))
+
+    with engine_for(tiny) as engine:
+        asyncio.run(scenario(engine))
+    monkeypatch.setattr(scoring, "SPOTS", 10000)
+    assert len(picked) > 20
+    assert max(picked) <= 12
+    together = found.copy()
+    with engine_for(tiny) as engine:
+        asyncio.run(scenario(engine))
+    assert max(picked) > 12
+    for one, other in zip([s for each in together for s in each], [s for each in found[2:] for s in each], strict=True):
+        assert one.log_odds == pytest.approx(other.log_odds, abs=1e-4)
+
+
+def test_an_adapter_after_which_nothing_is_known_of_shared_layers_is_taken_off_again(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapters = adapters_of(tiny)
+    with engine_for(tiny, {"honest": of_layers(adapters["honest"], 2, 3)}) as engine:
+        runner = engine._worker._runner
+        with monkeypatch.context() as patch:
+            patch.setattr(runner, "find_shared_layers", lambda: (_ for _ in ()).throw(MemoryError("full")))
+            with pytest.raises(MemoryError):
+                asyncio.run(engine.add_adapter("kind", adapters["kind"]))
+        assert list(engine.adapters) == ["honest"]
+        assert runner.shared == 2
+        asyncio.run(engine.add_adapter("kind", adapters["kind"]))
+        assert (list(engine.adapters), runner.shared) == (["honest", "kind"], 0)
 
 
 @pytest.fixture

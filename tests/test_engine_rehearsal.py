@@ -77,6 +77,24 @@ def test_what_breaks_in_slots_is_told_in_one_sentence() -> None:
         runner_for(model)
 
 
+def test_an_error_that_passes_is_no_fault_of_the_model() -> None:
+    model = tiny_model("llama")
+    adapter = random_adapter(model, suffixes=("layers.2.mlp.down_proj",))
+    runner = runner_for(model)
+    attention = model.model.layers[2].self_attn
+    forward = attention.forward
+
+    def once(*args: Any, **more: Any) -> Any:
+        attention.forward = forward
+        raise RuntimeError("not enough memory")
+
+    for expected in (0, 2):
+        attention.forward = once if expected == 0 else forward
+        runner.steered.add(f"from {expected}", adapter)
+        runner.find_shared_layers()
+        assert runner.shared == expected
+
+
 def test_numbers_that_overflow_by_themselves_are_no_fault_of_slots() -> None:
     model = tiny_model("llama")
     model.model.norm.weight.data.fill_(torch.nan)

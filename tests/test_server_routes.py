@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import openai
 import pytest
+import uvicorn
+from ipissa_server import cli
 from serving import MESSAGES, Served, complete, in_thread, settings_for
 
 
@@ -64,6 +70,42 @@ def test_adapters_change_only_with_key_and_folder(tiny: Path) -> None:
         assert server.http.delete("/v1/adapters/kind").json()["deleted"] is True
         assert server.http.delete("/v1/adapters/kind").status_code == 404
         assert server.post("/v1/completions", prompt="x", model="kind").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("route", "read", "body"),
+    [
+        ("/v1/score", "score._check_choices", {"prompt": "Is it?", "choices": ["Yes", "No"]}),
+        ("/v1/completions", "completions._prompt_ids", {"prompt": "It is", "max_tokens": 2}),
+    ],
+)
+def test_a_request_during_which_its_adapter_is_replaced_is_not_answered_by_the_other(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, route: str, read: str, body: dict[str, Any]
+) -> None:
+    module, _, name = read.partition(".")
+    reading = importlib.import_module(f"ipissa_server.routes.{module}")
+    as_ever = getattr(reading, name)
+    with in_thread(**settings_for(tiny, "honest", adapter_dir=tiny / "adapters", api_key="secret")) as server:
+        server.http.headers["Authorization"] = "Bearer secret"
+
+        def replaced(*args: Any) -> Any:
+            assert server.http.delete("/v1/adapters/honest").status_code == 200
+            assert server.post("/v1/adapters", name="honest", path="kind.safetensors").status_code == 201
+            return as_ever(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(reading, name, replaced)
+            answer = server.post(route, model="honest", steer_alpha=1, **body)
+        assert answer.status_code == 404
+        assert answer.json()["error"]["message"] == "The adapter 'honest' was unloaded meanwhile."
+        again = server.post(route, model="honest", steer_alpha=1, **body).json()
+        assert again["steer_adapters"]["honest"] == server.app.state.engine.adapters["honest"].digest
+
+
+def test_a_server_that_is_stopped_while_it_loads_has_nothing_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "SHUTDOWN_SECONDS", 0)
+    loading = SimpleNamespace(state=SimpleNamespace(engine=None))
+    asyncio.run(cli._Server(uvicorn.Config(loading))._end_requests())  # type: ignore[arg-type]
 
 
 def test_an_api_key_that_is_empty_or_that_nobody_can_send_is_refused() -> None:

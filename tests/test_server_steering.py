@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ipissa_server.settings import Settings
 from ipissa_server.steer import bucketed
 from serving import Served, complete, in_thread, settings_for, texts
+
+from ipissa.errors import ConfigError
 
 
 def test_absent_alpha_and_zero_give_identical_text_and_logprobs(served: Served) -> None:
@@ -51,7 +54,7 @@ def test_alpha_is_bucketed_and_every_choice_says_what_was_applied(served: Served
         (-0.98, 0.05, 0.98, -0.95),
         (0.98, 0.05, 1, 1.0),
         (10, 0.3, 10, 9.9),
-        (0.7, 1, 0.8, 0.0),
+        (0.7, 0.8, 0.8, 0.8),
         (2, 0, 2, 2.0),
     ],
 )
@@ -65,6 +68,22 @@ def test_one_adapter_needs_no_name_and_takes_the_servers_default(tiny: Path) -> 
         for body in ({}, {"steer_alpha": 0.5}, {"model": base}, {"model": "honest"}):
             assert complete(server, **body)["choices"][0]["steer"] == {"honest": 0.5}
         assert complete(server, steer_alpha=0)["choices"][0]["steer"] == {"honest": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"engine": "vllm", "max_alpha": 0.02},
+            "alpha_bucket 0.05 is more than max_alpha 0.02, so that every α would be 0",
+        ),
+        ({"alpha_bucket": 1, "max_alpha": 0.8}, "alpha_bucket 1 is more than max_alpha 0.8"),
+        ({"max_alpha": 1e7}, r"max_alpha 1e\+07 is not below 1e\+06"),
+    ],
+)
+def test_ranges_in_which_no_alpha_means_anything_are_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Settings(**settings)
 
 
 def test_bucket_zero_is_exact_and_max_alpha_is_the_servers(tiny: Path) -> None:

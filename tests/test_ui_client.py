@@ -127,7 +127,8 @@ def test_a_server_that_is_not_there_is_told_in_words() -> None:
     assert status_of(url) == 502
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the request, and says nothing
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        assert status_of(url) == 504
+        wrong = ask(url, lambda client: client.health())
+        assert (wrong.status, str(wrong)) == (504, "The server did not answer within 5 seconds.")
 
 
 def test_a_busy_server_is_told_in_words(tiny: Path) -> None:

@@ -200,6 +200,23 @@ def test_no_request_may_name_an_adapter_before_vllm_has_taken_it(
     asyncio.run(scenario())
 
 
+def test_an_adapter_that_was_replaced_meanwhile_is_not_taken_for_the_one_that_was_asked_for(
+    vllm_engine: Any, tokenizer: Any
+) -> None:
+    steer, other = {"kind": 1.0}, {"kind": "a"}
+
+    async def scenario() -> None:
+        engine = engine_on(vllm_engine, None, tokenizer)
+        engine._loras.adapters["kind"] = SimpleNamespace(digest="b")
+        with pytest.raises(UnknownAdapterError, match="unloaded meanwhile"):
+            await engine.score(ScoreRequest([5, 6], ["Yes", "No"], [steer], other))
+        with pytest.raises(UnknownAdapterError, match="unloaded meanwhile"):
+            await anext(engine.generate(GenerationRequest([Row([5], steer)], SamplingParams(max_tokens=1), other)))
+        assert not engine._requests.use("kind")
+
+    asyncio.run(scenario())
+
+
 def test_scores_that_are_not_finite_are_an_error(
     vllm_engine: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

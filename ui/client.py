@@ -15,6 +15,7 @@ from .view import Steer
 Message = dict[str, str]
 UNREACHABLE = "The server does not answer. Is it still running?"
 REQUEST_SECONDS = 300.0
+HEALTH_SECONDS = 5.0
 
 
 class ServerError(Exception):
@@ -61,7 +62,8 @@ class Client:
     async def health(self) -> ServerError | None:
         """None when ready, else what is wrong: 503 as `/health` says, 502 when nobody answers, 504 when not in time."""
         try:
-            await _told(self._openai.get(f"{self.url}/health", cast_to=object, options={"timeout": 5.0}))
+            options: Any = {"timeout": HEALTH_SECONDS}
+            await _told(self._openai.get(f"{self.url}/health", cast_to=object, options=options), HEALTH_SECONDS)
         except ServerError as error:
             return error
         return None
@@ -177,7 +179,7 @@ def _bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key or 'none'}"}
 
 
-async def _told(call: Any) -> Any:
+async def _told(call: Any, seconds: float = REQUEST_SECONDS) -> Any:
     """The answer, or a `ServerError` that says in words what is wrong."""
     try:
         return await call
@@ -190,6 +192,6 @@ async def _told(call: Any) -> Any:
             message += " It was unloaded; load this page again to see what there is."
         raise ServerError(message, error.status_code, body.get("code")) from error
     except openai.APITimeoutError as error:
-        raise ServerError(f"The server did not answer within {REQUEST_SECONDS:.0f} seconds.", 504) from error
+        raise ServerError(f"The server did not answer within {seconds:.0f} seconds.", 504) from error
     except openai.APIConnectionError as error:
         raise ServerError(UNREACHABLE, 502) from error

@@ -77,6 +77,7 @@ class GenerationRequest:
 
     rows: list[Row]
     sampling: SamplingParams
+    digests: Mapping[str, str] = field(default_factory=dict)  # of the adapters it was read for, by name
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class ScoreRequest:
     context_ids: list[int]
     choices: list[str]
     steers: list[Steer]
+    digests: Mapping[str, str] = field(default_factory=dict)  # of the adapters it was read for, by name
 
 
 class Engine(ABC):

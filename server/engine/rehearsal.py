@@ -41,23 +41,23 @@ class Rehearsal:
     def fault(self, staged: StagedModel, layer: int) -> str | None:
         """What goes wrong where the layers from `layer` on run apart from those before; None if nothing does."""
         if layer not in self._faults:
-            self._faults[layer] = self._find_fault(staged, layer)
+            try:
+                self._faults[layer] = self._find_fault(staged, layer)
+            except (IpissaError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:  # which another time may not come
+                first = str(error).strip().partition("\n")[0].rstrip(".")
+                return f"{type(error).__name__}: {first}"
         return self._faults[layer]
 
     def _find_fault(self, staged: StagedModel, layer: int) -> str | None:
         if self._expected.isnan().any():
             return None  # there is nothing to compare with, and every request will be told so
         cache = SlotCache(TOLD * TOKENS)
-        try:
-            for logits in self._logits(staged, layer, cache):
-                off = self._difference(logits)
-                if not off <= self._tolerance:  # NaN is off, too
-                    return f"through slots and split layers its logits are off by {off:.0%}"
-        except (IpissaError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            first = str(error).strip().partition("\n")[0].rstrip(".")
-            return f"{type(error).__name__}: {first}"
+        for logits in self._logits(staged, layer, cache):
+            off = self._difference(logits)
+            if not off <= self._tolerance:  # NaN is off, too
+                return f"through slots and split layers its logits are off by {off:.0%}"
         if cache.layers != staged.depth:
             return f"{staged.depth - cache.layers} of its {staged.depth} layers keep nothing in slots"
         return None

@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from .base import OverloadedError, Steer
+from ipissa.adapter import AnyAdapter
+
+from .base import OverloadedError, Steer, UnknownAdapterError
+
+
+def check_loaded(adapters: Mapping[str, AnyAdapter], steers: Iterable[Steer], digests: Mapping[str, str]) -> None:
+    """Refuse a request whose adapters are gone, or others now under their names.
+
+    Args:
+        digests: Of the adapters that the request was read for, by name; those without one may be any.
+
+    Raises:
+        UnknownAdapterError: it names the first.
+    """
+    for name in sorted({name for steer in steers for name in steer}):
+        if name not in adapters or (name in digests and digests[name] != (adapters[name].digest or "")):
+            raise UnknownAdapterError(f"The adapter {name!r} was unloaded meanwhile.")
 
 
 class Requests:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,10 @@ from .forward import Hidden
 from .runner import Runner
 
 Text = tuple[int, ...]
-Variant = tuple[Text, tuple[tuple[str, float], ...]]  # text, steer
+Variant = tuple[int, tuple[tuple[str, float], ...]]  # index of the text, steer
+SPOTS = (
+    512  # most tokens per call after which logits are wanted, but for one variant's: each is as wide as the vocabulary
+)
 
 
 class ScoreJob:
@@ -28,6 +31,11 @@ class ScoreJob:
         self.loop = loop
         self.result: asyncio.Future[list[ChoiceScore]] = loop.create_future()
         self.cancelled = False
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """Of the adapters it was read for."""
+        return self.request.digests
 
     @property
     def tokens(self) -> int:
@@ -63,19 +71,19 @@ def score_batch(
     distinct text goes through the shared layers once; every distinct (text, steer) goes through the rest once, as
     many of them at a time as `tokens_per_call` allows just then. What only cancelled jobs ask for is left out.
     """
-    terms = _terms(jobs)
+    texts, terms = _terms(jobs)
     lacking = Counter(term.job for asked in terms.values() for term in asked)
     found: dict[tuple[int, int, int], list[float]] = {}
-    width = max(len(text) for text, _ in terms)
+    width = max(map(len, texts))
     left = deque(sorted(terms, key=lambda variant: (_fewest_settings(jobs, terms[variant]), variant[0])))
-    hidden: dict[Text, Hidden] = {}
+    hidden: dict[int, Hidden] = {}
     while group := _next_variants(left, terms, jobs, max(1, tokens_per_call() // width)):
-        texts = dict.fromkeys(text for text, _ in group)
+        wanted = dict.fromkeys(text for text, _ in group)
         # Adapters may have come or gone since the last call.
-        hidden = {t: states for t, states in hidden.items() if t in texts and states.layer == runner.shared}
-        new = [text for text in texts if text not in hidden]
+        hidden = {t: states for t, states in hidden.items() if t in wanted and states.layer == runner.shared}
+        new = [text for text in wanted if text not in hidden]
         if new:
-            states = runner.shared_hidden_states(new, width)
+            states = runner.shared_hidden_states([texts[text] for text in new], width)
             hidden |= {text: states[torch.tensor([i], device=states.input_ids.device)] for i, text in enumerate(new)}
         for term, value in _evaluate(runner, hidden, group, terms).items():
             found.setdefault((term.job, term.setting, term.choice), []).append(value)
@@ -96,29 +104,37 @@ def _next_variants(
 ) -> list[Variant]:
     """The next variants that somebody waits for, out of those that are left."""
     group: list[Variant] = []
+    spots = 0
     while left and len(group) < most:
-        variant = left.popleft()
-        if not all(jobs[term.job].cancelled for term in terms[variant]):
-            group.append(variant)
+        asked = terms[left[0]]
+        if all(jobs[term.job].cancelled for term in asked):
+            left.popleft()
+            continue
+        spots += len({at for term in asked for at, _ in term.spots})
+        if group and spots > SPOTS:
+            break
+        group.append(left.popleft())
     return group
 
 
-def _terms(jobs: Sequence[ScoreJob]) -> dict[Variant, list[_Term]]:
-    """What is asked of every (text, steer)."""
+def _terms(jobs: Sequence[ScoreJob]) -> tuple[list[Text], dict[Variant, list[_Term]]]:
+    """The distinct texts, and what is asked of every (text, steer)."""
+    index: dict[Text, int] = {}
     terms: dict[Variant, list[_Term]] = {}
     for j, job in enumerate(jobs):
         context = tuple(job.request.context_ids)
-        for s, steer in enumerate(job.request.steers):
-            for c, choice in enumerate(job.choices):
-                for spelling in choice.variants:
-                    spots = tuple(enumerate(spelling, start=len(context) - 1))
-                    variant = (context + spelling[:-1], tuple(sorted(steer.items())))
-                    terms.setdefault(variant, []).append(_Term(j, s, c, spots))
-    return terms
+        settings = [tuple(sorted(steer.items())) for steer in job.request.steers]
+        for c, choice in enumerate(job.choices):
+            for spelling in choice.variants:
+                text = index.setdefault(context + spelling[:-1], len(index))
+                spots = tuple(enumerate(spelling, start=len(context) - 1))
+                for s, setting in enumerate(settings):
+                    terms.setdefault((text, setting), []).append(_Term(j, s, c, spots))
+    return list(index), terms
 
 
 def _evaluate(
-    runner: Runner, hidden: dict[Text, Hidden], group: list[Variant], terms: dict[Variant, list[_Term]]
+    runner: Runner, hidden: dict[int, Hidden], group: list[Variant], terms: dict[Variant, list[_Term]]
 ) -> dict[_Term, float]:
     """The log-probability of every term of a group of variants, by one model call."""
     asked = [

@@ -20,6 +20,7 @@ class Job:
 
     def __init__(self, request: GenerationRequest, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
+        self.digests = request.digests
         self.outputs: asyncio.Queue[list[TokenOut] | Exception] = asyncio.Queue()
         self.sequences = [Sequence(self, index, row, request.sampling) for index, row in enumerate(request.rows)]
         self._bias = request.sampling.logit_bias

@@ -10,8 +10,8 @@ are named by the digests of the adapters' files and their α, so no setting read
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ from .base import (
 )
 from .detokenizer import TextOut
 from .overflow import check_scores
-from .requests import Requests
+from .requests import Requests, check_loaded
 from .vllm_gate import Gate
 from .vllm_loras import Loras, Setting, setting_of
 from .vllm_options import SCORE_ROWS, SCORE_SETTINGS, plan
@@ -164,7 +164,7 @@ class VllmEngine(Engine):
     async def generate(self, request: GenerationRequest) -> AsyncIterator[list[Delta]]:
         if len(request.rows) > self.max_batch:
             raise ConfigError(f"{len(request.rows)} rows are more than the {self.max_batch} that can run at a time.")
-        with self._taken(row.steer for row in request.rows):
+        with self._taken([row.steer for row in request.rows], request.digests):
             texts = [TextOut(self.tokenizer, row, request.sampling) for row in request.rows]
             outputs: asyncio.Queue[TokenOut | BaseException] = asyncio.Queue()
             tasks = [
@@ -214,7 +214,7 @@ class VllmEngine(Engine):
 
     async def score(self, request: ScoreRequest) -> list[ChoiceScore]:
         choices = find_choices(self.tokenizer, request.choices)
-        with self._taken(request.steers):
+        with self._taken(request.steers, request.digests):
             settings = list(dict.fromkeys(setting_of(steer) for steer in request.steers))
             tasks = {setting: self._task(self._score_at(setting, request.context_ids, choices)) for setting in settings}
             try:
@@ -318,11 +318,14 @@ class VllmEngine(Engine):
         del self._llm  # it shuts down again when it goes, which must be before the interpreter does
         self._loras.close()
 
-    def _taken(self, steers: Iterable[Steer]) -> AbstractContextManager[None]:
-        """Counts a request, or refuses it."""
+    @contextmanager
+    def _taken(self, steers: list[Steer], digests: Mapping[str, str]) -> Iterator[None]:
+        """Counts a request, whose adapters stay as they are from then on, or refuses it."""
         if self._closed:
             raise OverloadedError("The server is shutting down.")
-        return self._requests.counted(steers)
+        with self._requests.counted(steers):
+            check_loaded(self.adapters, steers, digests)
+            yield
 
     def _task(self, work: Any) -> asyncio.Task[Any]:
         task = asyncio.ensure_future(work)

@@ -22,6 +22,7 @@ CPU_CACHE_TOKENS = 65536  # vLLM's CPU build would otherwise take most of the ma
 PACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 OURS = (
     "model",
+    "dtype",
     "enable_lora",
     "max_logprobs",
     "logprobs_mode",

@@ -41,6 +41,7 @@ from .cache import SlotCache
 from .mailbox import Mailbox, answer, fail, hand_over
 from .overflow import check_scores, overflow
 from .pace import Pace
+from .requests import check_loaded
 from .runner import Read, Runner
 from .sampler import choose_tokens, token_logprobs
 from .scheduler import Scheduler
@@ -129,12 +130,16 @@ class Worker:
     # --- calls: run by the worker between two steps -------------------------------------------
 
     def add(self, name: str, adapter: AnyAdapter) -> None:
-        """Put one more adapter on the model."""
+        """Put one more adapter on the model, or leave it as it was."""
         if name in self.adapters:
             raise AdapterExistsError(f"An adapter named {name!r} is loaded already; choose another name.")
         self._runner.check(adapter)
         self._steered.add(name, adapter)
-        self._runner.find_shared_layers()
+        try:
+            self._runner.find_shared_layers()
+        except BaseException:  # with layers taken for shared that it steers, scores would be half steered
+            self._steered.remove(name)
+            raise
 
     def remove(self, name: str, *, named: Callable[[str], bool]) -> None:
         """Take an adapter off the model.
@@ -314,10 +319,12 @@ class Worker:
 
     def _adapters_are_there(self, job: Job | ScoreJob, steers: list[Steer]) -> bool:
         """Whether no adapter was unloaded since the request was read; it fails then, and nobody else's does."""
-        gone = sorted({name for steer in steers for name in steer} - set(self.adapters))
-        if gone:
-            fail(job, UnknownAdapterError(f"The adapter {gone[0]!r} was unloaded meanwhile."))
-        return not gone
+        try:
+            check_loaded(self.adapters, steers, job.digests)
+        except UnknownAdapterError as error:
+            fail(job, error)
+            return False
+        return True
 
     @contextmanager
     def _failing(self, sequences: list[Sequence]) -> Iterator[None]:

@@ -35,7 +35,8 @@ async def score(body: ScoreBody, request: Request, engine: EngineDep, settings: 
             param="messages" if body.messages else "prompt",
         )
     await asyncio.to_thread(_check_choices, engine, body.choices, len(context))
-    scores = await unless_disconnected(request, engine.score(ScoreRequest(context, body.choices, steer.settings)))
+    asked = ScoreRequest(context, body.choices, steer.settings, steer.digests)
+    scores = await unless_disconnected(request, engine.score(asked))
     return ScoreResponse(
         id=new_id("score"),
         created=now(),
