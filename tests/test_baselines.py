@@ -309,11 +309,14 @@ def test_a_tuner_learns_losses_on_hidden_states_too_and_is_turned_the_right_way_
 ) -> None:
     m = materials(model, tokenizer, pairs, random_adapter(model, suffixes=("o_proj",)), tmp_path)
     config = replace(m.learn()[0], objective="contrastive", epochs=10, batch_size=8, contrastive={"last_tokens": 2})
-    fitted = []
+    fitted: list[Any] = []
+    made_for: list[str] = []
 
-    def learn() -> tuple[TrainConfig, Objective]:
-        settings = ContrastiveConfig(last_tokens=2)
-        return config, Contrastive(model, pairs, settings, pad_id=tokenizer.pad_token_id)
+    def objective() -> Objective:
+        made_for.append(kind)
+        return Contrastive(model, pairs, ContrastiveConfig(last_tokens=2), pad_id=tokenizer.pad_token_id)
+
+    m = replace(m, learn=lambda: (config, objective))
 
     def fit(*args: Any, **settings: Any) -> Any:
         fitted.append((args[2].lr, tuners_fit(*args, **settings)))
@@ -324,7 +327,7 @@ def test_a_tuner_learns_losses_on_hidden_states_too_and_is_turned_the_right_way_
     def preferring(preference: float) -> Tensor:
         with monkeypatch.context() as patch:
             patch.setattr(methods, "pole_preference", lambda dial, held_out: preference)
-            with made(kind, replace(m, learn=learn)) as steerer, steerer.dial.alpha(1.0):
+            with made(kind, m) as steerer, steerer.dial.alpha(1.0):
                 return logits_of(model, IDS)
 
     base, kept = logits_of(model, IDS), preferring(0.2)
@@ -333,9 +336,10 @@ def test_a_tuner_learns_losses_on_hidden_states_too_and_is_turned_the_right_way_
     assert lr == pytest.approx(3e-4)
     assert history[-1]["loss"] < history[0]["loss"]
     assert min((kept - base).abs().max(), (mirrored - base).abs().max(), (kept - mirrored).abs().max()) > 1e-3
-    with made(kind, replace(m, learn=learn)) as steerer:
+    with made(kind, m) as steerer:
         preference = pole_preference(steerer.dial, m.tuning_told)
     assert preference > 0
+    assert (len(fitted), made_for) == (1, [kind])  # what is fitted needs no objective again
     assert torch.equal(logits_of(model, IDS), base)
 
 
@@ -375,9 +379,9 @@ def materials(model: Any, tokenizer: Any, pairs: list[ContrastivePair], adapter:
     plain = [PlainText(f"Prompt {i}", tokens()) for i in range(4)]
     config = TrainConfig("kind", "angry", rank=4, epochs=1, batch_size=4, target_modules=("o_proj",), lr=1e-2)
 
-    def learn() -> tuple[TrainConfig, Objective]:
+    def objective() -> Objective:
         targets = build_targets(model, tokenizer, TRAIT, texts[:4], top_k=32)
-        return config, Distillation(targets, pad_id=tokenizer.pad_token_id)
+        return Distillation(targets, pad_id=tokenizer.pad_token_id)
 
     return Materials(
         model,
@@ -389,7 +393,7 @@ def materials(model: Any, tokenizer: Any, pairs: list[ContrastivePair], adapter:
         HeldOut(tokenizer, TRAIT, texts[:4]),
         HeldOut(tokenizer, TRAIT, texts[4:]),
         plain[2:],
-        learn,
+        lambda: (config, objective),
         state,
         seed=1,
     )
@@ -495,6 +499,8 @@ def test_tuners_need_an_adapter_that_says_how_it_was_trained(model: Any) -> None
     trained = (how, how | {"processes": 1}, several)
     recipes = [recipe(replace(adapter, evaluation={"training": each})) for each in trained]
     assert recipes[0] == recipes[1] != recipes[2]
+    of_triples = how | {"suffixes": "gone.txt", "selection": "dhs"}  # which needed them, and learnt from texts
+    assert training_config(replace(adapter, evaluation={"training": of_triples})).suffixes is None
     with pytest.raises(
         ConfigError, match=r"'honest' cannot be learnt from anew: The suffixes file gone\.txt .* leave out"
     ):

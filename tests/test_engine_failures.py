@@ -433,8 +433,8 @@ def test_an_adapter_after_which_nothing_is_known_of_shared_layers_is_taken_off_a
     with engine_for(tiny, {"honest": of_layers(adapters["honest"], 2, 3)}) as engine:
         runner = engine._worker._runner
         with monkeypatch.context() as patch:
-            patch.setattr(runner, "find_shared_layers", lambda: (_ for _ in ()).throw(MemoryError("full")))
-            with pytest.raises(MemoryError):
+            patch.setattr(runner._rehearsal, "fault", lambda staged, layer: "MemoryError: full")
+            with pytest.raises(ConfigError, match="MemoryError: full"):
                 asyncio.run(engine.add_adapter("kind", adapters["kind"]))
         assert list(engine.adapters) == ["honest"]
         assert runner.shared == 2

@@ -22,6 +22,7 @@ from ipissa.data.pairs import (
     openings_from_continuations,
     openings_from_suffixes,
     read_suffixes,
+    spread_pairs,
 )
 from ipissa.data.personas import Trait
 from ipissa.errors import ConfigError
@@ -631,6 +632,19 @@ def test_openings_are_the_beginnings_of_the_answers_and_the_same_for_one_seed() 
     for opening, whole in zip(openings, continuations, strict=True):
         assert 2 <= len(opening.tokens) < len(whole.tokens)
         assert whole.tokens[: len(opening.tokens)] == opening.tokens
+
+
+@pytest.mark.parametrize(("prompts", "texts"), [(256, 1), (512, 1), (360, 3), (5, 2)])
+def test_pairs_that_are_spread_over_the_prompts_have_as_many_of_either_poles_answers(prompts: int, texts: int) -> None:
+    """Stretches of the list would have some prompts only, and every second pair one pole's answers only."""
+    pairs = [
+        ContrastivePair(f"Prompt {i}", [], [], [pole]) for i in range(prompts) for _ in range(texts) for pole in (1, -1)
+    ]
+    found = spread_pairs(pairs, 256)
+    assert sum(pair.opening[0] for pair in found) == 0
+    assert min(256, len(pairs)) - 2 * texts < len(found) <= 256
+    assert int(found[-1].prompt.split()[1]) >= prompts * 0.97 - 1
+    assert len({pair.prompt for pair in found}) * 2 * texts == len(found)
 
 
 @pytest.mark.parametrize("name", ["mine.txt", "mine.json"])

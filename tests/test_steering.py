@@ -15,6 +15,7 @@ from oracle import edited_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import ipissa
+from ipissa import steering
 from ipissa.adapter import VectorAdapter
 from ipissa.adapter.base_model import block_names, describe_base
 from ipissa.errors import AlphaError, BaseModelMismatchError, ConfigError
@@ -155,6 +156,20 @@ def test_unusable_alpha_is_refused_and_changes_nothing(llama: Any, bad: Any) -> 
     with pytest.raises(AlphaError), steered.alpha(bad):
         pass
     assert torch.equal(logits_of(llama, IDS), base)
+
+
+def test_large_batches_are_steered_alike_and_are_not_kept(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steering, "ROWS_CACHED", 2)
+    steered = ipissa.attach(llama, random_adapter(llama))
+    ids = IDS[:1].expand(3, -1)
+    with steered.alpha([0.1, 0.2, 0.3]):
+        found = logits_of(llama, ids)
+    assert steered._batches.cache_info().currsize == 0
+    for row, alpha in enumerate((0.1, 0.2, 0.3)):
+        with steered.alpha(alpha):
+            assert (logits_of(llama, ids)[row] - found[row]).abs().max() < 1e-5
+    assert steered._batches.cache_info().currsize == 3
+    steered.detach()
 
 
 def test_a_batch_of_another_size_than_the_alphas_is_refused(llama: Any) -> None:

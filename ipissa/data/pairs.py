@@ -16,6 +16,7 @@ from typing import Any
 from ipissa.data.chat import chat_ids
 from ipissa.data.continuations import Continuation
 from ipissa.data.personas import Trait
+from ipissa.data.prompts import spread
 from ipissa.errors import ConfigError
 
 MIN_OPENING = 2  # tokens
@@ -50,6 +51,16 @@ def contrastive_pairs(tokenizer: Any, trait: Trait, openings: Sequence[Opening])
         ContrastivePair(opening.prompt, contexts[opening.prompt, 1], contexts[opening.prompt, -1], opening.tokens)
         for opening in openings
     ]
+
+
+def spread_pairs(pairs: Sequence[ContrastivePair], most: int) -> list[ContrastivePair]:
+    """All pairs of so many prompts, at even distances, that they are about `most`.
+
+    Prompts are kept whole, as those of sampled answers have pairs of both poles' answers in turn.
+    """
+    prompts = list(dict.fromkeys(pair.prompt for pair in pairs))
+    kept = set(spread(prompts, max(1, most * len(prompts) // max(len(pairs), 1))))
+    return [pair for pair in pairs if pair.prompt in kept]
 
 
 def openings_from_continuations(continuations: Sequence[Continuation], *, seed: int) -> list[Opening]:

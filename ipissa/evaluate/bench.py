@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ class Bench:
 
             return [PlainText(**text) for text in self.parts.once(name, sample)]
 
-        def learn() -> tuple[TrainConfig, Objective]:
+        def learn() -> tuple[TrainConfig, Callable[[], Objective]]:
             assert isinstance(self.adapter, Adapter)  # `_check`
             config = training_config(self.adapter)
             config = replace(
@@ -151,7 +151,7 @@ class Bench:
                 dtype=self.settings.dtype,
             )
             answers = BaseAnswers(model, tokenizer, self._shared, config)
-            return config, adapters_objective(model, tokenizer, trait, config, answers)
+            return config, partial(adapters_objective, model, tokenizer, trait, config, answers)
 
         texts = told("told-training", self.training[:PAIR_PROMPTS], seed)
         openings = openings_from_continuations(texts, seed=seed)

@@ -23,7 +23,7 @@ from ipissa.evaluate.baselines.engineered import EngineeredTrait
 from ipissa.evaluate.baselines.random import random_like
 from ipissa.evaluate.baselines.reft import trained_reft
 from ipissa.evaluate.baselines.sspace import sspace_like
-from ipissa.evaluate.baselines.tuners import TUNERS, says_which_pole, trained_tuner
+from ipissa.evaluate.baselines.tuners import TUNERS, trained_tuner
 from ipissa.evaluate.baselines.vectors import (
     Directions,
     first_components,
@@ -40,6 +40,7 @@ from ipissa.evaluate.yardsticks import pole_preference
 from ipissa.steering import attach
 from ipissa.train.config import TrainConfig
 from ipissa.train.objectives.base import Objective
+from ipissa.train.objectives.build import objective_weights, says_which_pole
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ class Materials:
         tuning_told: Told answers to them, on which methods choose their best scale.
         held_out: Told answers to held-out prompts, for the yardsticks.
         plain: Unsteered answers to held-out prompts, for the degradation that is reported.
-        learn: The adapter's training settings and its objective, made anew at every call, for methods that are
-            trained as it was.
+        learn: The adapter's training settings and what makes its objective, for methods that are trained as it was.
         state: Folder in which those keep how far they are.
     """
 
@@ -67,7 +67,7 @@ class Materials:
     tuning_told: HeldOut
     held_out: HeldOut
     plain: Sequence[PlainText]
-    learn: Callable[[], tuple[TrainConfig, Objective]]
+    learn: Callable[[], tuple[TrainConfig, Callable[[], Objective]]]
     state: Path
     seed: int = 0
 
@@ -134,7 +134,7 @@ def _random(m: Materials) -> AbstractContextManager[Steerer]:
 def _trained(train: Callable[..., AbstractContextManager[LayerDial]], m: Materials) -> Iterator[Steerer]:
     config, objective = m.learn()
     with train(m.model, config, objective, m.state) as dial:
-        mirrored = not says_which_pole(config) and pole_preference(dial, m.tuning_told) < 0
+        mirrored = not says_which_pole(objective_weights(config.objective)) and pole_preference(dial, m.tuning_told) < 0
         yield Steerer(ScaledDial(dial, -1.0) if mirrored else dial)
 
 

@@ -30,6 +30,7 @@ from ipissa.evaluate.settings import MAX_NULL, EvalSettings
 from ipissa.models import resolve_device
 from ipissa.train.config import TrainConfig
 from ipissa.train.fit import check_trainer
+from ipissa.train.objectives.build import compares_states, objective_weights
 from ipissa.train.objectives.distill import KINDS
 from ipissa.train.processes import refuse_launcher
 
@@ -107,7 +108,7 @@ def _check(adapter: AnyAdapter, settings: EvalSettings) -> None:
             )
     elif set(needing) & set(TRAINED):
         config = training_config(adapter)
-        if "reft" in needing and config.objective not in KINDS:
+        if "reft" in needing and compares_states(objective_weights(config.objective)):
             raise ConfigError(
                 f"{adapter.name!r} was trained with objective {config.objective!r}, which compares states before those "
                 f"that reft edits; leave out reft, or take an adapter of {', '.join(KINDS)}."

@@ -56,8 +56,8 @@ class PoleYardsticks:
     trait_gain: Estimate
     plain_gain: Estimate
     contrast: Estimate
-    prompts: int | None = None  # with a text of this pole; None in files of versions that counted those of both
     by_prompt: TraitSums | None = None  # None where they were not kept
+    prompts: int | None = None  # with a text of this pole; None in files of versions that counted those of both
 
 
 @dataclass(frozen=True)

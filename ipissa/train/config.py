@@ -20,7 +20,12 @@ from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
 from ipissa.plain import typed
 from ipissa.sampling import GREEDY
-from ipissa.train.objectives.build import antiparallel_config, contrastive_config, objective_weights
+from ipissa.train.objectives.build import (
+    antiparallel_config,
+    contrastive_config,
+    objective_weights,
+    says_which_pole,
+)
 from ipissa.train.objectives.distill import CONTEXTS, KINDS
 from ipissa.train.objectives.sites import site_blocks
 from ipissa.train.selection import LEARNT, SELECTIONS, WITHOUT_TEXTS
@@ -275,7 +280,7 @@ class TrainConfig:
                 raise ConfigError(f"{name} {getattr(self, name)} is for objective {name}, not {self.objective!r}.")
         usual = {each.name: each.default for each in fields(self)}
         for name in ("strengths", "contexts"):
-            if getattr(self, name) != usual[name] and not set(KINDS) & weights.keys():
+            if getattr(self, name) != usual[name] and not says_which_pole(weights):
                 raise ConfigError(
                     f"{name} {getattr(self, name)} is for objectives {', '.join(KINDS)}, not {self.objective!r}."
                 )
@@ -285,6 +290,14 @@ class TrainConfig:
                 f"suffixes {self.suffixes!r} are for pairs of texts, which objective {self.objective!r} with selection "
                 f"{self.selection!r} does not read; leave them out."
             )
+
+    def own_openings(self) -> list[str] | None:
+        """The unfinished answers of the file `suffixes`, or None where there is none.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        return None if self.suffixes is None else read_suffixes(self.suffixes)
 
     def trait(self) -> Trait:
         """The two personas and the neutral one, as phrases."""
@@ -354,8 +367,11 @@ class TrainConfig:
 
     def contents(self) -> dict[str, Any]:
         """Short names of what is in the files of texts that the settings name."""
-        suffixes = None if self.suffixes is None else digest_of(read_suffixes(self.suffixes))
-        return {"prompts": prompts_digest(self.prompts), "suffixes": suffixes}
+        suffixes = self.own_openings()
+        return {
+            "prompts": prompts_digest(self.prompts),
+            "suffixes": None if suffixes is None else digest_of(suffixes),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML."""

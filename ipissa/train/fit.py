@@ -65,9 +65,8 @@ def fit(
         ConfigError: no example is left to learn from, or to validate with.
         TrainingError: the loss or what was learnt is not finite, or a checkpoint cannot be written or read.
     """
-    fitted = folder / CHECKPOINTS / FITTED
-    if resume and fitted.exists():  # what failed came after it
-        return _load_fitted(model, fitted)
+    if resume and is_fitted(folder):  # what failed came after it
+        return load_fitted(model, folder)
     training, validation = hold_back(objective, config.validation, seed=config.seed)
     trainer = _SteeringTrainer(
         objective,
@@ -97,6 +96,7 @@ def fit(
     if isinstance(model, PeftModel) and is_first():
         # Factors too: another machine's SVD may have other signs, and what was learnt belongs to these.
         learnt = {"weights": get_peft_model_state_dict(model), "history": history}
+        fitted = folder / CHECKPOINTS / FITTED
         fitted.parent.mkdir(parents=True, exist_ok=True)
         write_whole(fitted, lambda partial: torch.save(learnt, partial))
     return history
@@ -115,7 +115,18 @@ def _checkpoint_errors(found: Path | None) -> Iterator[None]:
         raise TrainingError(f"A checkpoint cannot be written: {error}; make room, and go on with --resume.") from error
 
 
-def _load_fitted(model: PeftModel, path: Path) -> History:
+def is_fitted(folder: Path) -> bool:
+    """Whether learning in this folder came to its end."""
+    return (folder / CHECKPOINTS / FITTED).exists()
+
+
+def load_fitted(model: PeftModel, folder: Path) -> History:
+    """Give a model what was learnt in a folder that `is_fitted`; the figures per step.
+
+    Raises:
+        TrainingError: it cannot be read.
+    """
+    path = folder / CHECKPOINTS / FITTED
     try:
         found = torch.load(path, weights_only=True)
     except READ_ERRORS as error:
@@ -144,7 +155,7 @@ def _is_of_reading(error: Exception) -> bool:
 
 def has_learnt(folder: Path) -> bool:
     """Whether anything is there that a run could go on from."""
-    return newest_checkpoint(folder) is not None or (folder / CHECKPOINTS / FITTED).exists()
+    return newest_checkpoint(folder) is not None or is_fitted(folder)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -22,7 +22,7 @@ from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.convert import from_peft_model
 from ipissa.adapter.model import MODULE_SETS
 from ipissa.data.continuations import Continuation, Sampling, sample_continuations
-from ipissa.data.pairs import read_suffixes
+from ipissa.data.pairs import spread_pairs
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts, spread
 from ipissa.errors import ConfigError
@@ -170,7 +170,7 @@ class _Task:
         """Read everything the settings name, the model last because it takes longest."""
         trait = config.trait()
         training, held_out = load_prompts(config.prompts)
-        suffixes = None if config.suffixes is None else read_suffixes(config.suffixes)
+        suffixes = config.own_openings()
         check_trainer(config, resolve_device(config.device).type)
         model, tokenizer = load_model(config.model, device=config.device, dtype=config.dtype)
         weights = objective_weights(config.objective)
@@ -247,7 +247,9 @@ def _learn(
     objective = objective_to_learn(task.model, tokenizer, trait, config, continuations, pairs, answers)
     peft_model = _wrap(task.model, task.adapter_config())
     if config.selection not in WITHOUT_PAIRS:
-        select_triples(peft_model, tokenizer, spread(pairs, SELECTION_PAIRS), rule=config.selection, seed=config.seed)
+        select_triples(
+            peft_model, tokenizer, spread_pairs(pairs, SELECTION_PAIRS), rule=config.selection, seed=config.seed
+        )
     samples_before = peft_samples(peft_model, tokenizer, trait, task.held_out)
     midway = MidwaySamples(tokenizer, trait, task.held_out, kept=run.path / CHECKPOINTS / MIDWAY)
     history = fit(peft_model, objective, config, run.path, resume=run.resumed, callbacks=[midway])

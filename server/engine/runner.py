@@ -67,9 +67,10 @@ class Runner:
         """Look again which layers come before every adapter; after adapters came or went."""
         first = min(self.steered.first_steered_layer(self._staged.layers), self._staged.depth - 1)
         # Layers that α does not change, or none where layers read what others hand past them.
-        self.shared = 0 if self._rehearsal.fault(self._staged, first) else first
-        if fault := self._rehearsal.fault(self._staged, self.shared):
+        shared = 0 if self._rehearsal.fault(self._staged, first) else first
+        if fault := self._rehearsal.fault(self._staged, shared):
             raise cannot_run(self._staged.model, fault)
+        self.shared = shared
 
     def decode(self, sequences: Seq[Sequence]) -> Tensor:
         """Logits after the last token of sequences in the slots 0, 1, ...; (sequences, vocab)."""

@@ -17,9 +17,8 @@ from .runner import Runner
 
 Text = tuple[int, ...]
 Variant = tuple[int, tuple[tuple[str, float], ...]]  # index of the text, steer
-SPOTS = (
-    512  # most tokens per call after which logits are wanted, but for one variant's: each is as wide as the vocabulary
-)
+# Most tokens per call after which logits, each as wide as the vocabulary, are wanted; one variant may have more.
+SPOTS = 512
 
 
 class ScoreJob:

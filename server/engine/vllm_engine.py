@@ -265,7 +265,7 @@ class VllmEngine(Engine):
             self._untried = None
 
     async def remove_adapter(self, name: str) -> None:
-        self._check_loaded([name])
+        self._must_have(name)
         if self._requests.use(name):
             raise AdapterInUseError(f"The adapter {name!r} steers requests that are still running; try again later.")
         del self._loras.adapters[name]
@@ -288,14 +288,14 @@ class VllmEngine(Engine):
 
     @asynccontextmanager
     async def _lora(self, setting: Setting) -> AsyncIterator[LoRARequest | None]:
-        self._check_loaded(name for name, _ in setting)
+        for name, _ in setting:
+            self._must_have(name)
         async with self._loras.held(setting) as lora:
             yield lora
 
-    def _check_loaded(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name not in self.adapters:
-                raise UnknownAdapterError(f"The adapter {name!r} is not loaded.")
+    def _must_have(self, name: str) -> None:
+        if name not in self.adapters:
+            raise UnknownAdapterError(f"The adapter {name!r} is not loaded.")
 
     # --- bookkeeping --------------------------------------------------------------------------
 

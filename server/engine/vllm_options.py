@@ -118,7 +118,8 @@ def _check_names(options: Mapping[str, Any]) -> None:
     known = {field.name for field in fields(AsyncEngineArgs)}
     for name in options:
         if name in OURS:
-            raise ConfigError(f"The vLLM option {name!r} is set by ipissa-serve; leave it out.")
+            instead = f" or use --{name}" if name in ("model", "dtype") else ""
+            raise ConfigError(f"The vLLM option {name!r} is set by ipissa-serve; leave it out{instead}.")
         if name not in known:
             raise ConfigError(f"vLLM has no engine option {name!r}; `vllm serve --help=all` lists them.")
 

@@ -248,6 +248,7 @@ def test_what_vllm_cannot_take_is_refused_at_start_with_the_reason(tmp_path: Pat
     small = refusal("--vllm", "max_lora_rank=8")
     assert f"have rank {adapter.config.rank}, more than max_lora_rank 8" in small
     assert "vLLM has no engine option 'loras'" in refusal("--vllm", "loras=8")
+    assert "'dtype' is set by ipissa-serve; leave it out or use --dtype." in refusal("--vllm", "dtype=half")
     assert "The model 'nowhere' cannot be loaded" in refusal("--model", "nowhere")
 
 

@@ -10,7 +10,7 @@ to begin with, where every α is the unsteered model, as for all methods that ar
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -89,17 +89,21 @@ def _edit(block: nn.Module, args: Any, output: Any) -> Any:
 
 
 @contextmanager
-def trained_reft(model: Any, config: TrainConfig, objective: Objective, state: Path) -> Iterator[ReftDial]:
+def trained_reft(
+    model: Any, config: TrainConfig, objective: Callable[[], Objective], state: Path
+) -> Iterator[ReftDial]:
     """`model` with edits fitted to an objective for the epochs of `config`, none held back; itself again afterwards.
 
     Args:
+        objective: Makes one for this method alone; not asked where the fitting came to its end before.
         state: Folder in which the fitted edits are kept, and found again.
     """
+    fitted = state / "reft.pt"
+    taught = None if fitted.exists() else objective()  # by the base model, before anything is put on it
     model.requires_grad_(False)
     dial = ReftDial(model, seed=config.seed)
-    fitted = state / "reft.pt"
     try:
-        if fitted.exists():
+        if taught is None:
             dial.edits.load_state_dict(torch.load(fitted, weights_only=True))
         else:
             # Checkpoints of a model that is not PEFT's would hold all of its weights.
@@ -107,7 +111,7 @@ def trained_reft(model: Any, config: TrainConfig, objective: Objective, state: P
             trainer = {**config.trainer, "save_strategy": "no"}
             # torch keeps the signs of an orthogonal matrix as whole numbers among its parameters: decayed, 1 becomes 0.
             settings = replace(config, lr=LEARNING_RATE, weight_decay=0.0, validation=0.0, trainer=trainer)
-            fit(model, objective, settings, state / "reft")
+            fit(model, taught, settings, state / "reft")
             state.mkdir(parents=True, exist_ok=True)
             write_whole(fitted, lambda partial: torch.save(dial.edits.state_dict(), partial))
         yield dial

@@ -5,7 +5,7 @@ The learning rate is their own: that of learnt directions is for steps of anothe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,17 +17,15 @@ import torch
 from ipissa.adapter.checkpoint import Adapter
 from ipissa.adapter.config import InnerPissaConfig
 from ipissa.adapter.dial import add_dial
-from ipissa.data.pairs import read_suffixes
 from ipissa.data.personas import Trait
 from ipissa.data.prompts import load_prompts
 from ipissa.errors import ConfigError
 from ipissa.evaluate.dial import LayerDial
 from ipissa.train.answers import BaseAnswers, training_texts
 from ipissa.train.config import TrainConfig
-from ipissa.train.fit import fit
+from ipissa.train.fit import fit, is_fitted, load_fitted
 from ipissa.train.objectives.base import Objective
-from ipissa.train.objectives.build import objective_weights
-from ipissa.train.objectives.distill import KINDS
+from ipissa.train.objectives.build import compares_states, objective_weights, says_which_pole
 from ipissa.train.teaching import objective_to_learn, pairs_to_learn
 
 TUNERS = ("lora", "dora")
@@ -47,17 +45,14 @@ def training_config(adapter: Adapter) -> TrainConfig:
     if "positive" not in said:
         raise ConfigError(f"The file of {adapter.name!r} does not say how it was trained; leave out {NAMES}.")
     config = TrainConfig.from_dict({name: value for name, value in said.items() if name in known})
+    if not compares_states(objective_weights(config.objective)):
+        config = replace(config, suffixes=None)  # by which triples were selected, and nothing is learnt
     try:
         load_prompts(config.prompts)
-        _suffixes(config)
+        config.own_openings()
     except ConfigError as error:
         raise ConfigError(f"{adapter.name!r} cannot be learnt from anew: {error} Or leave out {NAMES}.") from error
     return replace(config, accumulation=config.accumulation * said.get("processes", 1), report_to="none")
-
-
-def says_which_pole(config: TrainConfig) -> bool:
-    """Whether the objective, or a part of it, teaches texts: losses on hidden states may learn the mirror image."""
-    return bool(objective_weights(config.objective).keys() & set(KINDS))
 
 
 def adapters_objective(
@@ -66,12 +61,8 @@ def adapters_objective(
     """What the adapter learnt from: the same texts from the same seed, and what the base model says of them."""
     prompts = load_prompts(config.prompts)[0][: config.max_prompts]
     texts = training_texts(model, tokenizer, trait, config, prompts, answers)
-    pairs = pairs_to_learn(tokenizer, trait, config, texts, suffixes=_suffixes(config), prompts=prompts)
+    pairs = pairs_to_learn(tokenizer, trait, config, texts, suffixes=config.own_openings(), prompts=prompts)
     return objective_to_learn(model, tokenizer, trait, config, texts, pairs, answers)
-
-
-def _suffixes(config: TrainConfig) -> list[str] | None:
-    return None if config.suffixes is None else read_suffixes(config.suffixes)
 
 
 def lora_like(config: InnerPissaConfig, *, dora: bool = False) -> peft.LoraConfig:
@@ -87,21 +78,29 @@ def lora_like(config: InnerPissaConfig, *, dora: bool = False) -> peft.LoraConfi
 
 
 @contextmanager
-def trained_tuner(kind: str, model: Any, config: TrainConfig, objective: Objective, state: Path) -> Iterator[LayerDial]:
+def trained_tuner(
+    kind: str, model: Any, config: TrainConfig, objective: Callable[[], Objective], state: Path
+) -> Iterator[LayerDial]:
     """`model` with a LoRA or DoRA fitted to an objective; the model is itself again afterwards.
 
     Args:
-        objective: Of its own: what one has seen while it was fitted is not for another.
+        objective: Makes one for this tuner alone; not asked where the fitting came to its end before.
         state: Folder of the checkpoints, one per kind, from which training that was broken off goes on.
     """
+    folder = state / kind
+    taught = None if is_fitted(folder) else objective()  # by the base model, before anything is put on it
     model.requires_grad_(False)
     same = config.adapter_config(model.config.get_text_config().num_hidden_layers)
     torch.manual_seed(config.seed)
     peft_model = peft.get_peft_model(model, lora_like(same, dora=kind == "dora"))
     handles = add_dial(peft_model)
     try:
-        settings = replace(config, lr=LEARNING_RATE * (1 if says_which_pole(config) else ON_STATES))
-        fit(peft_model, objective, settings, state / kind, resume=True)
+        if taught is None:
+            load_fitted(peft_model, folder)
+        else:
+            of_texts = says_which_pole(objective_weights(config.objective))
+            settings = replace(config, lr=LEARNING_RATE * (1 if of_texts else ON_STATES))
+            fit(peft_model, taught, settings, folder, resume=True)
         yield LayerDial(peft_model)
     finally:
         for handle in handles:

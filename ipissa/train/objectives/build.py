@@ -46,18 +46,28 @@ def build_objective(weights: Mapping[str, float], makers: Mapping[str, Callable[
     return WeightedSum({name: (weight, makers[name]()) for name, weight in weights.items()})
 
 
+def says_which_pole(objectives: Collection[str]) -> bool:
+    """Whether one of them teaches texts: losses on hidden states alone may learn the mirror image."""
+    return not set(KINDS).isdisjoint(objectives)
+
+
+def compares_states(objectives: Collection[str]) -> bool:
+    """Whether one of them is of pairs, whose hidden states it compares."""
+    return not set(objectives) <= set(KINDS)
+
+
 def contrastive_config(values: Mapping[str, Any], *, beside: Collection[str] = ()) -> ContrastiveConfig:
     """`ContrastiveConfig` from plain values, for a sum with the objectives `beside` it.
 
     Distillation says which pole is which. Free to choose, the contrastive part could choose otherwise and fight it.
     """
-    decided = {"flip": "none"} if set(beside) & set(KINDS) else {}
+    decided = {"flip": "none"} if says_which_pole(beside) else {}
     return _from_plain(ContrastiveConfig, decided | dict(values), "contrastive")
 
 
 def antiparallel_config(values: Mapping[str, Any], *, beside: Collection[str] = ()) -> AntiparallelConfig:
     """`AntiparallelConfig` from plain values, for a sum with the objectives `beside` it, as `contrastive_config`."""
-    decided = {"either_way": False} if set(beside) & set(KINDS) else {}
+    decided = {"either_way": False} if says_which_pole(beside) else {}
     return _from_plain(AntiparallelConfig, decided | dict(values), "antiparallel")
 
 
