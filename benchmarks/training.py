@@ -39,6 +39,7 @@ from ipissa.train.objectives.distill import Distillation, build_targets
 from .timing import Ratio, seconds, speed_ratios
 
 PROMPTS = 6  # with one text per pole: 12 rows
+PAIR_PROMPTS = 60  # what the losses on states are prepared from: in which directions personas differ, few do not show
 STEPS_AT_PEAK = 3
 OF_PAIRS: dict[str, tuple[Any, Any]] = {
     "contrastive": (Contrastive, ContrastiveConfig()),
@@ -73,19 +74,20 @@ class _Rows:
     @classmethod
     def sample(cls, dtype: str) -> _Rows:
         model, tokenizer = load_model(CONFIG.model, dtype=dtype)
-        prompts = load_prompts()[0][:PROMPTS]
+        prompts = load_prompts()[0][:PAIR_PROMPTS]
         texts = sample_continuations(model, tokenizer, TRAIT, prompts, per_prompt=1, sampling=CONFIG.sampling(), seed=0)
         pairs = contrastive_pairs(tokenizer, TRAIT, openings_from_continuations(texts, seed=0))
-        return cls(texts, pairs, tokenizer.pad_token_id)
+        of_a_step = [text for text in texts if text.prompt in prompts[:PROMPTS]]
+        return cls(of_a_step, pairs, tokenizer.pad_token_id)
 
     def step(self, kind: str, dtype: str) -> _Step:
         model, tokenizer = load_model(CONFIG.model, dtype=dtype)
         asked = OF_PAIRS.get(kind.removeprefix(LORA_ON))
         if asked is not None:
-            pairs = self.pairs[:PROMPTS]  # two rows each
             make, config = asked
-            objective: Any = make(model, pairs, config, pad_id=self.pad_id)
-            plain = vars(pad_pairs(pairs, pad_id=self.pad_id, device=torch.device("cpu")))
+            objective: Any = make(model, self.pairs, config, pad_id=self.pad_id)
+            of_a_step = self.pairs[:PROMPTS]  # two rows each
+            plain = vars(pad_pairs(of_a_step, pad_id=self.pad_id, device=torch.device("cpu")))
         else:
             targets = build_targets(model, tokenizer, TRAIT, self.continuations, **CONFIG.target_settings())
             objective = Distillation(targets, pad_id=self.pad_id)
