@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+MAX_ALPHA = 1e6  # nothing finite is left of a model there
+
 
 def to_bucket(alpha: float, bucket: float, *, limit: float = math.inf) -> float:
     """α rounded to a multiple of `bucket` that is at most `limit`, or α itself where `bucket` is 0; never -0."""

@@ -183,6 +183,10 @@ def export(
     """Write an adapter at one α as a LoRA or merged into its base model, or in PEFT's form."""
     if format not in EXPORTS:
         raise ConfigError(f"format {format!r} is unknown; use {', '.join(EXPORTS)}.")
+    if format != "merged" and model is not None:
+        raise ConfigError(
+            f"format {format} is written without the model, so --model {model} would do nothing; leave it out."
+        )
     if format == "peft" and alpha is not None:
         raise ConfigError(f"format peft keeps the dial, so --alpha {alpha:g} would do nothing; leave it out.")
     if format == "peft":

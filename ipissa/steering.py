@@ -26,13 +26,13 @@ from transformers import PreTrainedModel
 from ipissa.adapter.base_model import check_base, find_added_to, find_linear
 from ipissa.adapter.checkpoint import Adapter, AnyAdapter
 from ipissa.adapter.stored import is_packed
+from ipissa.buckets import MAX_ALPHA
 from ipissa.errors import AlphaError
 from ipissa.phases import Addend, Coefficients, FoldedDelta, FoldedFactors, PhaseDelta, make_delta
 from ipissa.vectors import VectorDelta
 
 Alpha = float | Sequence[float] | Tensor
 Rows = tuple[float, ...]  # one α for all batch rows, or one per row
-MAX_ALPHA = 1e6  # as of the range that a file may give
 DEFAULT_CACHE_SIZE = 256
 BATCHES_CACHED = 32  # a server alternates between a few running batches
 ROWS_CACHED = 256  # of a batch that is kept: those of sweeps are large, and seldom asked for again

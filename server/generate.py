@@ -18,6 +18,8 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.sse import format_sse_event
 
+from ipissa.errors import IpissaError
+
 from .deps import unless_disconnected
 from .engine.base import Delta, Engine, GenerationRequest, Row, SamplingParams, TokenLogprob
 from .errors import bad_request, error_body, to_api_error
@@ -202,7 +204,8 @@ async def _stream(
             for each in closing(tokens):
                 yield _event(each)
         except Exception as error:
-            logger.exception("A stream failed")
+            if not isinstance(error, IpissaError):  # those say all there is to say
+                logger.exception("A stream failed")
             yield _event(error_body(to_api_error(error)))
         yield format_sse_event(data_str="[DONE]")
 

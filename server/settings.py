@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ipissa.buckets import MAX_ALPHA
 from ipissa.errors import ConfigError
 from ipissa.models import DEMO_MODEL
-from ipissa.steering import MAX_ALPHA
 
 DEFAULT_MAX_ALPHA = 10.0
 ALPHA_BUCKETS = {"torch": 0.001, "vllm": 0.05}  # by engine: vLLM holds a LoRA per bucket, and the page still glides

@@ -168,6 +168,15 @@ def test_unusable_options_are_refused_in_one_sentence(tmp_path: Path) -> None:
         run("ipissa", "export", "--adapter", adapter, "--alpha", "nan", "--output", str(tmp_path / "y")),
         "alpha nan is not a finite number",
     )
+    assert_refused(
+        run("ipissa", "export", "--adapter", adapter, "--alpha", "1e30", "--output", str(tmp_path / "y")),
+        "alpha 1e+30 is beyond ±1e+06",
+    )
+    lora = ["--format", "lora", "--alpha", "0.5", "--model", "nowhere"]
+    assert_refused(
+        run("ipissa", "export", "--adapter", adapter, *lora, "--output", str(tmp_path / "y")),
+        "format lora is written without the model, so --model nowhere would do nothing",
+    )
     peft = ["--format", "peft", "--alpha", "0.5"]
     assert_refused(
         run("ipissa", "export", "--adapter", adapter, *peft, "--output", str(tmp_path / "z")),

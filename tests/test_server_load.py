@@ -136,3 +136,19 @@ def test_health_and_api_say_503_while_loading(tiny: Path, monkeypatch: pytest.Mo
         assert status("/v1/models") == 503
         release.set()
         assert wait_for(lambda: status("/health") == 200)
+
+
+def test_a_stream_that_the_end_of_the_server_breaks_off_says_so_and_is_no_failure(
+    tiny: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    long = {"prompt": PROMPT, "max_tokens": 190, "temperature": 1.0, "logit_bias": {"2": -100, "0": -100}}
+    with (
+        in_thread(**settings_for(tiny, "honest")) as server,
+        server.http.stream("POST", "/v1/completions", json={**long, "stream": True}) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        server.app.state.engine.close()
+        rest = "\n".join(lines)
+    assert "The server is shutting down." in rest
+    assert "A stream failed" not in caplog.text

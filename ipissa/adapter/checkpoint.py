@@ -30,6 +30,7 @@ from torch import Tensor
 from ipissa.adapter.config import DIRECTIONS, one_of
 from ipissa.adapter.described import Described
 from ipissa.adapter.vector import VectorAdapter, VectorConfig
+from ipissa.buckets import MAX_ALPHA
 from ipissa.errors import AdapterFileError, ConfigError
 from ipissa.rotation import CLAMPS, ROTATIONS
 from ipissa.scaling import SCALE_MODES
@@ -300,7 +301,7 @@ def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[AdapterConfig 
     if not all(isinstance(base_model.get(key), str) for key in ("name", "fingerprint")):
         raise AdapterFileError(f"{path} does not name its base model in its metadata.")
     _check_embeddings(path, base_model.get("embeddings"))
-    if not low <= 0 <= high or not -1e6 < low < high < 1e6:
+    if not low <= 0 <= high or not -MAX_ALPHA < low < high < MAX_ALPHA:
         raise AdapterFileError(f"{path} has the alpha_range [{low}, {high}], which is not an interval around 0.")
     missing = {"positive", "negative", "neutral", "template"} - trait.keys()
     if missing:

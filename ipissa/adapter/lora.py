@@ -7,6 +7,7 @@ depend on α, so `lora_A = Vᵀ` and `lora_B(α) = U [R_u(α) diag(S(α)) R_v(α
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,7 @@ from ipissa.adapter.checkpoint import Adapter, AnyAdapter, ModuleFactors
 from ipissa.adapter.config import one_of
 from ipissa.adapter.delta import delta_core
 from ipissa.adapter.stored import is_packed
+from ipissa.buckets import MAX_ALPHA
 from ipissa.errors import AlphaError, ConfigError
 from ipissa.models import DTYPES
 
@@ -160,8 +162,10 @@ def _finite(alpha: float) -> float:
         value = float(alpha)
     except (TypeError, OverflowError):
         raise AlphaError(f"alpha {str(alpha)[:20]} is not a finite number.") from None
-    if not torch.isfinite(torch.tensor(value)):
+    if not math.isfinite(value):
         raise AlphaError(f"alpha {alpha} is not a finite number.")
+    if not abs(value) < MAX_ALPHA:
+        raise AlphaError(f"alpha {value:g} is beyond ±{MAX_ALPHA:.0e}; nothing finite is left of a model there.")
     return value
 
 
