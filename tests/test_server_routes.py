@@ -104,8 +104,11 @@ def test_a_request_during_which_its_adapter_is_replaced_is_not_answered_by_the_o
 
 def test_a_server_that_is_stopped_while_it_loads_has_nothing_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "SHUTDOWN_SECONDS", 0)
-    loading = SimpleNamespace(state=SimpleNamespace(engine=None))
-    asyncio.run(cli._Server(uvicorn.Config(loading))._end_requests())  # type: ignore[arg-type]
+    closed: list[bool] = []
+    for engine in (None, SimpleNamespace(close=lambda: closed.append(True))):
+        served = SimpleNamespace(state=SimpleNamespace(engine=engine))
+        asyncio.run(cli._Server(uvicorn.Config(served))._end_requests())  # type: ignore[arg-type]
+        assert closed == ([] if engine is None else [True])
 
 
 def test_an_api_key_that_is_empty_or_that_nobody_can_send_is_refused() -> None:
